@@ -1,0 +1,1 @@
+"""The policy-optimization core: tensors in, `(loss, metrics)` out; torch and the standard library only."""

@@ -1,0 +1,85 @@
+"""Advantages from groups of episodes instead of a critic, for PPO's clipped update.
+
+A group is a set of episodes that started alike: answers to one prompt, or attempts at one task from one seed.
+The functions differ in one line each; a recipe picks one from `ADVANTAGES` and calls `ppo.update` with
+`returns=None`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from policy_core.returns import episode_returns
+from policy_core.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """advantage: which of `ADVANTAGES`; group_size: episodes sampled per prompt (or task and seed)."""
+
+    advantage: Literal["grpo", "rloo", "dr_grpo"] = "grpo"
+    group_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(f"grpo.group_size must be at least 2, got {self.group_size}: one answer has no peer")
+
+
+def _group_sums(returns: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """returns, group [E] -> the group's size, sum and centred sum of squares, each given back to every episode [E]."""
+    _, inverse = torch.unique(group, return_inverse=True)
+    groups = int(inverse.max()) + 1 if inverse.numel() else 0
+    ones = torch.ones_like(returns)
+    size = returns.new_zeros(groups).index_add_(0, inverse, ones)[inverse]
+    total = returns.new_zeros(groups).index_add_(0, inverse, returns)[inverse]
+    squares = returns.new_zeros(groups).index_add_(0, inverse, (returns - total / size).square())[inverse]
+    return size, total, squares
+
+
+def grpo(returns: Tensor, group: Tensor) -> Tensor:
+    """(R - mean) / (std + 1e-4) within the group, std with n - 1 (Shao 2024, 2402.03300 eq. 4). [E] -> [E]."""
+    size, total, squares = _group_sums(returns, group)
+    std = (squares / (size - 1).clamp(min=1)).sqrt()
+    return (returns - total / size) / (std + 1e-4)
+
+
+def rloo(returns: Tensor, group: Tensor) -> Tensor:
+    """R less the mean of the group's *other* episodes (Ahmadian 2024, 2402.14740 eq. 8). [E] -> [E]; alone: 0."""
+    size, total, _ = _group_sums(returns, group)
+    others = (total - returns) / (size - 1).clamp(min=1)
+    return torch.where(size > 1, returns - others, 0.0)
+
+
+def dr_grpo(returns: Tensor, group: Tensor) -> Tensor:
+    """R - mean, not divided by the standard deviation (Liu 2025, 2503.20783). [E] -> [E].
+
+    Its other half is ppo.aggregation "constant".
+    """
+    size, total, _ = _group_sums(returns, group)
+    return returns - total / size
+
+
+ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"grpo": grpo, "rloo": rloo, "dr_grpo": dr_grpo}
+
+
+def group_advantages(rollout: Rollout, *, config: GRPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """Every decision gets its episode's advantage over its group. Returns [B, T] and metrics.
+
+    Metrics: frac_reward_zero_std (share of episodes whose group has one and the same return: no signal),
+    reward_std (mean over episodes of their group's standard deviation).
+    Raises ValueError if the rollout has no groups.
+    """
+    if rollout.group is None:
+        raise ValueError("group advantages need rollout.group")
+    returns, index, group = episode_returns(rollout)
+    advantages = ADVANTAGES[config.advantage](returns, group)
+    spread = torch.zeros_like(rollout.rewards)
+    spread[rollout.mask] = advantages[index[rollout.mask]]
+    size, _, squares = _group_sums(returns, group)
+    std = (squares / (size - 1).clamp(min=1)).sqrt()
+    return spread, {"frac_reward_zero_std": (std < 1e-8).float().mean(), "reward_std": std.mean()}

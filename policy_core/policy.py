@@ -1,0 +1,42 @@
+"""What the core asks of a policy, whatever its body."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from policy_core.rollout import Nested
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A policy's view of decisions that were made, under its present weights.
+
+    log_probs   [B, T] or [B, T, F] nats
+    entropy     as log_probs
+    values      [B, T], or None for a policy without a critic
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    values: Tensor | None = None
+
+
+class Policy(Protocol):
+    """Judges decisions. How actions are sampled is its adapter's affair (a simulator's loop, a token loop)."""
+
+    def evaluate(self, observations: Nested, actions: Nested) -> Evaluation:
+        """The decisions in `actions`, leading with [B, T], under the present weights, with gradients."""
+        ...
+
+    def parameters(self) -> Iterator[Parameter]:
+        """All trainable parameters."""
+        ...
+
+    def critic_parameters(self) -> Iterator[Parameter]:
+        """Those that only the value depends on: the ones a critic warm-up trains. Empty without a critic."""
+        ...

@@ -1,0 +1,401 @@
+"""Proximal policy optimization (Schulman 2017, 1707.06347), the update under both bodies.
+
+Config, losses, update, in that order. A recipe gathers a `Rollout`, computes advantages (`returns.gae`, or
+`grpo`'s for a policy without a critic) and calls `update`. Policies that judge decisions one by one are given
+`rollout.decisions()` ([N, 1]: a row is a decision); sequence models are given whole rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from policy_core.kl import KLConfig, kl_estimate, per_decision
+from policy_core.masking import Aggregation, aggregation_weights, normalize
+from policy_core.policy import Evaluation, Policy
+from policy_core.returns import explained_variance
+from policy_core.rollout import Rollout
+from policy_core.schedules import Schedule
+
+Metrics = dict[str, Tensor]
+AuxiliaryLoss = Callable[[], tuple[Tensor, Metrics]]
+
+MAX_LOG_RATIO = 20.0
+"""exp(20) = 5e8: beyond it a ratio says nothing and overflows."""
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO's own numbers.
+
+    learning_rate, schedule, warmup     Adam's rate, its course over the run, share of the run to rise over
+    epochs, minibatch_size              passes over a rollout; rows per optimizer step
+    micro_batch_size                    rows per backward pass; None = the minibatch at once
+    gamma, gae_lambda                   discount per step or token; GAE's lambda
+    clip_range, clip_range_high         ratio within [1 - clip_range, 1 + clip_range_high]; None = symmetric
+    dual_clip                           lower bound of the surrogate for negative advantages (1912.09729), e.g. 3
+    value_clip_range                    value prediction within this of the old one; None = no clip
+    value_coef, entropy_coef            weights of the value loss and the entropy bonus
+    max_grad_norm                       global norm of an optimizer step's gradient
+    target_kl                           stop the epochs when a minibatch's KL passes 1.5 times this
+    normalize_advantages                over all decisions of the rollout
+    ratio_level                         "decision": one ratio a decision; "factor": one an action dimension
+    aggregation, aggregation_constant   see `masking.aggregation_weights`
+    critic_warmup                       first rollouts on which only the critic learns
+    """
+
+    learning_rate: float = 3e-4
+    schedule: Schedule = "constant"
+    warmup: float = 0.0
+    epochs: int = 10
+    minibatch_size: int = 256
+    micro_batch_size: int | None = None
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    clip_range_high: float | None = None
+    dual_clip: float | None = None
+    value_clip_range: float | None = None
+    value_coef: float = 0.5
+    entropy_coef: float = 0.0
+    max_grad_norm: float = 0.5
+    target_kl: float | None = None
+    normalize_advantages: bool = True
+    ratio_level: Literal["decision", "factor"] = "decision"
+    aggregation: Aggregation = "decision"
+    aggregation_constant: float | None = None
+    critic_warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.minibatch_size < 1 or self.epochs < 1:
+            raise ValueError("ppo.minibatch_size and ppo.epochs must be at least 1")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError("ppo.micro_batch_size must be at least 1")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"ppo.dual_clip must be above 1, got {self.dual_clip}")
+        if not 0 < self.gamma <= 1 or not 0 <= self.gae_lambda <= 1:
+            raise ValueError("ppo.gamma must be in (0, 1] and ppo.gae_lambda in [0, 1]")
+        if self.aggregation == "constant" and self.aggregation_constant is None:
+            raise ValueError("ppo.aggregation 'constant' needs ppo.aggregation_constant")
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss or a gradient became NaN or infinite; the weights were left as they were before that step."""
+
+
+def policy_loss(
+    *,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Metrics]:
+    """PPO's clipped surrogate (1707.06347 eq. 7), to be minimised.
+
+    log_probs, old_log_probs, weights   [B, T] (a ratio a decision) or [B, T, F] (a ratio a factor)
+    advantages                          [B, T] or [B, T, 1]
+    clip_range_high                     upper half of the band where it differs ("clip-higher", 2503.14476)
+    dual_clip                           where the advantage is negative, at least dual_clip * advantage
+                                        (Ye 2020, 1912.09729 eq. 5)
+
+    Metrics, under the same weights: approx_kl (k3, nats), clip_fraction (where the clip takes the gradient away).
+    """
+    high = clip_range if clip_range_high is None else clip_range_high
+    log_ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = torch.exp(log_ratio)
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1.0 - clip_range, 1.0 + high) * advantages
+    surrogate = torch.minimum(unclipped, clipped)
+    if dual_clip is not None:
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+    loss = -(surrogate * weights).sum()
+    with torch.no_grad():
+        metrics = {
+            "approx_kl": ((ratio - 1.0 - log_ratio) * weights).sum(),
+            "clip_fraction": weights[clipped < unclipped].sum(),
+        }
+    return loss, metrics
+
+
+def value_loss(
+    *,
+    values: Tensor,
+    returns: Tensor,
+    weights: Tensor,
+    old_values: Tensor | None = None,
+    clip_range: float | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Squared error of the value, without the half (SB3's scale); all tensors [B, T].
+
+    With `clip_range` the larger of the plain error and that of the prediction clipped to within it of `old_values`
+    (as in the original PPO code). Metrics: value_clip_fraction where it clips.
+    """
+    error = (values - returns).square()
+    if clip_range is None:
+        return (error * weights).sum(), {}
+    if old_values is None:
+        raise ValueError("value clipping needs old_values")
+    moved = (values - old_values).clamp(-clip_range, clip_range)
+    clipped_error = (old_values + moved - returns).square()
+    fraction = weights[clipped_error.detach() > error.detach()].sum()
+    return (torch.maximum(error, clipped_error) * weights).sum(), {"value_clip_fraction": fraction}
+
+
+def ppo_loss(
+    *,
+    evaluation: Evaluation,
+    rollout: Rollout,
+    advantages: Tensor,
+    returns: Tensor | None,
+    weights: Tensor,
+    decision_weights: Tensor,
+    config: PPOConfig,
+    kl: KLConfig | None = None,
+    kl_coef: float = 0.0,
+    train_policy: bool = True,
+) -> tuple[Tensor, Metrics]:
+    """The whole loss of one micro-batch: policy + value_coef * value - entropy_coef * entropy + kl_coef * KL.
+
+    advantages, returns [B, T]; weights as `aggregation_weights` gives them at the ratio level ([B, T] or
+    [B, T, F]); decision_weights [B, T]. With train_policy False only the value term is left (critic warm-up).
+    """
+    loss = torch.zeros((), device=advantages.device)
+    metrics: Metrics = {}
+    if train_policy:
+        by_factor = weights.dim() == 3
+        factors = rollout.factor_mask
+
+        def level(tensor: Tensor) -> Tensor:
+            return tensor if by_factor else per_decision(tensor, factors)
+
+        loss, metrics = policy_loss(
+            log_probs=level(evaluation.log_probs),
+            old_log_probs=level(rollout.old_log_probs),
+            advantages=advantages.unsqueeze(-1) if by_factor else advantages,
+            weights=weights,
+            clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high,
+            dual_clip=config.dual_clip,
+        )
+        metrics["policy_loss"] = loss.detach()
+        entropy = (level(evaluation.entropy) * weights).sum()
+        metrics["entropy"] = entropy.detach()
+        if config.entropy_coef != 0.0:
+            loss = loss - config.entropy_coef * entropy
+        if kl is not None and kl.placement == "loss" and kl_coef != 0.0:
+            if rollout.ref_log_probs is None:
+                raise ValueError("a KL term in the loss needs ref_log_probs")
+            estimate = kl_estimate(
+                log_probs=evaluation.log_probs, ref_log_probs=rollout.ref_log_probs, estimator=kl.estimator
+            )
+            reference_kl = (per_decision(estimate, factors) * decision_weights).sum()
+            metrics["reference_kl"] = reference_kl.detach()
+            loss = loss + kl_coef * reference_kl
+    if evaluation.values is not None and returns is not None:
+        value, value_metrics = value_loss(
+            values=evaluation.values,
+            returns=returns,
+            weights=decision_weights,
+            old_values=rollout.values,
+            clip_range=config.value_clip_range,
+        )
+        metrics.update(value_metrics, value_loss=value.detach())
+        loss = loss + config.value_coef * value
+    return loss, metrics
+
+
+@dataclass(frozen=True)
+class _Minibatch:
+    """Rows of one optimizer step, their weights already over the whole step."""
+
+    rollout: Rollout
+    advantages: Tensor
+    returns: Tensor | None
+    weights: Tensor
+    decision_weights: Tensor
+
+    def micro_batches(self, size: int | None) -> list[_Minibatch]:
+        rows = self.rollout.shape[0]
+        if size is None or size >= rows:
+            return [self]
+        returns = [None] * -(-rows // size) if self.returns is None else self.returns.split(size)
+        parts = zip(
+            self.rollout.split(size),
+            self.advantages.split(size),
+            returns,
+            self.weights.split(size),
+            self.decision_weights.split(size),
+            strict=True,
+        )
+        return [_Minibatch(*part) for part in parts]
+
+
+def _minibatches(
+    rollout: Rollout, advantages: Tensor, returns: Tensor | None, config: PPOConfig, order: Tensor
+) -> list[_Minibatch]:
+    """One epoch's optimizer steps: rows in `order`, weights over each step's own decisions."""
+    size = config.minibatch_size
+    shuffled = rollout.select(order)
+    parts = shuffled.split(size)
+    advantage_parts = advantages[order].split(size)
+    return_parts = [None] * len(parts) if returns is None else returns[order].split(size)
+    minibatches = []
+    for part, advantage, wanted in zip(parts, advantage_parts, return_parts, strict=True):
+        def weights_of(factor_mask: Tensor | None, part: Rollout = part) -> Tensor:
+            return aggregation_weights(
+                mask=part.mask,
+                episode=part.episode,
+                aggregation=config.aggregation,
+                constant=config.aggregation_constant,
+                factor_mask=factor_mask,
+            )
+
+        decision_weights = weights_of(None)
+        weights = decision_weights
+        if config.ratio_level == "factor" and part.old_log_probs.dim() == 3:
+            everything = torch.ones_like(part.old_log_probs, dtype=torch.bool)
+            weights = weights_of(everything if part.factor_mask is None else part.factor_mask)
+        minibatches.append(_Minibatch(part, advantage, wanted, weights, decision_weights))
+    return minibatches
+
+
+def update(
+    *,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    advantages: Tensor,
+    returns: Tensor | None,
+    config: PPOConfig,
+    generator: torch.Generator | None = None,
+    kl: KLConfig | None = None,
+    kl_coef: float = 0.0,
+    train_policy: bool = True,
+    auxiliary: AuxiliaryLoss | None = None,
+) -> dict[str, float]:
+    """Improve the policy on one rollout: `config.epochs` passes of shuffled minibatches.
+
+    advantages, returns     [B, T] as `gae` gives them; returns None for a policy without a critic
+    generator               of the shuffling (CPU)
+    kl, kl_coef             a KL term in the loss, when kl.placement is "loss"; kl_coef is the controller's
+    train_policy            False = critic warm-up: only `policy.critic_parameters()` move
+    auxiliary               a supervised loss, called at every optimizer step and added to it (PPO-ptx,
+                            DAPG's demonstration term); not called during critic warm-up
+
+    Returns metrics averaged over the optimizer steps. Raises NonFiniteLoss before a step that would spoil the
+    weights.
+    """
+    if config.normalize_advantages:
+        advantages = normalize(advantages, rollout.mask)
+    history: list[Metrics] = []
+    with contextlib.nullcontext() if train_policy else only_critic(policy):
+        for _ in range(config.epochs):
+            order = torch.randperm(rollout.shape[0], generator=generator).to(rollout.mask.device)
+            done = 0
+            minibatches = _minibatches(rollout, advantages, returns, config, order)
+            for minibatch in minibatches:
+                optimizer.zero_grad(set_to_none=True)
+                metrics = _accumulate(policy, minibatch, config, kl, kl_coef, train_policy)
+                if train_policy:
+                    if auxiliary is not None:
+                        metrics.update(_backward_auxiliary(auxiliary))
+                    if config.target_kl is not None and metrics["approx_kl"] > 1.5 * config.target_kl:
+                        break
+                metrics["grad_norm"] = _step(optimizer, metrics, config.max_grad_norm)
+                history.append(metrics)
+                done += 1
+            if done < len(minibatches):
+                break
+    summary = _average(history)
+    summary["updates"] = float(len(history))
+    if rollout.values is not None and returns is not None:
+        summary["explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
+    return summary
+
+
+@contextlib.contextmanager
+def only_critic(policy: Policy) -> Iterator[None]:
+    """Within it, only `policy.critic_parameters()` require gradients; what required them before does after."""
+    critic = {id(parameter) for parameter in policy.critic_parameters()}
+    if not critic:
+        raise ValueError("critic warm-up needs a policy with a critic (critic_parameters() is empty)")
+    others = [p for p in policy.parameters() if p.requires_grad and id(p) not in critic]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def _backward_auxiliary(auxiliary: AuxiliaryLoss) -> Metrics:
+    loss, metrics = auxiliary()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return metrics
+
+
+def _step(optimizer: torch.optim.Optimizer, metrics: Metrics, max_grad_norm: float) -> Tensor:
+    """Clip the gradient and step; returns its norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if not math.isfinite(float(grad_norm)):
+        raise NonFiniteLoss(_describe(metrics, grad_norm))
+    optimizer.step()
+    return grad_norm
+
+
+def _accumulate(
+    policy: Policy,
+    minibatch: _Minibatch,
+    config: PPOConfig,
+    kl: KLConfig | None,
+    kl_coef: float,
+    train_policy: bool,
+) -> Metrics:
+    """Backward over the micro-batches of one optimizer step; the weights make the sum exact."""
+    totals: Metrics = {}
+    micro_batches = minibatch.micro_batches(config.micro_batch_size)
+    for part in micro_batches:
+        evaluation = policy.evaluate(part.rollout.observations, part.rollout.actions)
+        loss, metrics = ppo_loss(
+            evaluation=evaluation,
+            rollout=part.rollout,
+            advantages=part.advantages,
+            returns=part.returns,
+            weights=part.weights,
+            decision_weights=part.decision_weights,
+            config=config,
+            kl=kl,
+            kl_coef=kl_coef,
+            train_policy=train_policy,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        for name, value in metrics.items():
+            totals[name] = totals[name] + value if name in totals else value
+    return totals
+
+
+def _average(history: list[Metrics]) -> dict[str, float]:
+    """Mean of each metric over the optimizer steps that report it."""
+    names = {name: None for metrics in history for name in metrics}
+    return {
+        name: float(torch.stack([metrics[name] for metrics in history if name in metrics]).mean()) for name in names
+    }
+
+
+def _describe(metrics: Metrics, grad_norm: Tensor) -> str:
+    """Name the terms of a step that went wrong."""
+    terms = {name: float(value) for name, value in metrics.items()}
+    bad = [name for name, value in terms.items() if not math.isfinite(value)]
+    culprit = f"{', '.join(bad)} not finite" if bad else "the losses are finite, their gradient is not"
+    return f"NaN or infinity in the update: {culprit} (gradient norm {float(grad_norm):g})"
