@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from policy_core.kl import KLConfig, kl_estimate, per_decision
 from policy_core.masking import Aggregation, aggregation_weights, normalize
 from policy_core.policy import Evaluation, Policy
-from policy_core.returns import explained_variance
-from policy_core.rollout import Rollout
+from policy_core.rollout import Nested, Rollout, map_nested, split_rows
 from policy_core.schedules import Schedule
 
 Metrics = dict[str, Tensor]
@@ -113,16 +113,18 @@ def policy_loss(
     log_ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = torch.exp(log_ratio)
     unclipped = ratio * advantages
-    clipped = ratio.clamp(1.0 - clip_range, 1.0 + high) * advantages
-    surrogate = torch.minimum(unclipped, clipped)
-    if dual_clip is not None:
-        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
-    loss = -(surrogate * weights).sum()
-    with torch.no_grad():
+    with torch.no_grad():  # where a bound holds, the surrogate is that constant: min() without its costly gradient
+        bound = ratio.clamp(1.0 - clip_range, 1.0 + high) * advantages
+        clips = bound < unclipped
+        if dual_clip is not None:
+            floor = dual_clip * advantages
+            sinks = (advantages < 0) & (torch.minimum(unclipped, bound) < floor)
+            bound, clips = torch.where(sinks, floor, bound), clips | sinks
         metrics = {
             "approx_kl": ((ratio - 1.0 - log_ratio) * weights).sum(),
-            "clip_fraction": weights[clipped < unclipped].sum(),
+            "clip_fraction": (clips * weights).sum(),
         }
+    loss = -(torch.where(clips, bound, unclipped) * weights).sum()
     return loss, metrics
 
 
@@ -139,25 +141,41 @@ def value_loss(
     With `clip_range` the larger of the plain error and that of the prediction clipped to within it of `old_values`
     (as in the original PPO code). Metrics: value_clip_fraction where it clips.
     """
-    error = (values - returns).square()
+    error = F.mse_loss(values, returns, reduction="none")
     if clip_range is None:
         return (error * weights).sum(), {}
     if old_values is None:
         raise ValueError("value clipping needs old_values")
     moved = (values - old_values).clamp(-clip_range, clip_range)
-    clipped_error = (old_values + moved - returns).square()
-    fraction = weights[clipped_error.detach() > error.detach()].sum()
+    clipped_error = F.mse_loss(old_values + moved, returns, reduction="none")
+    fraction = ((clipped_error > error) * weights).sum()
     return (torch.maximum(error, clipped_error) * weights).sum(), {"value_clip_fraction": fraction}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the losses read of a rollout: the rows of one optimizer step, or a micro-batch of them.
+
+    weights (at the ratio level) and decision_weights have the whole step's denominators, so the losses and metrics
+    of micro-batches add up. [B, T] but where said; `level` is [B, T] or [B, T, F].
+    """
+
+    observations: Nested
+    actions: Nested
+    old_log_probs: Tensor  # level
+    advantages: Tensor
+    weights: Tensor  # level
+    decision_weights: Tensor
+    returns: Tensor | None = None
+    old_values: Tensor | None = None
+    factor_mask: Tensor | None = None  # [B, T, F]
+    ref_log_probs: Tensor | None = None  # [B, T] or [B, T, F], per factor where the policy's are
 
 
 def ppo_loss(
     *,
     evaluation: Evaluation,
-    rollout: Rollout,
-    advantages: Tensor,
-    returns: Tensor | None,
-    weights: Tensor,
-    decision_weights: Tensor,
+    batch: Batch,
     config: PPOConfig,
     kl: KLConfig | None = None,
     kl_coef: float = 0.0,
@@ -165,47 +183,47 @@ def ppo_loss(
 ) -> tuple[Tensor, Metrics]:
     """The whole loss of one micro-batch: policy + value_coef * value - entropy_coef * entropy + kl_coef * KL.
 
-    advantages, returns [B, T]; weights as `aggregation_weights` gives them at the ratio level ([B, T] or
-    [B, T, F]); decision_weights [B, T]. With train_policy False only the value term is left (critic warm-up).
+    With train_policy False only the value term is left (critic warm-up). Metrics: policy_loss, approx_kl,
+    clip_fraction, entropy (nats per decision, or per factor at that ratio level), reference_kl, value_loss.
     """
-    loss = torch.zeros((), device=advantages.device)
+    loss = batch.advantages.new_zeros(())
     metrics: Metrics = {}
     if train_policy:
-        by_factor = weights.dim() == 3
-        factors = rollout.factor_mask
+        by_factor = batch.weights.dim() == 3
 
         def level(tensor: Tensor) -> Tensor:
-            return tensor if by_factor else per_decision(tensor, factors)
+            return tensor if by_factor else per_decision(tensor, batch.factor_mask)
 
         loss, metrics = policy_loss(
             log_probs=level(evaluation.log_probs),
-            old_log_probs=level(rollout.old_log_probs),
-            advantages=advantages.unsqueeze(-1) if by_factor else advantages,
-            weights=weights,
+            old_log_probs=batch.old_log_probs,
+            advantages=batch.advantages.unsqueeze(-1) if by_factor else batch.advantages,
+            weights=batch.weights,
             clip_range=config.clip_range,
             clip_range_high=config.clip_range_high,
             dual_clip=config.dual_clip,
         )
         metrics["policy_loss"] = loss.detach()
-        entropy = (level(evaluation.entropy) * weights).sum()
+        with contextlib.nullcontext() if config.entropy_coef != 0.0 else torch.no_grad():
+            entropy = (level(evaluation.entropy) * batch.weights).sum()
         metrics["entropy"] = entropy.detach()
         if config.entropy_coef != 0.0:
             loss = loss - config.entropy_coef * entropy
         if kl is not None and kl.placement == "loss" and kl_coef != 0.0:
-            if rollout.ref_log_probs is None:
+            if batch.ref_log_probs is None:
                 raise ValueError("a KL term in the loss needs ref_log_probs")
             estimate = kl_estimate(
-                log_probs=evaluation.log_probs, ref_log_probs=rollout.ref_log_probs, estimator=kl.estimator
+                log_probs=evaluation.log_probs, ref_log_probs=batch.ref_log_probs, estimator=kl.estimator
             )
-            reference_kl = (per_decision(estimate, factors) * decision_weights).sum()
+            reference_kl = (per_decision(estimate, batch.factor_mask) * batch.decision_weights).sum()
             metrics["reference_kl"] = reference_kl.detach()
             loss = loss + kl_coef * reference_kl
-    if evaluation.values is not None and returns is not None:
+    if evaluation.values is not None and batch.returns is not None:
         value, value_metrics = value_loss(
             values=evaluation.values,
-            returns=returns,
-            weights=decision_weights,
-            old_values=rollout.values,
+            returns=batch.returns,
+            weights=batch.decision_weights,
+            old_values=batch.old_values,
             clip_range=config.value_clip_range,
         )
         metrics.update(value_metrics, value_loss=value.detach())
@@ -213,59 +231,67 @@ def ppo_loss(
     return loss, metrics
 
 
-@dataclass(frozen=True)
-class _Minibatch:
-    """Rows of one optimizer step, their weights already over the whole step."""
+def make_batches(
+    rollout: Rollout,
+    *,
+    advantages: Tensor,
+    returns: Tensor | None,
+    config: PPOConfig,
+    order: Tensor,
+    with_reference: bool = False,
+) -> list[Batch]:
+    """One epoch's optimizer steps: the rows in `order` ([B] int), cut into minibatches.
 
-    rollout: Rollout
-    advantages: Tensor
-    returns: Tensor | None
-    weights: Tensor
-    decision_weights: Tensor
+    Weights are over each step's own decisions; old log-probs are brought to the ratio level.
+    """
+    old_log_probs, factor_mask = rollout.old_log_probs, rollout.factor_mask
+    if config.ratio_level == "decision":
+        old_log_probs = per_decision(old_log_probs, factor_mask)
+    elif old_log_probs.dim() == 3 and factor_mask is None:
+        factor_mask = torch.ones_like(old_log_probs, dtype=torch.bool)
+    columns: dict[str, Nested | None] = {
+        "observations": rollout.observations,
+        "actions": rollout.actions,
+        "old_log_probs": old_log_probs,
+        "advantages": advantages,
+        "returns": returns,
+        "old_values": rollout.values if config.value_clip_range is not None else None,
+        "factor_mask": factor_mask,
+        "ref_log_probs": rollout.ref_log_probs if with_reference else None,
+        "mask": rollout.mask,
+        "episode": rollout.episode,
+    }
+    shuffled = {
+        name: map_nested(lambda tensor: tensor.index_select(0, order), column)
+        for name, column in columns.items()
+        if column is not None
+    }
+    batches = []
+    for part in split_rows(shuffled, config.minibatch_size):
+        mask, episode = part.pop("mask"), part.pop("episode")
 
-    def micro_batches(self, size: int | None) -> list[_Minibatch]:
-        rows = self.rollout.shape[0]
-        if size is None or size >= rows:
-            return [self]
-        returns = [None] * -(-rows // size) if self.returns is None else self.returns.split(size)
-        parts = zip(
-            self.rollout.split(size),
-            self.advantages.split(size),
-            returns,
-            self.weights.split(size),
-            self.decision_weights.split(size),
-            strict=True,
-        )
-        return [_Minibatch(*part) for part in parts]
-
-
-def _minibatches(
-    rollout: Rollout, advantages: Tensor, returns: Tensor | None, config: PPOConfig, order: Tensor
-) -> list[_Minibatch]:
-    """One epoch's optimizer steps: rows in `order`, weights over each step's own decisions."""
-    size = config.minibatch_size
-    shuffled = rollout.select(order)
-    parts = shuffled.split(size)
-    advantage_parts = advantages[order].split(size)
-    return_parts = [None] * len(parts) if returns is None else returns[order].split(size)
-    minibatches = []
-    for part, advantage, wanted in zip(parts, advantage_parts, return_parts, strict=True):
-        def weights_of(factor_mask: Tensor | None, part: Rollout = part) -> Tensor:
+        def weights_of(factors: Tensor | None, mask: Tensor = mask, episode: Tensor = episode) -> Tensor:
             return aggregation_weights(
-                mask=part.mask,
-                episode=part.episode,
+                mask=mask,
+                episode=episode,
                 aggregation=config.aggregation,
                 constant=config.aggregation_constant,
-                factor_mask=factor_mask,
+                factor_mask=factors,
             )
 
         decision_weights = weights_of(None)
-        weights = decision_weights
-        if config.ratio_level == "factor" and part.old_log_probs.dim() == 3:
-            everything = torch.ones_like(part.old_log_probs, dtype=torch.bool)
-            weights = weights_of(everything if part.factor_mask is None else part.factor_mask)
-        minibatches.append(_Minibatch(part, advantage, wanted, weights, decision_weights))
-    return minibatches
+        by_factor = part["old_log_probs"].dim() == 3
+        weights = weights_of(part["factor_mask"]) if by_factor else decision_weights
+        batches.append(Batch(**part, weights=weights, decision_weights=decision_weights))
+    return batches
+
+
+def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
+    """The batch in pieces of at most `size` rows, or whole."""
+    if size is None or size >= batch.advantages.shape[0]:
+        return [batch]
+    present = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return [Batch(**part) for part in split_rows({n: v for n, v in present.items() if v is not None}, size)]
 
 
 def update(
@@ -296,15 +322,23 @@ def update(
     """
     if config.normalize_advantages:
         advantages = normalize(advantages, rollout.mask)
+    with_reference = kl is not None and kl.placement == "loss" and kl_coef != 0.0
     history: list[Metrics] = []
     with contextlib.nullcontext() if train_policy else only_critic(policy):
         for _ in range(config.epochs):
             order = torch.randperm(rollout.shape[0], generator=generator).to(rollout.mask.device)
             done = 0
-            minibatches = _minibatches(rollout, advantages, returns, config, order)
-            for minibatch in minibatches:
+            batches = make_batches(
+                rollout,
+                advantages=advantages,
+                returns=returns,
+                config=config,
+                order=order,
+                with_reference=with_reference,
+            )
+            for batch in batches:
                 optimizer.zero_grad(set_to_none=True)
-                metrics = _accumulate(policy, minibatch, config, kl, kl_coef, train_policy)
+                metrics = _accumulate(policy, batch, config, kl, kl_coef, train_policy)
                 if train_policy:
                     if auxiliary is not None:
                         metrics.update(_backward_auxiliary(auxiliary))
@@ -313,12 +347,10 @@ def update(
                 metrics["grad_norm"] = _step(optimizer, metrics, config.max_grad_norm)
                 history.append(metrics)
                 done += 1
-            if done < len(minibatches):
+            if done < len(batches):
                 break
     summary = _average(history)
     summary["updates"] = float(len(history))
-    if rollout.values is not None and returns is not None:
-        summary["explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
     return summary
 
 
@@ -345,35 +377,29 @@ def _backward_auxiliary(auxiliary: AuxiliaryLoss) -> Metrics:
 
 
 def _step(optimizer: torch.optim.Optimizer, metrics: Metrics, max_grad_norm: float) -> Tensor:
-    """Clip the gradient and step; returns its norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    if not math.isfinite(float(grad_norm)):
-        raise NonFiniteLoss(_describe(metrics, grad_norm))
+    """Clip the gradient to a global norm and step; returns the norm before clipping."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    norm = float(grad_norm)
+    if not math.isfinite(norm):
+        raise NonFiniteLoss(_describe(metrics, norm))
+    if norm > max_grad_norm:
+        for gradient in gradients:
+            gradient.mul_(max_grad_norm / (norm + 1e-6))
     optimizer.step()
     return grad_norm
 
 
 def _accumulate(
-    policy: Policy,
-    minibatch: _Minibatch,
-    config: PPOConfig,
-    kl: KLConfig | None,
-    kl_coef: float,
-    train_policy: bool,
+    policy: Policy, batch: Batch, config: PPOConfig, kl: KLConfig | None, kl_coef: float, train_policy: bool
 ) -> Metrics:
     """Backward over the micro-batches of one optimizer step; the weights make the sum exact."""
     totals: Metrics = {}
-    micro_batches = minibatch.micro_batches(config.micro_batch_size)
-    for part in micro_batches:
-        evaluation = policy.evaluate(part.rollout.observations, part.rollout.actions)
+    for part in micro_batches(batch, config.micro_batch_size):
+        evaluation = policy.evaluate(part.observations, part.actions)
         loss, metrics = ppo_loss(
             evaluation=evaluation,
-            rollout=part.rollout,
-            advantages=part.advantages,
-            returns=part.returns,
-            weights=part.weights,
-            decision_weights=part.decision_weights,
+            batch=part,
             config=config,
             kl=kl,
             kl_coef=kl_coef,
@@ -393,9 +419,9 @@ def _average(history: list[Metrics]) -> dict[str, float]:
     }
 
 
-def _describe(metrics: Metrics, grad_norm: Tensor) -> str:
+def _describe(metrics: Metrics, grad_norm: float) -> str:
     """Name the terms of a step that went wrong."""
     terms = {name: float(value) for name, value in metrics.items()}
     bad = [name for name, value in terms.items() if not math.isfinite(value)]
     culprit = f"{', '.join(bad)} not finite" if bad else "the losses are finite, their gradient is not"
-    return f"NaN or infinity in the update: {culprit} (gradient norm {float(grad_norm):g})"
+    return f"NaN or infinity in the update: {culprit} (gradient norm {grad_norm:g})"

@@ -79,9 +79,7 @@ def episode_returns(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     return returns, index, group
 
 
-def fold_chunk(
-    *, rewards: Tensor, executed: Tensor, gamma: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def fold_chunk(*, rewards: Tensor, executed: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
     """Make one decision of a chunk of k steps of which the first j were executed (the episode may end inside).
 
     rewards     [..., k] of the single steps; what lies beyond `executed` is ignored

@@ -31,6 +31,14 @@ def leaves(nested: Nested) -> list[Tensor]:
     return [leaf for value in nested.values() for leaf in leaves(value)]
 
 
+def split_rows(nested: Nested, size: int) -> list[Any]:
+    """Views of consecutive blocks of at most `size` rows, each with the structure of `nested`."""
+    if isinstance(nested, Tensor):
+        return list(nested.split(size))
+    columns = [split_rows(value, size) for value in nested.values()]
+    return [dict(zip(nested, blocks, strict=True)) for blocks in zip(*columns, strict=True)]
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Decisions of a policy and what came of them; all tensors lead with [B, T].
@@ -81,7 +89,16 @@ class Rollout:
             for leaf in leaves(getattr(self, name)):
                 if leaf.shape[:2] != shape:
                     raise ValueError(f"{name} must lead with {tuple(shape)}, got {tuple(leaf.shape)}")
-        for name in ("terminated", "truncated", "mask", "discount", "episode", "values", "next_values", "group"):
+        for name in (
+            "terminated",
+            "truncated",
+            "mask",
+            "discount",
+            "episode",
+            "values",
+            "next_values",
+            "group",
+        ):
             tensor = getattr(self, name)
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
@@ -120,14 +137,6 @@ class Rollout:
         """The rollout of the given rows, [N] int."""
         return self._map(lambda tensor: tensor.index_select(0, rows))
 
-    def split(self, size: int) -> list[Rollout]:
-        """Views of consecutive blocks of at most `size` rows."""
-        parts: dict[str, list[Any]] = {}
-        for name, value in self._present().items():
-            parts[name] = _split_nested(value, size)
-        count = len(parts["rewards"])
-        return [Rollout(**{name: blocks[i] for name, blocks in parts.items()}) for i in range(count)]
-
     def decisions(self) -> Rollout:
         """Every counted decision as a row of its own, [N, 1]: for policies that judge decisions one by one.
 
@@ -148,14 +157,6 @@ class Rollout:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Rollout:
         return Rollout(**{name: map_nested(function, value) for name, value in self._present().items()})
-
-
-def _split_nested(nested: Nested, size: int) -> list[Any]:
-    if isinstance(nested, Tensor):
-        return list(nested.split(size))
-    parts = {name: _split_nested(value, size) for name, value in nested.items()}
-    count = len(next(iter(parts.values())))
-    return [{name: blocks[i] for name, blocks in parts.items()} for i in range(count)]
 
 
 def next_decision(mask: Tensor) -> Tensor:
@@ -195,9 +196,7 @@ def credit_decisions(rollout: Rollout) -> Rollout:
         return kept.scatter_add(1, target, stray_part)
 
     zero = torch.zeros_like(rollout.rewards)
-    rewards = moved(
-        torch.where(rollout.mask, rollout.rewards, zero), torch.where(moves, rollout.rewards, zero)
-    )
+    rewards = moved(torch.where(rollout.mask, rollout.rewards, zero), torch.where(moves, rollout.rewards, zero))
     flags = {
         name: moved((flag & rollout.mask).long(), (flag & moves).long()) > 0
         for name, flag in (("terminated", rollout.terminated), ("truncated", rollout.truncated))

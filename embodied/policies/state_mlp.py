@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from torch.nn import Parameter
 from embodied.normalization import ObservationNormalizer
 from experiment.errors import UserError
 from policy_core.distributions import Categorical, DiagonalGaussian
+from policy_core.networks import StackedMLP, head
 from policy_core.policy import Evaluation
 
 Array = NDArray[np.float32]
@@ -44,77 +46,41 @@ class Spaces:
     discrete: bool = False
 
 
-def fast_tanh(values: Tensor) -> Tensor:
-    """tanh as 2 sigmoid(2x) - 1, to 2e-7: on a CPU torch's float32 tanh costs five times its sigmoid."""
-    return torch.sigmoid(values * 2.0) * 2.0 - 1.0
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": fast_tanh, "relu": torch.relu}
-
-
-class MLP(nn.Module):
-    """Linear layers with an activation between them; orthogonal weights (gain sqrt 2, `output_gain` last)."""
-
-    def __init__(self, sizes: tuple[int, ...], *, activation: str, output_gain: float) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
-        self.activation = ACTIVATIONS[activation]
-        for layer in self.linear_layers():
-            gain = output_gain if layer is self.layers[-1] else math.sqrt(2)
-            nn.init.orthogonal_(layer.weight, gain)
-            nn.init.zeros_(layer.bias)
-
-    def linear_layers(self) -> list[nn.Linear]:
-        """From input to output."""
-        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[..., sizes[0]] -> [..., sizes[-1]]."""
-        *hidden, last = self.linear_layers()
-        for layer in hidden:
-            inputs = self.activation(F.linear(inputs, layer.weight, layer.bias))
-        return F.linear(inputs, last.weight, last.bias)
-
-
 class StatePolicy(nn.Module):
     """Observations [..., D] -> actions [..., A] (or [...] int if discrete) and values [...]."""
 
     def __init__(self, spaces: Spaces, config: StatePolicyConfig) -> None:
         super().__init__()
         self.spaces, self.config = spaces, config
-        trunk = (spaces.observation_size, *config.hidden)
-        self.actor = MLP((*trunk, spaces.action_size), activation=config.activation, output_gain=0.01)
-        self.critic = MLP((*trunk, 1), activation=config.activation, output_gain=1.0)
+        self.trunks = StackedMLP(2, (spaces.observation_size, *config.hidden), activation=config.activation)
+        self.actor = head(config.hidden[-1], spaces.action_size, gain=0.01)
+        self.critic = head(config.hidden[-1], 1, gain=1.0)
         if not spaces.discrete:
             self.log_std = Parameter(torch.full((spaces.action_size,), config.log_std))
         self.normalizer = ObservationNormalizer(spaces.observation_size)
 
-    def actor_parameters(self) -> Iterator[Parameter]:
-        """The actor's, its log_std among them."""
-        yield from self.actor.parameters()
-        if not self.spaces.discrete:
-            yield self.log_std
-
     def critic_parameters(self) -> Iterator[Parameter]:
-        """The critic's."""
+        """Those of the critic; the actor's trunk is stacked with its trunk, but gets no gradient from a value."""
+        yield from self.trunks.parameters()
         yield from self.critic.parameters()
 
-    def distribution(self, observations: Tensor) -> DiagonalGaussian | Categorical:
-        """Of actions, given raw observations [..., D]."""
-        outputs = self.actor(self.normalizer(observations))
-        return Categorical(outputs) if self.spaces.discrete else DiagonalGaussian(outputs, self.log_std)
+    def forward(self, observations: Tensor) -> tuple[DiagonalGaussian | Categorical, Tensor]:
+        """Raw observations [..., D] -> distribution of actions [...] and values [...]."""
+        leading = observations.shape[:-1]
+        actor_features, critic_features = self.trunks(self.normalizer(observations).flatten(0, -2))
+        outputs = F.linear(actor_features, self.actor.weight, self.actor.bias).view(*leading, -1)
+        values = F.linear(critic_features, self.critic.weight, self.critic.bias).view(leading)
+        return (Categorical(outputs) if self.spaces.discrete else DiagonalGaussian(outputs, self.log_std)), values
 
     def evaluate(self, observations: Tensor, actions: Tensor) -> Evaluation:
         """observations [B, T, D], actions [B, T, A] ([B, T] if discrete); log-probs [B, T, A] ([B, T])."""
-        normalized = self.normalizer(observations)
-        outputs = self.actor(normalized)
-        head = Categorical(outputs) if self.spaces.discrete else DiagonalGaussian(outputs, self.log_std)
-        return Evaluation(head.log_prob(actions), head.entropy(), self.critic(normalized).squeeze(-1))
+        distribution, values = self(observations)
+        return Evaluation(distribution.log_prob(actions), distribution.entropy(), values)
 
     @torch.no_grad()
     def values(self, observations: Tensor) -> Tensor:
         """[..., D] -> [...]."""
-        return self.critic(self.normalizer(observations)).squeeze(-1)
+        return self(observations)[1]
 
     def learn_normalization(self, observations: Tensor) -> None:
         """Take raw observations [N, D] into the normaliser, unless the configuration switches it off."""
@@ -158,9 +124,11 @@ class NumpyActor:
     def __init__(self, spaces: Spaces, config: StatePolicyConfig) -> None:
         self.spaces, self.config = spaces, config
         sizes = (spaces.observation_size, *config.hidden, spaces.action_size)
-        self._shapes = [
-            shape for i, o in zip(sizes[:-1], sizes[1:], strict=True) for shape in ((i, o), (o,))
-        ] + [(spaces.action_size,), (spaces.observation_size,), (spaces.observation_size,)]
+        self._shapes = [shape for i, o in itertools.pairwise(sizes) for shape in ((i, o), (o,))] + [
+            (spaces.action_size,),
+            (spaces.observation_size,),
+            (spaces.observation_size,),
+        ]
         self.size = sum(math.prod(shape) for shape in self._shapes)
         self._arrays = self._split(np.zeros(self.size, np.float32))
 
@@ -176,9 +144,15 @@ class NumpyActor:
     def export(self, policy: StatePolicy, weights: Array) -> None:
         """Write the actor of `policy` into `weights` [size]."""
         log_std = torch.zeros(self.spaces.action_size) if self.spaces.discrete else policy.log_std
+        hidden = [tensor for i in range(len(self.config.hidden)) for tensor in policy.trunks.layer(i, 0)]
         tensors = [
-            tensor for layer in policy.actor.linear_layers() for tensor in (layer.weight.t(), layer.bias)
-        ] + [log_std, policy.normalizer.scale, policy.normalizer.offset]
+            *hidden,
+            policy.actor.weight.t(),
+            policy.actor.bias,
+            log_std,
+            policy.normalizer.scale,
+            policy.normalizer.offset,
+        ]
         for array, tensor in zip(self._split(weights), tensors, strict=True):
             array[:] = tensor.numpy()
 
