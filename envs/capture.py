@@ -1,0 +1,293 @@
+"""The complete state of an environment as a tree of numpy arrays and scalars, and back, bit for bit.
+
+Three kinds of state are read from every layer (wrappers and the environment itself):
+
+MuJoCo data   the integration state (time, qpos, qvel, act, controls, warm start, mocap, history, ...) and all
+              fixed-size derived arrays. The latter matter because after `mj_step` positions of bodies and
+              sites still describe the *start* of the last substep: computing them afresh gives other bits,
+              and environments read them (palm and handle of the Adroit door, the torso of the Ant).
+              Contact and constraint lists are not kept; the next step computes them before it uses them.
+MuJoCo model  the fields, also those of `opt`, that differ from the model as it was made: resets may move
+              bodies, randomization may change masses.
+attributes    None, numbers, strings, numpy arrays and generators, and lists, tuples, dicts and plain objects
+              of these. An array that is a view of another is written in place, others are replaced; two names
+              for one object become two objects.
+
+Spaces, specs, functions, classes, modules and MuJoCo's renderer are taken as constant. Anything else (a Box2D
+world, a socket, a queue) cannot be read: `obstacle` names it.
+"""
+
+import enum
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gymnasium
+import mujoco
+import numpy as np
+from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+from gymnasium.envs.registration import EnvSpec
+
+_INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION
+_CONSTANT = (
+    gymnasium.Space,
+    EnvSpec,
+    MujocoRenderer,
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    functools.partial,
+)
+# what a layer holds besides its own state: the next layer, and the arguments that it was made with
+_NOT_STATE = {"env", "_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs"}
+_COLLISION_TREE = "bvh_"  # arrays that only speed up collision detection
+_DEEPEST = 6
+_PYTHON_CLASS = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE
+
+
+class _UnreadableError(Exception):
+    """An attribute holds something that has no known state; the message names it."""
+
+
+def model_fields(model: mujoco.MjModel) -> dict[str, np.ndarray]:
+    """Copies of all numeric fields of the model and, as 'opt.NAME', of its options."""
+    fields = {name: value.copy() for name, value in _arrays(model)}
+    for name in _public_names(type(model.opt)):
+        value = getattr(model.opt, name)
+        if isinstance(value, (bool, int, float, np.ndarray)):
+            fields[f"opt.{name}"] = np.array(value)
+    return fields
+
+
+def nominal_fields(env: gymnasium.Env[Any, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """'layer.attribute' -> fields of each MuJoCo model of `env`, to be read before its first reset."""
+    return {
+        f"{depth}.{name}": model_fields(value)
+        for depth, layer in enumerate(_layers(env))
+        for name, value in vars(layer).items()
+        if isinstance(value, mujoco.MjModel)
+    }
+
+
+def obstacle(env: gymnasium.Env[Any, Any]) -> str | None:
+    """None if the state of `env` can be captured, else one line that names what cannot be read."""
+    try:
+        capture(env, nominal_fields(env))
+    except _UnreadableError as error:
+        return str(error)
+    return None
+
+
+def capture(env: gymnasium.Env[Any, Any], nominal: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """The state of each layer of `env`, outermost first. Call it only where `obstacle` is None."""
+    return [
+        _read_attributes(layer, f"{type(layer).__name__}.", str(depth), nominal, frozenset())
+        for depth, layer in enumerate(_layers(env))
+    ]
+
+
+def restore(
+    env: gymnasium.Env[Any, Any],
+    state: list[dict[str, Any]],
+    nominal: Mapping[str, Mapping[str, np.ndarray]],
+) -> None:
+    """Put back what `capture` read. Raises ValueError when the state is of another kind of environment."""
+    layers = list(_layers(env))
+    if len(layers) != len(state):
+        raise ValueError(f"the state has {len(state)} layers, environment {env} has {len(layers)}")
+    for depth, (layer, attributes) in enumerate(zip(layers, state, strict=True)):
+        for name, node in attributes.items():
+            kind = node.get("kind") if isinstance(node, dict) else None
+            if kind == "model":
+                _write_model(getattr(layer, name), node["fields"], nominal[f"{depth}.{name}"])
+        # a data object is written after the model that its derived quantities depend on
+        for name, node in attributes.items():
+            kind = node.get("kind") if isinstance(node, dict) else None
+            if kind != "model":
+                _write_attribute(layer, name, node)
+
+
+def _layers(env: gymnasium.Env[Any, Any]) -> Iterator[gymnasium.Env[Any, Any]]:
+    while isinstance(env, gymnasium.Wrapper):
+        yield env
+        env = env.env
+    yield env
+
+
+def _public_names(cls: type) -> Iterator[str]:
+    return (name for name in dir(cls) if not name.startswith("_"))
+
+
+def _arrays(struct: mujoco.MjModel | mujoco.MjData) -> Iterator[tuple[str, np.ndarray]]:
+    for name in _public_names(type(struct)):
+        if not name.startswith(_COLLISION_TREE):
+            value = getattr(struct, name)
+            if isinstance(value, np.ndarray) and value.size:
+                yield name, value
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+# A node is a plain value (None, bool, int, float, str, array), or {"kind": ..., ...}.
+
+
+def _read_attributes(
+    owner: object,
+    path: str,
+    depth: str,
+    nominal: Mapping[str, Mapping[str, np.ndarray]],
+    above: frozenset[int],
+) -> dict[str, Any]:
+    nodes: dict[str, Any] = {}
+    for name, value in vars(owner).items():
+        if name in _NOT_STATE or isinstance(value, _CONSTANT):
+            continue
+        if isinstance(value, mujoco.MjModel):
+            key = f"{depth}.{name}"
+            if key not in nominal:
+                raise _UnreadableError(
+                    f"{path}{name}: a MuJoCo model inside a helper object, or made after the environment"
+                )
+            nodes[name] = {"kind": "model", "fields": _changed_fields(value, nominal[key])}
+        else:
+            nodes[name] = _read(value, path + name, above)
+    return nodes
+
+
+def _changed_fields(model: mujoco.MjModel, nominal: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        name: value
+        for name, value in model_fields(model).items()
+        if not np.array_equal(value, nominal[name], equal_nan=value.dtype.kind == "f")
+    }
+
+
+def _read(value: Any, path: str, above: frozenset[int]) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return value.copy()
+    if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+        return {"kind": "scalar", "value": np.array([value])}
+    if isinstance(value, np.random.Generator):
+        return {"kind": "generator", "value": value.bit_generator.state}
+    if isinstance(value, mujoco.MjData):
+        return {"kind": "data", **_read_data(value)}
+    if len(above) >= _DEEPEST or id(value) in above:
+        raise _UnreadableError(f"{path}: nested too deeply, or within itself")
+    above = above | {id(value)}
+    if type(value) in (list, tuple):
+        items = [_read(item, f"{path}[{i}]", above) for i, item in enumerate(value)]
+        return {"kind": type(value).__name__, "items": items}
+    if type(value) is dict:
+        if any(type(key) not in (str, int) for key in value):
+            raise _UnreadableError(f"{path}: a dict whose keys are neither strings nor integers")
+        return {
+            "kind": "dict",
+            "items": {key: _read(v, f"{path}[{key!r}]", above) for key, v in value.items()},
+        }
+    if _is_plain_object(value):
+        entries = _read_attributes(value, f"{path}.", "", {}, above)
+        return {"kind": "object", "class": type(value).__qualname__, "items": entries}
+    raise _UnreadableError(f"{path}: {type(value).__module__}.{type(value).__qualname__} has no readable state")
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether everything the object knows is in its `__dict__`: no slots, no part written in C."""
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, enum.Enum)
+        and all(
+            cls.__flags__ & _PYTHON_CLASS and not vars(cls).get("__slots__")
+            for cls in type(value).__mro__
+            if cls is not object
+        )
+    )
+
+
+def _read_data(data: mujoco.MjData) -> dict[str, Any]:
+    integration = np.empty(mujoco.mj_stateSize(data.model, _INTEGRATION))
+    mujoco.mj_getState(data.model, data, integration, _INTEGRATION)
+    fixed_size = [name for name, _ in _arrays(mujoco.MjData(data.model))]  # without contacts the others are empty
+    return {"integration": integration, "derived": {name: getattr(data, name).copy() for name in fixed_size}}
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def _write_attribute(owner: object, name: str, node: Any) -> None:
+    # through __dict__, since frozen dataclasses refuse setattr
+    vars(owner)[name] = _write(vars(owner).get(name), node)
+
+
+def _write(current: Any, node: Any) -> Any:
+    """The value that `node` describes, reusing `current` where others may hold references to it."""
+    if isinstance(node, np.ndarray):
+        in_place = isinstance(current, np.ndarray) and current.base is not None and current.flags.writeable
+        if in_place and current.shape == node.shape and current.dtype == node.dtype:
+            current[...] = node
+            return current
+        return node.copy()
+    if not isinstance(node, dict):
+        return node
+    match node["kind"]:
+        case "scalar":
+            return node["value"][0]
+        case "generator":
+            return _write_generator(current, node["value"])
+        case "data":
+            return _write_data(current, node)
+        case "list" | "tuple" as kind:
+            present = current if isinstance(current, (list, tuple)) else ()
+            items = [_write(present[i] if i < len(present) else None, item) for i, item in enumerate(node["items"])]
+            return items if kind == "list" else tuple(items)
+        case "dict":
+            named = current if isinstance(current, dict) else {}
+            return {key: _write(named.get(key), item) for key, item in node["items"].items()}
+        case "object":
+            if type(current).__qualname__ != node["class"]:
+                raise ValueError(f"the state holds a {node['class']} where there is {type(current).__name__}")
+            for name, item in node["items"].items():
+                _write_attribute(current, name, item)
+            return current
+        case kind:
+            raise ValueError(f"unknown kind of state {kind!r}")
+
+
+def _write_generator(current: np.random.Generator | None, state: dict[str, Any]) -> np.random.Generator:
+    bit_generator = getattr(np.random, state["bit_generator"])()
+    bit_generator.state = state
+    if current is None or type(current.bit_generator) is not type(bit_generator):
+        return np.random.Generator(bit_generator)
+    current.bit_generator.state = state
+    return current
+
+
+def _write_data(data: mujoco.MjData, node: Mapping[str, Any]) -> mujoco.MjData:
+    model, integration = data.model, node["integration"]
+    if integration.shape != (mujoco.mj_stateSize(model, _INTEGRATION),):
+        raise ValueError(f"the MuJoCo state has {integration.size} numbers, which is not this model's size")
+    mujoco.mj_setState(model, data, integration, _INTEGRATION)
+    mujoco.mj_forward(model, data)  # for what is not kept: contacts and constraints
+    mujoco.mj_setState(model, data, integration, _INTEGRATION)  # mj_forward moves the warm start
+    for name, value in node["derived"].items():
+        getattr(data, name)[...] = value
+    return data
+
+
+def _write_model(
+    model: mujoco.MjModel, changed: Mapping[str, np.ndarray], nominal: Mapping[str, np.ndarray]
+) -> None:
+    for name, present in model_fields(model).items():
+        value = changed.get(name, nominal[name])
+        if value.shape != present.shape:
+            raise ValueError(f"model field {name} has shape {present.shape}, the state's is {value.shape}")
+        if np.array_equal(value, present, equal_nan=value.dtype.kind == "f"):
+            continue
+        owner, field = (model.opt, name.removeprefix("opt.")) if name.startswith("opt.") else (model, name)
+        if value.ndim:
+            getattr(owner, field)[...] = value
+        else:
+            setattr(owner, field, value.item())
