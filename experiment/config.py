@@ -150,9 +150,7 @@ class _Builder:
         if candidates:
             return f"unknown key; did you mean {candidates[0]}?"
         return (
-            f"unknown key; the keys here are {', '.join(here)}"
-            if here
-            else "unknown key; there are no keys here"
+            f"unknown key; the keys here are {', '.join(here)}" if here else "unknown key; there are no keys here"
         )
 
 
@@ -267,9 +265,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"expected a dataclass instance, got {type(config).__name__}")
     return {
-        field.name: _to_plain(getattr(config, field.name))
-        for field in dataclasses.fields(config)
-        if field.init
+        field.name: _to_plain(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init
     }
 
 

@@ -1,4 +1,14 @@
-"""The one exception that means "the user can mend this"."""
+"""Mistakes the user can mend, and the conversion of a full or read-only disk into one of them."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}
 
 
 class UserError(Exception):
@@ -7,3 +17,34 @@ class UserError(Exception):
     The message is one line: what is wrong, and how to mend it. The command line prints `error: MESSAGE` and
     exits with code 2, without a traceback.
     """
+
+
+class NonFiniteMetric(UserError):  # noqa: N818
+    """A loss became NaN or infinite; the message names run, metric, step and the last kept checkpoint."""
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn "no space left", "read-only" and "permission denied" below this line into a `UserError`.
+
+    Libraries written in Rust or C++ report a full disk with exceptions of their own, so the text is looked at
+    too.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _storage_problem(error)
+        if reason is None:
+            raise
+        raise UserError(f"{path}: cannot write ({reason}); make room or fix the permissions") from error
+
+
+def _storage_problem(error: Exception) -> str | None:
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        return (error.strerror or str(error)).lower()
+    foreign = re.search(r"os error (\d+)", str(error))
+    if (foreign and int(foreign[1]) == errno.ENOSPC) or "No space left on device" in str(error):
+        return "no space left on device"
+    return None

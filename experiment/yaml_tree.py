@@ -190,9 +190,7 @@ def _override(tree: ConfigTree, override: str) -> None:
         else:
             section = section[_index(section, name, override)]
         if not isinstance(section, dict | list):
-            raise UserError(
-                f"{_COMMAND_LINE}: {override!r}: {'.'.join(path[:depth])} is a value, not a section"
-            )
+            raise UserError(f"{_COMMAND_LINE}: {override!r}: {'.'.join(path[:depth])} is a value, not a section")
     for old in [mark for mark in tree.marks if mark[: len(path)] == path]:
         del tree.marks[old]
     tree.marks[path] = _COMMAND_LINE
