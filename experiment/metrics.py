@@ -132,6 +132,11 @@ class WandbSink:
     Every row carries the newest value of each counter (global_step, env_steps, episodes, tokens, samples), so
     that every metric can be plotted over any of them; global_step is the default axis. `step=` is never passed:
     wandb drops rows whose step runs backwards.
+
+    Resuming: the same id with `resume="allow"`. Online that continues the run on the server. Offline, wandb 0.31
+    starts a second folder `wandb/offline-run-DATE-ID` whose run record carries the same id and `resume: true`;
+    `wandb sync --yes RUN/wandb` replays the folders of one id in the order they were started. Rows logged between
+    the last checkpoint and a kill are in wandb twice, with the same global_step; metrics.jsonl has them once.
     """
 
     def __init__(

@@ -120,7 +120,7 @@ class Progress:
         for key, value in metrics[:_ROWS]:
             table.add_row(Text(key, style="cyan"), Text(f"{value:.5g}", justify="right"))
         hidden = len(metrics) - _ROWS
-        parts = [
+        parts: list[RenderableType] = [
             Text(self._timing()),
             ProgressBar(total=max(self._total, 1), completed=self._step, width=50),
             table,
