@@ -1,0 +1,1 @@
+"""Language models: tasks, generation, rewards, and the recipes that train and evaluate them."""

@@ -1,0 +1,189 @@
+"""How good a language policy is on prompts that it was not trained on.
+
+Greedy decoding, the mean over samples, and pass@k (some sample of k is right); entropy, length and, with a
+reference, the KL spent. Shares carry Wilson intervals, means carry bootstrap intervals over prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from experiment.statistics import bootstrap_interval, wilson_interval
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from experiment.config import build_from_dict, read_tree
+from experiment.errors import UserError
+from llm_rlhf.generation import Samples, generate
+from llm_rlhf.models import LanguagePolicy, model_folder
+from llm_rlhf.rewards import RewardSet, resolve
+from llm_rlhf.tasks.examples import Example
+from llm_rlhf.tasks.task import Task, TaskConfig, build_task
+from llm_rlhf.text_data import columns_of, encode_prompts
+from llm_rlhf.tokenizer import decode_completions, load_tokenizer, pad_id
+
+SOLVED = 1.0 - 1e-6
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to measure.
+
+    splits          names of the task's prompt sets; empty = all but "validation"
+    samples         completions drawn per prompt (the k of pass@k)
+    temperature     of those samples
+    batch_size      prompts at once
+    seed            of the draws
+    checkpoint      which one of a run
+    reference       a model to measure the KL to; None = the run's own reference, if it has one
+    """
+
+    splits: tuple[str, ...] = ()
+    samples: int = 8
+    temperature: float = 1.0
+    batch_size: int = 256
+    seed: int = 10_000
+    checkpoint: Literal["last", "best"] = "last"
+    reference: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.batch_size < 1:
+            raise ValueError("evaluation: samples and batch_size must be at least 1")
+
+
+def evaluate_policy(
+    policy: LanguagePolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    split: str,
+    config: EvaluateConfig = EvaluateConfig(),
+    max_new_tokens: int | None = None,
+    reference: LanguagePolicy | None = None,
+) -> Result:
+    """Measure one split with the task's own reward.
+
+    Returns greedy, greedy_solved, sampled, pass@K (each with NAME_interval), entropy (nats a token), mean_length
+    (tokens), finished (share with EOS), prompts, and kl (nats a completion) where there is a reference.
+    """
+    examples = task.splits[split]
+    rewards = resolve({task.default_reward: 1.0}, own=task.rewards, columns=list(columns_of(examples)))
+    limit = max_new_tokens or task.max_new_tokens
+    temperature, policy.temperature = policy.temperature, config.temperature
+    generator = torch.Generator().manual_seed(config.seed)
+    greedy: list[Tensor] = []
+    drawn: list[Tensor] = []
+    totals = {"entropy": 0.0, "tokens": 0.0, "finished": 0.0, "kl": 0.0}
+    try:
+        for start in range(0, len(examples), config.batch_size):
+            batch = examples[start : start + config.batch_size]
+            for count, source, results in ((1, None, greedy), (config.samples, generator, drawn)):
+                samples = generate(
+                    policy,
+                    encode_prompts(tokenizer, [example.prompt for example in batch]),
+                    samples_per_prompt=count,
+                    max_new_tokens=limit,
+                    eos=int(tokenizer.eos_token_id),
+                    pad=pad_id(tokenizer),
+                    generator=source,
+                )
+                results.append(_score(samples, batch, tokenizer, rewards).view(len(batch), count))
+                if source is not None:
+                    _add_totals(totals, samples, reference, config.temperature)
+    finally:
+        policy.temperature = temperature
+    return _summary(torch.cat(greedy).squeeze(1), torch.cat(drawn), totals, with_kl=reference is not None)
+
+
+def _score(
+    samples: Samples, batch: Sequence[Example], tokenizer: PreTrainedTokenizerBase, rewards: RewardSet
+) -> Tensor:
+    """Rewards [B] of a batch's samples; what a reward function cannot judge counts 0."""
+    which = samples.prompt.tolist()
+    texts = decode_completions(tokenizer, samples.completions(without=int(tokenizer.eos_token_id)))
+    columns = {name: [column[i] for i in which] for name, column in columns_of(batch).items()}
+    columns["sample_index"] = list(range(len(which)))
+    return rewards([batch[i].prompt for i in which], texts, columns).total
+
+
+def _add_totals(
+    totals: dict[str, float], samples: Samples, reference: LanguagePolicy | None, temperature: float
+) -> None:
+    totals["entropy"] += float(samples.entropy.sum())
+    totals["tokens"] += float(samples.mask.sum())
+    totals["finished"] += float(samples.finished.sum())
+    if reference is not None:
+        before, reference.temperature = reference.temperature, temperature
+        with torch.no_grad():
+            log_probs = reference.evaluate(samples.observations(), samples.input_ids).log_probs
+        reference.temperature = before
+        totals["kl"] += float(torch.where(samples.mask, samples.log_probs - log_probs, 0.0).sum())
+
+
+def _summary(greedy: Tensor, drawn: Tensor, totals: dict[str, float], *, with_kl: bool) -> Result:
+    """greedy [P], drawn [P, K] -> one flat dict."""
+    prompts, count = drawn.shape
+    solved = int((greedy >= SOLVED).sum())
+    passed = int((drawn >= SOLVED).any(1).sum())
+    name = f"pass@{count}"
+    result: Result = {
+        "prompts": prompts,
+        "greedy": float(greedy.mean()),
+        "greedy_interval": list(bootstrap_interval(greedy.tolist())),
+        "greedy_solved": solved / prompts,
+        "greedy_solved_interval": list(wilson_interval(solved, prompts)),
+        "sampled": float(drawn.mean()),
+        "sampled_interval": list(bootstrap_interval(drawn.mean(1).tolist())),
+        name: passed / prompts,
+        f"{name}_interval": list(wilson_interval(passed, prompts)),
+        "entropy": totals["entropy"] / max(totals["tokens"], 1.0),
+        "mean_length": totals["tokens"] / drawn.numel(),
+        "finished": totals["finished"] / drawn.numel(),
+    }
+    if with_kl:
+        result["kl"] = totals["kl"] / drawn.numel()
+    return result
+
+
+def numbers(result: Result, *, prefix: str) -> dict[str, float]:
+    """The scalars of a result as metrics; intervals stay in eval.json."""
+    return {f"{prefix}/{name}": float(value) for name, value in result.items() if not isinstance(value, list)}
+
+
+def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig()) -> dict[str, Result]:
+    """Evaluate a run's checkpoint on its task's held-out prompts and write RUN/eval.json.
+
+    Returns split -> what `evaluate_policy` returns. Raises UserError if the folder holds no run with a checkpoint,
+    or a split does not exist.
+    """
+    folder = Path(run_folder)
+    values = read_tree(folder / "config.yaml").values
+    task = build_task(build_from_dict(values.get("task") or {}, TaskConfig, str(folder / "config.yaml")))
+    source = folder / "checkpoints" / config.checkpoint / "policy"
+    if not source.is_dir():
+        raise UserError(f"{folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
+    tokenizer = load_tokenizer(source)
+    policy = LanguagePolicy.from_pretrained(source).eval()
+    reference_path = config.reference or (folder / "reference" if (folder / "reference").is_dir() else None)
+    reference = None
+    if reference_path is not None:
+        reference = LanguagePolicy.from_pretrained(model_folder(reference_path)).eval()
+    limit = (values.get("generation") or {}).get("max_new_tokens")
+    results = {}
+    for split in config.splits or tuple(name for name in task.splits if name != "validation"):
+        if split not in task.splits:
+            raise UserError(f"evaluation.splits: this task has no {split!r}; it has {', '.join(task.splits)}")
+        results[split] = evaluate_policy(
+            policy, tokenizer, task, split=split, config=config, max_new_tokens=limit, reference=reference
+        )
+    written = {"checkpoint": config.checkpoint, "seed": config.seed, "splits": results}
+    temporary = folder / ".eval.json.tmp"
+    temporary.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / "eval.json")
+    return results

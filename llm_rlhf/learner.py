@@ -1,0 +1,223 @@
+"""What the recipes' runs have in common: building what learns, looking at validation prompts, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from experiment.errors import UserError
+from experiment.run import Run
+from llm_rlhf.evaluate import EvaluateConfig, evaluate_policy, numbers
+from llm_rlhf.experience import Sampler, build_sampler
+from llm_rlhf.generation import GenerationConfig
+from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy, frozen_copy
+from llm_rlhf.tasks.task import Task, TaskConfig
+from llm_rlhf.text_data import Batches
+from policy_core.kl import KLConfig, KLController
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """every: updates between looks at the validation prompts (0 = never); samples, prompts: how much to draw."""
+
+    every: int = 50
+    samples: int = 4
+    prompts: int = 200
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.samples < 1 or self.prompts < 1:
+            raise ValueError("validation: every must be at least 0, samples and prompts at least 1")
+
+
+@dataclass
+class Counters:
+    """How much a run has done: what `samples`, `tokens` and `time` limits are counted by."""
+
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All three."""
+        return {"samples": self.samples, "tokens": self.tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.samples, self.tokens = int(state["samples"]), int(state["tokens"])
+        self.seconds = float(state["seconds"])
+
+
+@dataclass
+class Learner:
+    """What a reinforcement-learning run moves, and what it must remember to go on after a break."""
+
+    policy: LanguagePolicy
+    reference: LanguagePolicy
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    prompts: Batches
+    shuffling: torch.Generator
+    controller: KLController
+    counters: Counters
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights, which have a folder of their own."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "prompts": self.prompts.state_dict(),
+            "controller": self.controller.state_dict(),
+            "counters": self.counters.state_dict(),
+            "sampling": self.sampler.generator.get_state(),
+            "shuffling": self.shuffling.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        for name in ("optimizer", "prompts", "controller", "counters"):
+            getattr(self, name).load_state_dict(state[name])
+        self.sampler.generator.set_state(state["sampling"])
+        self.shuffling.set_state(state["shuffling"])
+
+
+def build_learner(
+    run: Run,
+    task: Task,
+    *,
+    model: ModelConfig,
+    generation: GenerationConfig,
+    rewards: dict[str, float],
+    kl: KLConfig,
+    learning_rate: float,
+    prompts: int,
+    seed: int,
+    value_head: bool,
+) -> Learner:
+    """A learner at the run's start or, when resuming, exactly where its checkpoint left it.
+
+    prompts     training prompts of one rollout
+
+    Raises UserError if model.path names no trained model, or the rewards cannot be used.
+    """
+    policy, tokenizer = build_policy(
+        checkpoint_policy(run, model),
+        alphabet=task.alphabet,
+        temperature=generation.temperature,
+        value_head=value_head,
+    )
+    learner = Learner(
+        policy=policy,
+        reference=frozen_reference(run, policy),
+        optimizer=torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=True),
+        sampler=build_sampler(policy, tokenizer, task, rewards=rewards, generation=generation, seed=seed),
+        prompts=Batches(len(task.train), prompts, seed=seed),
+        shuffling=torch.Generator().manual_seed(seed + 1),
+        controller=KLController(kl),
+        counters=Counters(),
+    )
+    if run.checkpoint is not None:
+        learner.load_state_dict(run.checkpoint.state)
+    return learner
+
+
+def record(
+    run: Run,
+    learner: Learner,
+    metrics: Mapping[str, float],
+    *,
+    validation: ValidationConfig,
+    global_step: int,
+    last: bool,
+    log_every: int,
+) -> None:
+    """Log an update, look at the validation prompts when that is due, save when that is due; the last always."""
+    sampler = learner.sampler
+    looked = validate(
+        learner.policy,
+        sampler.tokenizer,
+        sampler.task,
+        validation,
+        due=last or global_step % max(validation.every, 1) == 0,
+        max_new_tokens=sampler.max_new_tokens,
+    )
+    if looked or last or global_step % log_every == 0:
+        position = {"samples": learner.counters.samples, "tokens": learner.counters.tokens}
+        run.log({**metrics, **position, **looked}, global_step=global_step)
+    if last or run.should_save(global_step):
+        run.save(
+            learner.state_dict(),
+            global_step=global_step,
+            folders=writer(learner.policy, sampler.tokenizer),
+            metric=looked.get("eval/greedy"),
+        )
+
+
+def require_trained(model: ModelConfig) -> None:
+    """Reinforcement learning starts from a trained model. Raises UserError where none is named."""
+    if model.path is None:
+        raise UserError(
+            "model.path: reinforcement learning starts from a trained model; run an llm/sft config first and give "
+            "its run folder, such as model.path=runs/NAME"
+        )
+
+
+def frozen_reference(run: Run, policy: LanguagePolicy) -> LanguagePolicy:
+    """The policy as it was when the run began; kept in RUN/reference, so that a resumed run has the same one."""
+    folder = run.folder / "reference"
+    if run.checkpoint is not None:
+        reference = LanguagePolicy.from_pretrained(folder, temperature=policy.temperature)
+        return reference.requires_grad_(False).eval()
+    reference = frozen_copy(policy)
+    reference.save_pretrained(folder)
+    return reference
+
+
+def writer(policy: LanguagePolicy, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[Path], None]]:
+    """The checkpoint's `policy` folder: a plain transformers model with its tokenizer."""
+
+    def write(folder: Path) -> None:
+        policy.save_pretrained(folder)
+        tokenizer.save_pretrained(str(folder))
+
+    return {"policy": write}
+
+
+def checkpoint_policy(run: Run, config: ModelConfig) -> ModelConfig:
+    """Where the policy is loaded from: the checkpoint when resuming, else the configuration's own path."""
+    if run.checkpoint is None:
+        return config
+    return replace(config, path=str(run.checkpoint.folder / "policy"))
+
+
+def validate(
+    policy: LanguagePolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: ValidationConfig,
+    *,
+    due: bool,
+    max_new_tokens: int | None = None,
+) -> dict[str, float]:
+    """Validation metrics when they are due, else nothing. Draws from a generator of its own."""
+    if config.every == 0 or not due:
+        return {}
+    few = replace(task, splits={"validation": task.splits["validation"][: config.prompts]})
+    result = evaluate_policy(
+        policy,
+        tokenizer,
+        few,
+        split="validation",
+        config=EvaluateConfig(samples=config.samples),
+        max_new_tokens=max_new_tokens,
+    )
+    return numbers(result, prefix="eval")
+
+
+def announce(task: Task, config: TaskConfig) -> None:
+    """Say what the data is, one line each."""
+    for note in task.notes:
+        print(f"{config.name}: {note}" if not note.startswith(config.name) else note, flush=True)

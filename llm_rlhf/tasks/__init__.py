@@ -1,0 +1,1 @@
+"""What language models are trained on: texts to imitate, prompts to answer, and how answers are judged."""

@@ -1,0 +1,68 @@
+"""The shape of a task, and the configuration that picks one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llm_rlhf.rewards import RewardFunction
+from llm_rlhf.tasks import calculator, random_walks, rows
+from llm_rlhf.tasks.calculator import CalculatorConfig
+from llm_rlhf.tasks.examples import Example
+from llm_rlhf.tasks.random_walks import RandomWalksConfig
+from llm_rlhf.tasks.rows import RowsConfig
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Which task, on which data.
+
+    name    calculator, random_walks, or rows (your own prompts and completions)
+    data    calculator: GSM8K's train file (jsonl or jsonl.gz), None or absent = generated expressions;
+            rows: a jsonl file with `prompt`, `completion` and any further columns
+    seed    of the split, of what is generated and of planted mistakes
+    """
+
+    name: Literal["calculator", "random_walks", "rows"] = "calculator"
+    data: str | None = None
+    seed: int = 0
+    calculator: CalculatorConfig = field(default_factory=CalculatorConfig)
+    random_walks: RandomWalksConfig = field(default_factory=RandomWalksConfig)
+    rows: RowsConfig = field(default_factory=RowsConfig)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, ready to be trained on.
+
+    demonstrations      texts for supervised training, mistakes included
+    train               prompts for reinforcement learning, with the columns that rewards may ask for
+    splits              named prompts for evaluation; recipes look at "validation" only, never at "test"
+    rewards             the task's own reward functions by name
+    default_reward      the one that says whether an answer is good: evaluation reports it
+    max_new_tokens      longest completion in characters, and one for EOS
+    alphabet            characters of a tokenizer made for this task
+    notes               what a run should say about its data, one line each
+    """
+
+    demonstrations: Sequence[Example]
+    train: Sequence[Example]
+    splits: dict[str, Sequence[Example]]
+    rewards: dict[str, RewardFunction]
+    default_reward: str
+    max_new_tokens: int
+    alphabet: str
+    notes: Sequence[str] = ()
+
+
+def build_task(config: TaskConfig) -> Task:
+    """Make the task of a configuration. Raises UserError for data that cannot be read."""
+    parts: dict[str, Any]
+    if config.name == "calculator":
+        parts = calculator.build(config.calculator, data=config.data, seed=config.seed)
+    elif config.name == "random_walks":
+        parts = random_walks.build(config.random_walks, seed=config.seed)
+    else:
+        parts = rows.build(config.rows, data=config.data, seed=config.seed)
+    return Task(**parts)

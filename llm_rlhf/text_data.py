@@ -1,0 +1,150 @@
+"""Texts -> padded token batches whose masks say which tokens are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from experiment.errors import UserError
+from llm_rlhf.tasks.examples import Example
+
+
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """Prompts and completions as tokens, left-padded so that all completions start at one column.
+
+    input_ids, attention_mask   [N, T] int; 1 = a real token
+    mask                        [N, T] bool; True on the completion and its EOS
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def observations(self, rows: Tensor) -> dict[str, Tensor]:
+        """What `LanguagePolicy.evaluate` takes, for the rows [B]."""
+        return {
+            "input_ids": self.input_ids[rows],
+            "attention_mask": self.attention_mask[rows],
+            "decisions": self.mask[rows],
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All three, for texts that a run found itself."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "mask": self.mask}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> TokenizedTexts:
+        """What `state_dict()` gave."""
+        return cls(state["input_ids"], state["attention_mask"], state["mask"])
+
+
+def concatenate(parts: Sequence[TokenizedTexts]) -> TokenizedTexts:
+    """One set of texts out of several whose prompts may differ in width; completions stay aligned."""
+    starts = [int(part.mask.any(0).nonzero()[0]) for part in parts]
+    left = max(starts)
+    right = max(part.mask.shape[1] - start for part, start in zip(parts, starts, strict=True))
+
+    def widen(tensor: Tensor, start: int) -> Tensor:
+        return torch.nn.functional.pad(tensor, (left - start, left + right - tensor.shape[1] - (left - start)))
+
+    pairs = list(zip(parts, starts, strict=True))
+    return TokenizedTexts(
+        torch.cat([widen(part.input_ids, start) for part, start in pairs]),
+        torch.cat([widen(part.attention_mask, start) for part, start in pairs]),
+        torch.cat([widen(part.mask, start) for part, start in pairs]),
+    )
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt; an empty one becomes the bos token, so that there is something to start from."""
+    encoded = [list(tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [ids or [int(start)] for ids in encoded]
+
+
+def tokenize(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, context: int, pad: int
+) -> TokenizedTexts:
+    """Tokenize prompts and completions apart (so that generation sees the same tokens), EOS at the end.
+
+    Raises UserError if there is nothing, or a text does not fit the model's context.
+    """
+    if not examples:
+        raise UserError("there are no texts to train on")
+    prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
+    eos = int(tokenizer.eos_token_id)
+    completions = [[*tokenizer.encode(example.completion, add_special_tokens=False), eos] for example in examples]
+    left = max(len(ids) for ids in prompts)
+    right = max(len(ids) for ids in completions)
+    if left + right > context:
+        raise UserError(
+            f"a prompt of {left} tokens and a completion of {right} do not fit the model's context of {context}; "
+            "shorten the texts, or set model.context for a new model"
+        )
+    ids, attention, mask = [], [], []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        before, after = left - len(prompt), right - len(completion)
+        ids.append([pad] * before + prompt + completion + [pad] * after)
+        attention.append([0] * before + [1] * (len(prompt) + len(completion)) + [0] * after)
+        mask.append([False] * left + [True] * len(completion) + [False] * after)
+    return TokenizedTexts(torch.tensor(ids), torch.tensor(attention), torch.tensor(mask))
+
+
+def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """Columns that every example has, each as a list."""
+    if not examples:
+        return {}
+    shared = set(examples[0].columns).intersection(*(example.columns for example in examples))
+    return {name: [example.columns[name] for example in examples] for name in sorted(shared)}
+
+
+class Batches:
+    """Endless shuffled row numbers, without repeats within an epoch; its state goes into a checkpoint."""
+
+    def __init__(self, rows: int, size: int, *, seed: int) -> None:
+        self.rows, self.size = rows, size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.randperm(rows, generator=self.generator)
+        self.position = 0
+        self.epoch = 0
+
+    def next(self) -> Tensor:
+        """The next `size` row numbers; a batch may reach into the next epoch."""
+        parts, missing = [], self.size
+        while missing > 0:
+            part = self.order[self.position : self.position + missing]
+            parts.append(part)
+            missing -= len(part)
+            self.position += len(part)
+            if self.position == self.rows:
+                self.order = torch.randperm(self.rows, generator=self.generator)
+                self.position = 0
+                self.epoch += 1
+        return torch.cat(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Generator, order and position."""
+        return {
+            "generator": self.generator.get_state(),
+            "order": self.order,
+            "position": self.position,
+            "epoch": self.epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`. Raises UserError if the data has changed since."""
+        if len(state["order"]) != self.rows:
+            raise UserError(
+                f"the data has {self.rows} rows now and had {len(state['order'])} when the run was saved"
+            )
+        self.generator.set_state(state["generator"])
+        self.order, self.position, self.epoch = state["order"], int(state["position"]), int(state["epoch"])

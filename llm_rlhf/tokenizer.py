@@ -1,0 +1,65 @@
+"""A character-level tokenizer that is an ordinary transformers tokenizer, and loading of any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from experiment.errors import UserError
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+
+
+def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
+    """One token per character of `alphabet`; pad, bos, eos and unknown are four tokens of their own.
+
+    Nothing is added around a text: recipes append EOS and left-pad themselves. Saved with `save_pretrained`,
+    loaded with `transformers.AutoTokenizer`.
+    """
+    characters = sorted(set(alphabet))
+    if not characters:
+        raise ValueError("alphabet: a tokenizer needs at least one character")
+    vocabulary = {token: i for i, token in enumerate([PAD, BOS, EOS, UNKNOWN, *characters])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Any transformers tokenizer from a local folder or a hub name.
+
+    Raises UserError if there is none, or if it has no end-of-sequence token (completions could not end).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no tokenizer could be loaded from here ({_first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no eos token; set one and save it again")
+    return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padding. Masks say what is padding, so the eos id will do where there is none."""
+    padding = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if padding is None else padding)
+
+
+def decode_completions(tokenizer: PreTrainedTokenizerBase, completions: list[list[int]]) -> list[str]:
+    """Texts of completions, special tokens left out."""
+    return list(tokenizer.batch_decode(completions, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", maxsplit=1)[0]

@@ -1,0 +1,165 @@
+"""PPO on completions: a value head on the model, the KL to the starting model in the reward or in the loss."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiment.run import Run, RunConfig, RunResult
+from llm_rlhf.experience import (
+    policy_metrics,
+    reference_log_probs,
+    sample_metrics,
+    with_kl_rewards,
+)
+from llm_rlhf.generation import GenerationConfig, to_rollout
+from llm_rlhf.learner import (
+    Learner,
+    ValidationConfig,
+    announce,
+    build_learner,
+    record,
+    require_trained,
+)
+from llm_rlhf.models import ModelConfig
+from llm_rlhf.tasks.task import TaskConfig, build_task
+from policy_core.kl import KLConfig, kl_in_unit
+from policy_core.ppo import PPOConfig, update
+from policy_core.returns import gae
+from policy_core.schedules import scheduled, set_learning_rate
+
+RECIPE = "llm/ppo"
+
+
+def language_ppo() -> PPOConfig:
+    """PPO's numbers for tokens: no discount, few epochs."""
+    return PPOConfig(
+        learning_rate=4e-4,
+        epochs=2,
+        minibatch_size=256,
+        gamma=1.0,
+        gae_lambda=0.95,
+        value_coef=0.1,
+        max_grad_norm=1.0,
+        critic_warmup=3,
+    )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """updates: rollouts in all; prompts, samples_per_prompt: of one rollout; max_seconds: stop early after this
+    much training time (a run that uses it cannot be repeated to the bit)."""
+
+    updates: int = 200
+    prompts: int = 256
+    samples_per_prompt: int = 1
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.updates, self.prompts, self.samples_per_prompt) < 1:
+            raise ValueError("sampling: updates, prompts and samples_per_prompt must be at least 1")
+
+
+@dataclass(frozen=True)
+class LanguagePPOConfig:
+    """Everything a PPO run is made of. rewards: name (or file.py:function) -> weight; empty = the task's own."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(name="ppo", checkpoint_every=50))
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    rewards: dict[str, float] = field(default_factory=dict)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    ppo: PPOConfig = field(default_factory=language_ppo)
+    kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01))
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    log_every: int = 1
+
+
+def train(config: LanguagePPOConfig, *, resume: Path | None = None) -> RunResult:
+    """Improve a trained model on the task's prompts. Raises UserError if model.path names none."""
+    require_trained(config.model)
+    task = build_task(config.task)
+    with Run.start(config, recipe=RECIPE, resume=resume) as run:
+        announce(task, config.task)
+        learner = build_learner(
+            run,
+            task,
+            model=config.model,
+            generation=config.generation,
+            rewards=config.rewards,
+            kl=config.kl,
+            learning_rate=config.ppo.learning_rate,
+            prompts=config.sampling.prompts,
+            seed=config.run.seed,
+            value_head=True,
+        )
+        start = 0 if run.checkpoint is None else run.checkpoint.step
+        total = 1 if config.run.dry_run else config.sampling.updates
+        run.begin_loop(total)
+        for step in range(start + 1, total + 1):
+            began = time.perf_counter()
+            rate = scheduled(
+                config.ppo.learning_rate,
+                schedule=config.ppo.schedule,
+                progress=(step - 1) / total,
+                warmup=config.ppo.warmup,
+            )
+            set_learning_rate(learner.optimizer, rate)
+            metrics = iterate(config, learner, step=step)
+            learner.counters.seconds += time.perf_counter() - began
+            limit = config.sampling.max_seconds
+            last = step == total or (limit is not None and learner.counters.seconds >= limit)
+            record(
+                run,
+                learner,
+                {**metrics, "lr": rate},
+                validation=config.validation,
+                global_step=step,
+                last=last,
+                log_every=config.log_every,
+            )
+            if last:
+                break
+        return run.finish()
+
+
+def iterate(config: LanguagePPOConfig, learner: Learner, *, step: int) -> dict[str, float]:
+    """One rollout and the update on it; returns metrics under TRL's names."""
+    rows = learner.prompts.next().tolist()
+    samples, scores = learner.sampler.draw(
+        rows, samples_per_prompt=config.sampling.samples_per_prompt, drawn_before=learner.counters.samples
+    )
+    ref_log_probs = reference_log_probs(learner.reference, samples)
+    rollout = to_rollout(
+        samples,
+        scores.total,
+        scored=scores.scored,
+        ref_log_probs=ref_log_probs,
+        cut_is_end=config.generation.cut_is_end,
+        gamma=config.ppo.gamma,
+    )
+    rollout, kl_metrics = with_kl_rewards(rollout, config=config.kl, coef=learner.controller.coef)
+    advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
+    statistics = update(
+        policy=learner.policy,
+        optimizer=learner.optimizer,
+        rollout=rollout,
+        advantages=advantages,
+        returns=returns,
+        config=config.ppo,
+        generator=learner.shuffling,
+        kl=config.kl,
+        kl_coef=learner.controller.coef,
+        train_policy=step > config.ppo.critic_warmup,
+    )
+    metrics = {**sample_metrics(samples, scores, ref_log_probs), **kl_metrics, **policy_metrics(statistics)}
+    metrics["objective/kl_coef"] = learner.controller.coef
+    spent = kl_in_unit(
+        rollout.old_log_probs - ref_log_probs, mask=rollout.mask, episode=rollout.episode, unit=config.kl.unit
+    )
+    learner.controller.update(spent, episodes=len(scores.total))
+    learner.counters.samples += len(scores.total)
+    learner.counters.tokens += int(samples.mask.sum())
+    return metrics

@@ -1,0 +1,231 @@
+"""Rejection-sampling fine-tuning: keep the completions that a reward approves of, and imitate them.
+
+With source "samples" every round draws k completions of every training prompt (best-of-n fine-tuning, RAFT
+2304.06767, the RFT of 2308.01825); with "demonstrations" the given texts are filtered once, before training.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from experiment.errors import UserError
+from experiment.run import Run, RunConfig, RunResult
+from llm_rlhf.experience import Sampler, build_sampler
+from llm_rlhf.generation import GenerationConfig
+from llm_rlhf.learner import (
+    Counters,
+    ValidationConfig,
+    announce,
+    checkpoint_policy,
+    require_trained,
+    validate,
+    writer,
+)
+from llm_rlhf.models import ModelConfig, build_policy
+from llm_rlhf.tasks.examples import Example
+from llm_rlhf.tasks.task import TaskConfig, build_task
+from llm_rlhf.text_data import Batches, TokenizedTexts, columns_of, concatenate, tokenize
+from llm_rlhf.tokenizer import pad_id
+from llm_rlhf.train_sft import SupervisedConfig, make_optimizer, supervised_step
+
+RECIPE = "llm/rejection"
+
+
+@dataclass(frozen=True)
+class RejectionConfig:
+    """source: what is filtered; samples_per_prompt: drawn each round; threshold: reward that a text must reach;
+    keep: most texts kept per prompt and round, the best first; steps_per_round: updates between draws;
+    accumulate: train on all rounds' texts, not the last round's only; prompts: drawn for at once."""
+
+    source: Literal["samples", "demonstrations"] = "samples"
+    samples_per_prompt: int = 8
+    threshold: float = 1.0
+    keep: int = 1
+    steps_per_round: int = 1000
+    accumulate: bool = True
+    prompts: int = 256
+
+    def __post_init__(self) -> None:
+        if min(self.samples_per_prompt, self.keep, self.steps_per_round, self.prompts) < 1:
+            raise ValueError("rejection: samples_per_prompt, keep, steps_per_round and prompts must be at least 1")
+
+
+@dataclass(frozen=True)
+class LanguageRejectionConfig:
+    """Everything a rejection-sampling run is made of. rewards: name (or file.py:function) -> weight."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(name="rejection", checkpoint_every=500))
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    rewards: dict[str, float] = field(default_factory=dict)
+    rejection: RejectionConfig = field(default_factory=RejectionConfig)
+    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
+    validation: ValidationConfig = field(default_factory=lambda: ValidationConfig(every=500))
+    log_every: int = 50
+
+
+@dataclass
+class Kept:
+    """The texts that training goes through now."""
+
+    texts: TokenizedTexts
+    batches: Batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tokens and position."""
+        return {"texts": self.texts.state_dict(), "batches": self.batches.state_dict()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], *, batch_size: int) -> Kept:
+        """Continue from `state_dict()`."""
+        texts = TokenizedTexts.from_state(state["texts"])
+        batches = Batches(len(texts), batch_size, seed=0)
+        batches.load_state_dict(state["batches"])
+        return cls(texts, batches)
+
+
+def train(config: LanguageRejectionConfig, *, resume: Path | None = None) -> RunResult:
+    """Alternate between filtering and imitating. Raises UserError if nothing reaches the threshold."""
+    chosen = config.rejection
+    if chosen.source == "samples":
+        require_trained(config.model)
+    task = build_task(config.task)
+    with Run.start(config, recipe=RECIPE, resume=resume) as run:
+        announce(task, config.task)
+        policy, tokenizer = build_policy(
+            checkpoint_policy(run, config.model),
+            alphabet=task.alphabet,
+            temperature=config.generation.temperature,
+        )
+        optimizer = make_optimizer(policy, config.sft)
+        sampler = build_sampler(
+            policy, tokenizer, task, rewards=config.rewards, generation=config.generation, seed=config.run.seed
+        )
+        counters = Counters()
+        kept: Kept | None = None
+        start = 0
+        if run.checkpoint is not None:
+            state = run.checkpoint.state
+            start = run.checkpoint.step
+            optimizer.load_state_dict(state["optimizer"])
+            sampler.generator.set_state(state["sampling"])
+            counters.load_state_dict(state["counters"])
+            kept = Kept.from_state(state["kept"], batch_size=config.sft.batch_size)
+        total = 1 if config.run.dry_run else config.sft.steps
+        run.begin_loop(total)
+        for step in range(start + 1, total + 1):
+            began = time.perf_counter()
+            metrics: dict[str, float] = {}
+            if chosen.source == "samples" and (step - 1) % chosen.steps_per_round == 0:
+                texts, metrics = best_samples(sampler, chosen, counters)
+                if kept is not None and chosen.accumulate:
+                    texts = concatenate([kept.texts, texts])
+                kept = Kept(texts, Batches(len(texts), config.sft.batch_size, seed=config.run.seed + step))
+            elif kept is None:
+                texts, metrics = good_demonstrations(sampler, chosen, context=policy.context)
+                kept = Kept(texts, Batches(len(texts), config.sft.batch_size, seed=config.run.seed))
+            losses = supervised_step(
+                policy, optimizer, kept.texts, kept.batches, config.sft, step=step, counters=counters
+            )
+            counters.seconds += time.perf_counter() - began
+            last = step == total or (
+                config.sft.max_seconds is not None and counters.seconds >= config.sft.max_seconds
+            )
+            due = last or step % max(config.validation.every, 1) == 0
+            looked = validate(
+                policy, tokenizer, task, config.validation, due=due, max_new_tokens=sampler.max_new_tokens
+            )
+            if metrics or looked or last or step % config.log_every == 0:
+                position = {"samples": counters.samples, "tokens": counters.tokens}
+                run.log({**losses, **metrics, **position, **looked}, global_step=step)
+            if last or run.should_save(step):
+                state = {
+                    "optimizer": optimizer.state_dict(),
+                    "sampling": sampler.generator.get_state(),
+                    "counters": counters.state_dict(),
+                    "kept": kept.state_dict(),
+                }
+                run.save(
+                    state,
+                    global_step=step,
+                    folders=writer(policy, tokenizer),
+                    metric=looked.get("eval/greedy"),
+                )
+            if last:
+                break
+        return run.finish()
+
+
+def best_samples(
+    sampler: Sampler, config: RejectionConfig, counters: Counters
+) -> tuple[TokenizedTexts, dict[str, float]]:
+    """Draw for every training prompt; keep its best distinct completions that reach the threshold."""
+    rows = range(len(sampler.task.train))
+    parts: list[TokenizedTexts] = []
+    solved = 0
+    reward = 0.0
+    for begin in range(0, len(rows), config.prompts):
+        block = list(rows[begin : begin + config.prompts])
+        samples, scores = sampler.draw(
+            block, samples_per_prompt=config.samples_per_prompt, drawn_before=counters.samples
+        )
+        counters.samples += len(scores.total)
+        counters.tokens += int(samples.mask.sum())
+        reward += float(scores.total.sum())
+        good = torch.where(scores.scored, scores.total, -torch.inf).view(len(block), -1)
+        index: list[int] = []
+        for prompt, rewards in enumerate(good):
+            chosen = _best_distinct(samples.input_ids, rewards, prompt * config.samples_per_prompt, config)
+            solved += bool(chosen)
+            index += chosen
+        if index:
+            picked = torch.tensor(index)
+            parts.append(
+                TokenizedTexts(samples.input_ids[picked], samples.attention_mask[picked], samples.mask[picked])
+            )
+    if not parts:
+        raise UserError(
+            f"rejection.threshold: no completion reached {config.threshold}; "
+            "lower it, or draw more samples per prompt"
+        )
+    texts = concatenate(parts)
+    return texts, {
+        "rejection/kept": float(len(texts)),
+        "rejection/prompts_solved": solved / len(rows),
+        "objective/scores": reward / (len(rows) * config.samples_per_prompt),
+    }
+
+
+def _best_distinct(
+    input_ids: torch.Tensor, rewards: torch.Tensor, first_row: int, config: RejectionConfig
+) -> list[int]:
+    """Rows of one prompt's samples that are kept; rewards [K] are those of rows first_row, first_row + 1, ..."""
+    chosen: dict[tuple[int, ...], int] = {}
+    for offset in rewards.argsort(descending=True, stable=True).tolist():
+        if float(rewards[offset]) < config.threshold or len(chosen) == config.keep:
+            break
+        chosen.setdefault(tuple(input_ids[first_row + offset].tolist()), first_row + offset)
+    return list(chosen.values())
+
+
+def good_demonstrations(
+    sampler: Sampler, config: RejectionConfig, *, context: int
+) -> tuple[TokenizedTexts, dict[str, float]]:
+    """The demonstrations that reach the threshold."""
+    examples = list(sampler.task.demonstrations)
+    columns = {**columns_of(examples), "sample_index": list(range(len(examples)))}
+    scores = sampler.rewards(
+        [example.prompt for example in examples], [example.completion for example in examples], columns
+    )
+    good = (scores.scored & (scores.total >= config.threshold)).tolist()
+    kept: list[Example] = [example for example, keep in zip(examples, good, strict=True) if keep]
+    if not kept:
+        raise UserError(f"rejection.threshold: no demonstration reaches {config.threshold}; lower it")
+    texts = tokenize(kept, sampler.tokenizer, context=context, pad=pad_id(sampler.tokenizer))
+    return texts, {"rejection/kept": float(len(kept)), "rejection/share": len(kept) / len(examples)}

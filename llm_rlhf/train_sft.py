@@ -1,0 +1,138 @@
+"""Supervised fine-tuning: learn the demonstrated completions, prompts masked out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from experiment.run import Run, RunConfig, RunResult
+from llm_rlhf.learner import (
+    Counters,
+    ValidationConfig,
+    announce,
+    checkpoint_policy,
+    validate,
+    writer,
+)
+from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.tasks.task import TaskConfig, build_task
+from llm_rlhf.text_data import Batches, TokenizedTexts, tokenize
+from llm_rlhf.tokenizer import pad_id
+from policy_core.bc import bc_loss
+from policy_core.schedules import Schedule, scheduled, set_learning_rate
+
+RECIPE = "llm/sft"
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """steps, batch_size: updates and texts per update; learning_rate, schedule, warmup: AdamW's and its course;
+    max_seconds: stop early after this much training time (a run that uses it cannot be repeated to the bit)."""
+
+    steps: int = 2000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    schedule: Schedule = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError("sft: steps and batch_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Everything an SFT run is made of."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(name="sft", checkpoint_every=500))
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
+    validation: ValidationConfig = field(default_factory=lambda: ValidationConfig(every=500))
+    log_every: int = 50
+
+
+def train(config: SFTConfig, *, resume: Path | None = None) -> RunResult:
+    """Train on the task's demonstrations; the run's `policy` folder is a plain transformers model."""
+    task = build_task(config.task)
+    with Run.start(config, recipe=RECIPE, resume=resume) as run:
+        announce(task, config.task)
+        policy, tokenizer = build_policy(checkpoint_policy(run, config.model), alphabet=task.alphabet)
+        optimizer = make_optimizer(policy, config.sft)
+        data = tokenize(task.demonstrations, tokenizer, context=policy.context, pad=pad_id(tokenizer))
+        batches = Batches(len(data), config.sft.batch_size, seed=config.run.seed)
+        counters = Counters()
+        start = 0
+        if run.checkpoint is not None:
+            start = run.checkpoint.step
+            optimizer.load_state_dict(run.checkpoint.state["optimizer"])
+            batches.load_state_dict(run.checkpoint.state["batches"])
+            counters.load_state_dict(run.checkpoint.state["counters"])
+        total = 1 if config.run.dry_run else config.sft.steps
+        run.begin_loop(total)
+        for step in range(start + 1, total + 1):
+            began = time.perf_counter()
+            losses = supervised_step(policy, optimizer, data, batches, config.sft, step=step, counters=counters)
+            counters.seconds += time.perf_counter() - began
+            out_of_time = config.sft.max_seconds is not None and counters.seconds >= config.sft.max_seconds
+            last = step == total or out_of_time
+            due = last or step % max(config.validation.every, 1) == 0
+            metrics = validate(policy, tokenizer, task, config.validation, due=due)
+            if metrics or last or step % config.log_every == 0:
+                position = {"samples": counters.samples, "tokens": counters.tokens, "epoch": batches.epoch}
+                run.log({**losses, **position, **metrics}, global_step=step)
+            if last or run.should_save(step):
+                state = {
+                    "optimizer": optimizer.state_dict(),
+                    "batches": batches.state_dict(),
+                    "counters": counters.state_dict(),
+                }
+                run.save(
+                    state,
+                    global_step=step,
+                    folders=writer(policy, tokenizer),
+                    metric=metrics.get("eval/greedy"),
+                )
+            if out_of_time:
+                break
+        return run.finish()
+
+
+def make_optimizer(policy: LanguagePolicy, config: SupervisedConfig) -> torch.optim.AdamW:
+    """AdamW over everything that learns, in its fused form."""
+    return torch.optim.AdamW(
+        policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def supervised_step(
+    policy: LanguagePolicy,
+    optimizer: torch.optim.Optimizer,
+    data: TokenizedTexts,
+    batches: Batches,
+    config: SupervisedConfig,
+    *,
+    step: int,
+    counters: Counters,
+) -> dict[str, float]:
+    """One update on the next batch; returns loss/sft (nats a token), the gradient's norm and the learning rate."""
+    rate = scheduled(
+        config.learning_rate, schedule=config.schedule, progress=step / config.steps, warmup=config.warmup
+    )
+    set_learning_rate(optimizer, rate)
+    rows = batches.next()
+    evaluation = policy.evaluate(data.observations(rows), data.input_ids[rows])
+    loss, _ = bc_loss(log_probs=evaluation.log_probs, mask=data.mask[rows])
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    optimizer.step()
+    counters.samples += len(rows)
+    counters.tokens += int(data.attention_mask[rows].sum())
+    return {"loss/sft": loss.item(), "policy/grad_norm": float(grad_norm), "lr": rate}
