@@ -68,8 +68,8 @@ def compare(
         console: where to print; by default stdout.
 
     Raises:
-        UserError: no run was given, one is not a run folder, no metric matches, no run counts `over`, or the disk is
-            full.
+        UserError: no run was given, one is not a run folder, no metric matches, no run counts `over`, or the disk
+            is full.
     """
     folders = [Path(run) for run in runs]
     if not folders:

@@ -45,7 +45,8 @@ def write_mp4(frames: Iterable[np.ndarray], path: Path, fps: float) -> Path:
                 for index, frame in enumerate(frames):
                     size = _check(frame, size, index)
                     even = np.pad(frame, ((0, size[0] % 2), (0, size[1] % 2), (0, 0)), mode="edge")
-                    stream.height, stream.width = even.shape[:2]
+                    if index == 0:
+                        stream.height, stream.width = even.shape[:2]
                     picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
                     container.mux(stream.encode(picture))
                 if size is None:
