@@ -18,33 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from embodied.policies import numpy_actor
+from embodied.policies.numpy_actor import Array, Spaces, StatePolicyConfig
 from embodied.normalization import ObservationNormalizer
 from experiment.errors import UserError
 from policy_core.distributions import Categorical, DiagonalGaussian
 from policy_core.networks import StackedMLP, head
 from policy_core.policy import Evaluation
-
-Array = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class StatePolicyConfig:
-    """hidden: widths of both MLPs; log_std: initial log standard deviation of the actions (Gaussian head)."""
-
-    hidden: tuple[int, ...] = (64, 64)
-    activation: Literal["tanh", "relu"] = "tanh"
-    log_std: float = 0.0
-    normalize_observations: bool = True
-
-
-@dataclass(frozen=True)
-class Spaces:
-    """observation_size: length of the flat observation; action_size: dimensions, or choices if discrete."""
-
-    observation_size: int
-    action_size: int
-    discrete: bool = False
-
 
 class StatePolicy(nn.Module):
     """Observations [..., D] -> actions [..., A] (or [...] int if discrete) and values [...]."""
@@ -82,6 +62,17 @@ class StatePolicy(nn.Module):
         """[..., D] -> [...]."""
         return self(observations)[1]
 
+    @torch.no_grad()
+    def export_actor(self, weights: Array) -> None:
+        """Write the actor into `weights`, the flat vector of a `NumpyActor`."""
+        log_std = torch.zeros(self.spaces.action_size) if self.spaces.discrete else self.log_std
+        hidden = [tensor for i in range(len(self.config.hidden)) for tensor in self.trunks.layer(i, 0)]
+        output = [self.actor.weight.t(), self.actor.bias]
+        tensors = [*hidden, *output, log_std, self.normalizer.scale, self.normalizer.offset]
+        sizes = numpy_actor.layout(self.spaces, self.config)
+        for array, tensor in zip(numpy_actor.split(weights, sizes), tensors, strict=True):
+            array[:] = tensor.numpy()
+
     def learn_normalization(self, observations: Tensor) -> None:
         """Take raw observations [N, D] into the normaliser, unless the configuration switches it off."""
         if self.config.normalize_observations:
@@ -113,75 +104,3 @@ class StatePolicy(nn.Module):
             raise UserError(f"{folder}: not a state policy, or a damaged one: {error}") from error
         policy.normalizer.refresh()
         return policy
-
-
-class NumpyActor:
-    """The actor of a StatePolicy in numpy, for stepping a few environments: a tenth of torch's dispatch cost.
-
-    `weights` is a flat float32 vector that `export` fills and that may live in shared memory; `load` reads it.
-    """
-
-    def __init__(self, spaces: Spaces, config: StatePolicyConfig) -> None:
-        self.spaces, self.config = spaces, config
-        sizes = (spaces.observation_size, *config.hidden, spaces.action_size)
-        self._shapes = [shape for i, o in itertools.pairwise(sizes) for shape in ((i, o), (o,))] + [
-            (spaces.action_size,),
-            (spaces.observation_size,),
-            (spaces.observation_size,),
-        ]
-        self.size = sum(math.prod(shape) for shape in self._shapes)
-        self._arrays = self._split(np.zeros(self.size, np.float32))
-
-    def _split(self, weights: Array) -> list[Array]:
-        pieces = np.split(weights, np.cumsum([math.prod(shape) for shape in self._shapes])[:-1])
-        return [piece.reshape(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
-
-    def load(self, weights: Array) -> None:
-        """Take a copy of exported weights [size]."""
-        self._arrays = self._split(weights.copy())
-
-    @torch.no_grad()
-    def export(self, policy: StatePolicy, weights: Array) -> None:
-        """Write the actor of `policy` into `weights` [size]."""
-        log_std = torch.zeros(self.spaces.action_size) if self.spaces.discrete else policy.log_std
-        hidden = [tensor for i in range(len(self.config.hidden)) for tensor in policy.trunks.layer(i, 0)]
-        tensors = [
-            *hidden,
-            policy.actor.weight.t(),
-            policy.actor.bias,
-            log_std,
-            policy.normalizer.scale,
-            policy.normalizer.offset,
-        ]
-        for array, tensor in zip(self._split(weights), tensors, strict=True):
-            array[:] = tensor.numpy()
-
-    def outputs(self, observations: Array) -> Array:
-        """[N, D] raw -> means [N, A] or logits [N, K]."""
-        *layers, _, scale, offset = self._arrays
-        hidden = observations * scale
-        hidden += offset
-        limit = 10.0
-        np.clip(hidden, -limit, limit, out=hidden)
-        last = len(layers) - 2
-        for i in range(0, len(layers), 2):
-            hidden = hidden @ layers[i]
-            hidden += layers[i + 1]
-            if i < last:
-                if self.config.activation == "tanh":
-                    np.tanh(hidden, out=hidden)
-                else:
-                    np.maximum(hidden, 0.0, out=hidden)
-        return hidden
-
-    def act(self, observations: Array, noise: Array | None) -> Array:
-        """[N, D] raw -> actions [N, A] (or [N] int64 if discrete).
-
-        noise: standard normal [N, A], or standard Gumbel [N, K] if discrete; None for the mode.
-        """
-        outputs = self.outputs(observations)
-        if self.spaces.discrete:
-            return (outputs if noise is None else outputs + noise).argmax(-1)
-        if noise is not None:
-            outputs += noise * np.exp(self._arrays[-3])
-        return outputs

@@ -1,0 +1,87 @@
+"""Demonstrations as training data: batches for cloning, and the likelihood term that PPO may carry along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embodied.datasets.episode import Episode
+from embodied.datasets.robomimic import read_episodes
+from embodied.policies.numpy_actor import Spaces
+from embodied.policies.state_mlp import StatePolicy
+from experiment.errors import UserError
+from policy_core.bc import bc_loss
+from policy_core.ppo import AuxiliaryLoss, Metrics
+
+
+@dataclass(frozen=True)
+class DemonstrationTerm:
+    """A likelihood term beside PPO's loss, after DAPG's demonstration weight (1709.10087 eq. 8).
+
+    coef * decay**update * (mean negative log-likelihood of a batch); path None switches it off.
+    """
+
+    path: str | None = None
+    coef: float = 0.1
+    decay: float = 0.99
+    batch_size: int = 256
+
+
+def stack_steps(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor]:
+    """All steps of all episodes: observations [N, D] and actions [N, A]."""
+    observations = torch.cat([torch.from_numpy(episode.observations[: len(episode.actions)]) for episode in episodes])
+    actions = torch.cat([torch.from_numpy(episode.actions) for episode in episodes])
+    return observations, actions
+
+
+def check_spaces(observations: Tensor, actions: Tensor, spaces: Spaces, path: str) -> None:
+    """UserError where the demonstrations are of another environment."""
+    found = (observations.shape[-1], actions.shape[-1])
+    expected = (spaces.observation_size, spaces.action_size)
+    if spaces.discrete or found != expected:
+        kind = "choices" if spaces.discrete else "dimensions"
+        raise UserError(
+            f"{path}: demonstrations have {found[0]} observation and {found[1]} action dimensions, the environment"
+            f" {expected[0]} and {expected[1]} {kind}: give the data of this environment, or its environment.id"
+        )
+
+
+class DemonstrationBatches:
+    """Draws batches of demonstrated steps, with a generator that a checkpoint keeps."""
+
+    def __init__(self, observations: Tensor, actions: Tensor, config: DemonstrationTerm, seed: int) -> None:
+        self.observations, self.actions, self.config = observations, actions, config
+        self.generator = torch.Generator().manual_seed(seed + 1)
+
+    @classmethod
+    def load(cls, config: DemonstrationTerm, spaces: Spaces, seed: int) -> DemonstrationBatches | None:
+        """Read the file that `config` names; None without one. UserError if it does not fit."""
+        if config.path is None:
+            return None
+        observations, actions = stack_steps(read_episodes(config.path))
+        check_spaces(observations, actions, spaces, config.path)
+        return cls(observations, actions, config, seed)
+
+    def auxiliary_loss(self, policy: StatePolicy, update: int) -> AuxiliaryLoss:
+        """The term of the `update`-th update (from 1), to be called once an optimizer step."""
+        coef = self.config.coef * self.config.decay ** max(0, update - 1)
+
+        def loss() -> tuple[Tensor, Metrics]:
+            rows = torch.randint(len(self.actions), (self.config.batch_size,), generator=self.generator)
+            log_probs = policy.evaluate(self.observations[rows, None], self.actions[rows, None]).log_probs
+            value, metrics = bc_loss(log_probs=log_probs, mask=torch.ones(len(rows), 1, dtype=torch.bool))
+            return coef * value, {"demonstration_nll": metrics["nll"]}
+
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.generator.set_state(state["generator"])

@@ -1,0 +1,266 @@
+"""PPO in any Gymnasium environment, from scratch or from a cloned policy.
+
+    tandem train configs/embodied/half_cheetah_ppo.yaml
+
+Environment step, reward scaling, GAE, update, statistics: the loop in `train` is the whole algorithm. From a cloned
+policy (`init`) it starts with a critic warm-up, may be held near the clone by a KL term and kept in touch with the
+demonstrations by a likelihood term (DAPG, Rajeswaran 2018, 1709.10087), so that it does not collapse at the switch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from embodied.demonstrations import DemonstrationBatches, DemonstrationTerm
+from embodied.evaluation import VALIDATION_SEEDS, seeds, summarize
+from embodied.normalization import RewardScaler
+from embodied.policies.numpy_actor import StatePolicyConfig
+from embodied.policies.state_mlp import StatePolicy
+from embodied.rollout import Collector, Experience, judge, spaces_of
+from embodied.workers import EnvironmentConfig, environment_spec
+from envs.stepper import EpisodeRecord
+from experiment.errors import UserError
+from experiment.run import Run, RunConfig, RunResult
+from policy_core import ppo
+from policy_core.kl import KLConfig, KLController, kl_in_unit, kl_rewards
+from policy_core.optimizer import FlatAdam
+from policy_core.ppo import NonFiniteLoss, PPOConfig
+from policy_core.returns import explained_variance, gae
+from policy_core.schedules import scheduled, set_learning_rate
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """every: updates between evaluations (0 = none); episodes: of each, with the mode of the policy."""
+
+    every: int = 0
+    episodes: int = 20
+
+
+@dataclass(frozen=True)
+class TrainPPOConfig:
+    """A run of PPO.
+
+    total_steps         environment steps over all environments
+    horizon             steps of each environment per update
+    normalize_rewards   divide rewards by the running deviation of the discounted return
+    init                folder of a policy to start from (RUN/checkpoints/best/policy); it is the KL's reference
+                        and brings its own `policy` and normaliser, which then stays as it is
+    log_std             with init: start exploring at this log standard deviation instead of the clone's
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    policy: StatePolicyConfig = field(default_factory=StatePolicyConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    demonstrations: DemonstrationTerm = field(default_factory=DemonstrationTerm)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    total_steps: int = 500_000
+    horizon: int = 256
+    normalize_rewards: bool = True
+    init: str | None = None
+    log_std: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kl.coef > 0 and self.init is None:
+            raise ValueError("kl.coef needs init: the KL is to the policy that training starts from")
+        if self.log_std is not None and self.init is None:
+            raise ValueError("log_std belongs to init; without it set policy.log_std")
+
+
+@dataclass
+class Learner:
+    """Everything that learns or remembers in a run; its state is what a checkpoint keeps."""
+
+    policy: StatePolicy
+    reference: StatePolicy | None
+    optimizer: FlatAdam
+    scaler: RewardScaler
+    controller: KLController
+    generator: torch.Generator
+    demonstrations: DemonstrationBatches | None
+    recent: deque[EpisodeRecord] = field(default_factory=lambda: deque(maxlen=100))
+    episodes: int = 0
+
+    @classmethod
+    def build(cls, config: TrainPPOConfig, saved: Path | None) -> Learner:
+        """From the configuration, with the policy of a checkpoint where there is one."""
+        spaces = spaces_of(environment_spec(config.environment))
+        reference = None if config.init is None else StatePolicy.from_pretrained(config.init).requires_grad_(False)
+        if reference is not None and reference.spaces != spaces:
+            raise UserError(f"init: {config.init} is a policy for {reference.spaces}, the environment has {spaces}")
+        if saved is not None:
+            policy = StatePolicy.from_pretrained(saved)
+        elif config.init is not None:
+            policy = StatePolicy.from_pretrained(config.init)
+            if config.log_std is not None and not spaces.discrete:
+                torch.nn.init.constant_(policy.log_std, config.log_std)
+        else:
+            policy = StatePolicy(spaces, config.policy)
+        return cls(
+            policy=policy,
+            reference=reference if config.kl.coef > 0 else None,
+            optimizer=FlatAdam([policy.parameters()], learning_rate=config.ppo.learning_rate),
+            scaler=RewardScaler(config.environment.count, gamma=config.ppo.gamma),
+            controller=KLController(config.kl),
+            generator=torch.Generator().manual_seed(config.run.seed),
+            demonstrations=DemonstrationBatches.load(config.demonstrations, spaces, config.run.seed),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint; the policy has a folder of its own there."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "controller": self.controller.state_dict(),
+            "generator": self.generator.get_state(),
+            "demonstrations": None if self.demonstrations is None else self.demonstrations.state_dict(),
+            "recent": [tuple(record) for record in self.recent],
+            "episodes": self.episodes,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.controller.load_state_dict(state["controller"])
+        self.generator.set_state(state["generator"])
+        if self.demonstrations is not None:
+            self.demonstrations.load_state_dict(state["demonstrations"])
+        self.recent.extend(EpisodeRecord(*record) for record in state["recent"])
+        self.episodes = state["episodes"]
+
+
+def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
+    """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
+    steps_per_update = config.environment.count * config.horizon
+    updates = 1 if config.run.dry_run else max(1, -(-config.total_steps // steps_per_update))
+    with Run.start(config, recipe="embodied/ppo", resume=resume) as run:
+        checkpoint = run.checkpoint
+        learner = Learner.build(config, None if checkpoint is None else checkpoint.folder / "policy")
+        policy = learner.policy
+        with Collector(config.environment, policy, steps=config.horizon, seed=config.run.seed) as collector:
+            first = 1
+            if checkpoint is not None:
+                first = checkpoint.step + 1
+                learner.load_state_dict(checkpoint.state["learner"])
+                collector.set_state(checkpoint.state["environments"])
+            run.begin_loop(updates)
+            if checkpoint is None:
+                save(run, learner, collector, global_step=0)
+            for update in range(first, updates + 1):
+                if update == config.ppo.critic_warmup + 1 > 1:  # Adam's bias correction begins with the actor's steps
+                    learner.optimizer = FlatAdam([policy.parameters()], learning_rate=config.ppo.learning_rate)
+                started = time.perf_counter()
+                experience = collector.collect(policy)
+                collected = time.perf_counter()
+                metrics = improve(learner, experience, config, update=update, progress=(update - 1) / updates)
+                finished = time.perf_counter()
+                metrics |= {
+                    "env_steps": float(update * steps_per_update),
+                    "time/rollout": collected - started,
+                    "time/update": finished - collected,
+                    "time/fps": steps_per_update / (finished - started),
+                }
+                metric = None
+                if config.evaluation.every and update % config.evaluation.every == 0:
+                    played = collector.evaluate(policy, seeds(VALIDATION_SEEDS, config.evaluation.episodes))
+                    metrics |= summarize(played)
+                    metric = metrics.get("eval/success_once", metrics["eval/mean_reward"])
+                run.log(metrics, global_step=update)
+                if metric is not None or run.should_save(update) or update == updates:
+                    save(run, learner, collector, global_step=update, metric=metric)
+        return run.finish()
+
+
+def improve(
+    learner: Learner, experience: Experience, config: TrainPPOConfig, *, update: int, progress: float
+) -> dict[str, float]:
+    """One update of everything that learns, on one experience; returns the metrics to log."""
+    policy, kl = learner.policy, config.kl
+    ended = experience.terminated | experience.truncated
+    rewards = learner.scaler(experience.rewards, ended) if config.normalize_rewards else experience.rewards
+    rollout = judge(
+        experience, policy, gamma=config.ppo.gamma, rewards=rewards, reference=learner.reference
+    )
+    metrics: dict[str, float] = {}
+    if rollout.ref_log_probs is not None:
+        in_reward = kl.placement == "reward"
+        penalized, divergence = kl_rewards(
+            rewards=rollout.rewards,
+            old_log_probs=rollout.old_log_probs,
+            ref_log_probs=rollout.ref_log_probs,
+            mask=rollout.mask,
+            coef=learner.controller.coef if in_reward else 0.0,
+            estimator=kl.estimator if in_reward else "k1",
+        )
+        rollout = replace(rollout, rewards=penalized)
+        measured = kl_in_unit(divergence, mask=rollout.mask, episode=rollout.episode, unit=kl.unit)
+        metrics |= {"objective/kl": measured, "objective/kl_coef": learner.controller.coef}
+    advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
+    rate = scheduled(
+        config.ppo.learning_rate, schedule=config.ppo.schedule, progress=progress, warmup=config.ppo.warmup
+    )
+    set_learning_rate(learner.optimizer, rate)
+    demonstrations = learner.demonstrations
+    auxiliary = None
+    if demonstrations is not None:
+        auxiliary = demonstrations.auxiliary_loss(policy, update - config.ppo.critic_warmup)
+    try:
+        trained = ppo.update(
+            policy=policy,
+            optimizer=learner.optimizer,
+            rollout=rollout.decisions(),
+            advantages=advantages.flatten().unsqueeze(1),
+            returns=returns.flatten().unsqueeze(1),
+            config=config.ppo,
+            generator=learner.generator,
+            kl=kl,
+            kl_coef=learner.controller.coef,
+            train_policy=update > config.ppo.critic_warmup,
+            auxiliary=auxiliary,
+        )
+    except NonFiniteLoss as error:
+        raise UserError(f"update {update}: {error}; lower ppo.learning_rate, or go on from the last checkpoint") from error
+    if rollout.ref_log_probs is not None:
+        learner.controller.update(measured, episodes=max(1, len(experience.episodes)))
+    if learner.reference is None and config.init is None:
+        policy.learn_normalization(experience.observations.flatten(0, 1))
+    learner.recent.extend(experience.episodes)
+    learner.episodes += len(experience.episodes)
+    assert rollout.values is not None
+    trained["explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
+    trained["learning_rate"] = rate
+    if not policy.spaces.discrete:
+        trained["std"] = float(policy.log_std.detach().exp().mean())
+    metrics |= {f"train/{name}": value for name, value in trained.items()}
+    return metrics | episode_metrics(learner)
+
+
+def episode_metrics(learner: Learner) -> dict[str, float]:
+    """Means over the last 100 training episodes (of the exploring policy), under SB3's names."""
+    metrics = {"episodes": float(learner.episodes)}
+    if learner.recent:
+        metrics["rollout/ep_rew_mean"] = float(np.mean([record.episode_return for record in learner.recent]))
+        metrics["rollout/ep_len_mean"] = float(np.mean([record.length for record in learner.recent]))
+        if learner.recent[0].success_once is not None:
+            metrics["env/success_once"] = float(np.mean([bool(r.success_once) for r in learner.recent]))
+            metrics["env/success_at_end"] = float(np.mean([bool(r.success_at_end) for r in learner.recent]))
+    return metrics
+
+
+def save(
+    run: Run, learner: Learner, collector: Collector, *, global_step: int, metric: float | None = None
+) -> None:
+    """A checkpoint: the policy as a folder that loads by itself, the rest as state."""
+    state = {"learner": learner.state_dict(), "environments": collector.state()}
+    run.save(state, global_step=global_step, folders={"policy": learner.policy.save_pretrained}, metric=metric)

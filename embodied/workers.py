@@ -1,0 +1,283 @@
+"""Processes that each roll out their own environments with their own copy of the policy.
+
+One exchange a rollout, none a step: the parent writes the actor's weights into shared memory, every worker steps its
+environments for the whole horizon and writes what it saw into its rows of shared arrays. Noise and resets are drawn
+per environment, so the number of workers does not change which episodes are played.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import RawArray
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embodied.policies.numpy_actor import NumpyActor, Spaces, StatePolicyConfig
+from envs.make import EnvironmentSpec, describe, make_environment
+from envs.stepper import EpisodeRecord, Stepper
+from experiment.errors import UserError
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """id, options: what `gymnasium.make` takes; max_episode_steps: another time limit than the environment's own.
+
+    count: environments stepped together; workers: processes to share them (0 = this process; at most `count`).
+    """
+
+    id: str = "HalfCheetah-v5"
+    max_episode_steps: int | None = None
+    options: dict[str, str | bool | int | float] = field(default_factory=dict)
+    count: int = 8
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 0 <= self.workers <= self.count:
+            raise ValueError(f"environment.workers must be 0..count, got {self.workers} for {self.count}")
+
+
+def environment_spec(config: EnvironmentConfig) -> EnvironmentSpec:
+    """Of the environment that `config` names; UserError if it cannot be made."""
+    try:
+        environment = make_environment(
+            config.id, max_episode_steps=config.max_episode_steps, options=config.options
+        )
+    except ValueError as error:
+        raise UserError(f"environment.id: {error}") from error
+    spec = describe(environment)
+    environment.close()
+    return spec
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one worker reports beside the shared arrays.
+
+    final_observations  (row, column, observation [D]) where an episode was cut or ended
+    next_observations   [n, D] after the last column
+    episodes            those that ended, in order of time
+    """
+
+    final_observations: list[tuple[int, int, NDArray[np.float32]]]
+    next_observations: NDArray[np.float32]
+    episodes: list[EpisodeRecord]
+
+
+class SharedArrays:
+    """Arrays [N, T, ...] that the parent and the workers see; made before the workers start."""
+
+    def __init__(self, count: int, steps: int, spaces: Spaces, weights: int) -> None:
+        action = ((), "int64") if spaces.discrete else ((spaces.action_size,), "float32")
+        self._layout: dict[str, tuple[tuple[int, ...], str]] = {
+            "observations": ((count, steps, spaces.observation_size), "float32"),
+            "actions": ((count, steps, *action[0]), action[1]),
+            "rewards": ((count, steps), "float32"),
+            "terminated": ((count, steps), "bool"),
+            "truncated": ((count, steps), "bool"),
+            "weights": ((weights,), "float32"),
+        }
+        self._memory = {
+            name: RawArray("b", max(1, math.prod(shape) * np.dtype(kind).itemsize))
+            for name, (shape, kind) in self._layout.items()
+        }
+
+    def view(self, name: str) -> NDArray[Any]:
+        """The named array, in place."""
+        shape, kind = self._layout[name]
+        return np.frombuffer(self._memory[name], dtype=kind, count=math.prod(shape)).reshape(shape)
+
+
+class RolloutWorker:
+    """Steps the environments of rows `rows` of the shared arrays."""
+
+    def __init__(
+        self,
+        environment: EnvironmentConfig,
+        spaces: Spaces,
+        policy: StatePolicyConfig,
+        arrays: SharedArrays,
+        rows: range,
+        seed: int,
+    ) -> None:
+        self.environment, self.rows = environment, rows
+        seeds = [seed * 1000 + row for row in rows]
+        self.stepper = Stepper(
+            environment.id, seeds, environment.max_episode_steps, options=environment.options
+        )
+        self.actor = NumpyActor(spaces, policy)
+        self.generators = [np.random.default_rng([row_seed, 1]) for row_seed in seeds]
+        self.arrays = {
+            name: arrays.view(name)[rows.start : rows.stop]
+            for name in ("observations", "actions", "rewards", "terminated", "truncated")
+        }
+        self.weights = arrays.view("weights")
+        self.stepper.reset()
+        self._evaluation: Stepper | None = None
+
+    def collect(self) -> Collected:
+        """Fill this worker's rows with the present weights."""
+        arrays, stepper = self.arrays, self.stepper
+        self.actor.load(self.weights)
+        steps = arrays["rewards"].shape[1]
+        noise = np.stack([self.actor.noise(generator, steps) for generator in self.generators], axis=1)
+        finals: list[tuple[int, int, NDArray[np.float32]]] = []
+        episodes: list[EpisodeRecord] = []
+        observations, actions_out = arrays["observations"], arrays["actions"]
+        for step in range(steps):
+            observations[:, step] = stepper.observations
+            actions = self.actor.act(stepper.observations, noise[step])
+            actions_out[:, step] = actions
+            result = stepper.step(actions)
+            arrays["rewards"][:, step] = result.rewards
+            arrays["terminated"][:, step] = result.terminated
+            arrays["truncated"][:, step] = result.truncated
+            if result.episodes:
+                first = self.rows.start
+                finals += [(first + i, step, seen) for i, seen in result.final_observations.items()]
+                episodes += result.episodes.values()
+        return Collected(finals, stepper.observations, episodes)
+
+    def evaluate(self, seeds: Sequence[int], deterministic: bool) -> list[EpisodeRecord]:
+        """One episode from each seed in environments of their own; training's are not touched."""
+        self.actor.load(self.weights)
+        width = min(len(seeds), max(1, len(self.rows)))
+        if self._evaluation is None or self._evaluation.num_environments != width:
+            config = self.environment
+            self._evaluation = Stepper(
+                config.id, list(range(width)), config.max_episode_steps, options=config.options
+            )
+        stepper = self._evaluation
+        records: list[EpisodeRecord] = []
+        for start in range(0, len(seeds), width):
+            block = list(seeds[start : start + width])
+            filled = block + block[:1] * (width - len(block))
+            stepper.reset(filled)
+            generators = [np.random.default_rng([seed, 2]) for seed in filled]
+            ended: dict[int, EpisodeRecord] = {}
+            while len(ended) < width:
+                noise = None
+                if not deterministic:
+                    noise = np.concatenate([self.actor.noise(generator, 1) for generator in generators])
+                result = stepper.step(self.actor.act(stepper.observations, noise))
+                for index, record in result.episodes.items():
+                    ended.setdefault(index, record)
+            records += [ended[index] for index in range(len(block))]
+        return records
+
+    def state(self) -> dict[str, Any]:
+        """Environments and noise, for a checkpoint."""
+        return {
+            "stepper": self.stepper.state(),
+            "generators": [generator.bit_generator.state for generator in self.generators],
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state()`."""
+        self.stepper.set_state(state["stepper"])
+        for generator, saved in zip(self.generators, state["generators"], strict=True):
+            generator.bit_generator.state = saved
+
+    def capture_obstacle(self) -> str | None:
+        """Why the environments cannot be captured, None if they can."""
+        return self.stepper.capture_obstacle
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.stepper.close()
+        if self._evaluation is not None:
+            self._evaluation.close()
+
+
+def serve(pipe: Connection, *arguments: Any) -> None:
+    """A worker process: answer (method, arguments) with (True, result) or (False, traceback) until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the run, and its workers with it
+    try:
+        worker = RolloutWorker(*arguments)
+        pipe.send((True, None))
+        while True:
+            method, args = pipe.recv()
+            pipe.send((True, getattr(worker, method)(*args)))
+    except (EOFError, ConnectionError):  # the parent is gone
+        return
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+
+
+class ProcessWorker:
+    """A `RolloutWorker` in a process of its own: `begin` a call, `end` it with its result."""
+
+    def __init__(self, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked child inherits a GL context that it cannot use
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
+        with _one_thread_each():
+            self._process.start()
+        theirs.close()
+
+    def begin(self, method: str, *arguments: Any) -> None:
+        """Ask for a method of the worker."""
+        self._pipe.send((method, arguments))
+
+    def end(self) -> Any:
+        """Wait for the answer. Raises RuntimeError with the worker's traceback, or if it died."""
+        try:
+            fine, answer = self._pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            self._process.join(5)
+            raise RuntimeError(f"a rollout worker died (exit code {self._process.exitcode})") from error
+        if not fine:
+            raise RuntimeError(f"a rollout worker failed:\n{answer}")
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.terminate()
+
+
+class LocalWorker:
+    """A `RolloutWorker` in this process, behind the same two calls."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._worker = RolloutWorker(*arguments)
+        self._answers: list[Any] = [None]
+
+    def begin(self, method: str, *arguments: Any) -> None:
+        """Do it at once."""
+        self._answers.append(getattr(self._worker, method)(*arguments))
+
+    def end(self) -> Any:
+        """The oldest answer that was not taken."""
+        return self._answers.pop(0)
+
+    def close(self) -> None:
+        """Close the environments."""
+        self._worker.close()
+
+
+class _one_thread_each:  # noqa: N801
+    """Start a child with one BLAS thread: its matrices are tiny, and the other cores have workers of their own."""
+
+    NAMES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+    def __enter__(self) -> None:
+        self._before = {name: os.environ.get(name) for name in self.NAMES}
+        os.environ.update(dict.fromkeys(self.NAMES, "1"))
+
+    def __exit__(self, *exception: object) -> None:
+        for name, value in self._before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
