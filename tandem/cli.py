@@ -1,0 +1,259 @@
+"""The command line: `tandem VERB ...`.
+
+Nothing heavy is imported until a verb needs it, so that `tandem --help` answers at once. Mistakes and failures of
+the surroundings are one line and exit code 2; bugs keep their traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from experiment.errors import UserError
+from tandem import __version__
+from tandem.failures import explain
+from tandem.recipes import suggest
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are a `UserError` like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb of the command line.
+
+    Attributes:
+        usage: its arguments, as the help shows them.
+        help: one line.
+        more: what `tandem VERB --help` says besides.
+        arguments: adds the arguments to a parser.
+        act: does it; returns the exit code.
+    """
+
+    usage: str
+    help: str
+    more: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    act: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    _draw_without_a_screen()
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has gone; Python must not complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _draw_without_a_screen() -> None:
+    """MuJoCo's default back end needs a screen; where there is none, choose the one that does not."""
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"tandem {__version__}")
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in VERBS:
+        known = ("--help", "--version") if name.startswith("-") else tuple(VERBS)
+        raise UserError(f"unknown {'option' if name.startswith('-') else 'verb'} {name!r}; {suggest(name, known)}")
+    verb = VERBS[name]
+    parser = _Parser(
+        prog=f"tandem {name}",
+        usage=f"tandem {name} {verb.usage}".rstrip(),
+        description=f"{verb.help}\n\n{verb.more}".strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verb.arguments(parser)
+    try:
+        arguments, unknown = parser.parse_known_intermixed_args(rest)
+    except SystemExit as done:  # --help
+        return int(done.code or 0)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f"tandem {name}: unknown argument {unknown[0]!r}; {suggest(unknown[0], options)}")
+    return verb.act(arguments)
+
+
+def _overview() -> str:
+    width = max(len(f"{name} {verb.usage}") for name, verb in VERBS.items()) + 3
+    lines = [f"  {f'{name} {verb.usage}'.ljust(width)}{verb.help}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "Tandem trains robots and language models with one policy-optimization core.",
+            "",
+            "usage: tandem VERB ...",
+            "",
+            *lines,
+            "",
+            "`tandem VERB --help` says more; key=value overrides a value of the configuration, as in ppo.epochs=4.",
+        ]
+    )
+
+
+# ---------------------------------------------------------------- the verbs
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that comes with Tandem")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="override a value: ppo.epochs=4"
+    )
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="one update in a temporary folder, then delete it")
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", metavar="show", help="print the merged configuration")
+    _config_arguments(parser)
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder, or its name under runs/")
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_arguments(parser)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="a setting: checkpoint=best")
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or their names under runs/")
+    parser.add_argument("--metric", action="append", default=[], help="a name or pattern: 'eval/*'; repeatable")
+    parser.add_argument(
+        "--over", default="global_step", help="horizontal axis: global_step, env_steps, tokens, ..."
+    )
+    parser.add_argument("--save", metavar="FILE", default="compare.png", help="where the curves go (compare.png)")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from tandem.doctor import examine
+
+    del arguments
+    return examine()
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from tandem.demo import run_demo
+
+    del arguments
+    return run_demo()
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from tandem import verbs
+
+    act = verbs.dry_run if arguments.dry_run else verbs.train
+    return act(arguments.config, arguments.overrides)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from tandem.verbs import resume
+
+    return resume(arguments.run)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from tandem.verbs import evaluate
+
+    return evaluate(arguments.run, arguments.overrides)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from tandem.verbs import compare
+
+    return compare(arguments.runs, arguments.metric, arguments.over, arguments.save)
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from tandem.verbs import show_config
+
+    if arguments.action != "show":
+        raise UserError(f"tandem config: unknown verb {arguments.action!r}; did you mean show?")
+    return show_config(arguments.config, arguments.overrides)
+
+
+VERBS: dict[str, Verb] = {
+    "doctor": Verb(
+        "",
+        "check this machine; one remedy for each problem",
+        "Looks at versions, PyTorch, rendering, wandb, cores and disk. Exit code 1 if anything must be mended.",
+        _no_arguments,
+        _doctor,
+    ),
+    "demo": Verb(
+        "",
+        "train two small language policies in a few minutes",
+        "Supervised start, then PPO, on two tasks; ends with before and after, and what to type next.",
+        _no_arguments,
+        _demo,
+    ),
+    "train": Verb(
+        "CONFIG [key=value ...] [--dry-run]",
+        "start a run",
+        "The run folder is runs/NAME-DATE-TIME unless run.folder says otherwise.",
+        _train_arguments,
+        _train,
+    ),
+    "resume": Verb("RUN", "continue a run from its last checkpoint", "", _run_arguments, _resume),
+    "eval": Verb(
+        "RUN [key=value ...]",
+        "evaluate a run's checkpoint; writes RUN/eval.json",
+        "The settings are those of the room's EvaluateConfig, such as seed=1 or checkpoint=best.",
+        _eval_arguments,
+        _eval,
+    ),
+    "compare": Verb(
+        "RUN RUN ... [--metric PATTERN]",
+        "what differs between runs: configurations, results, curves",
+        "",
+        _compare_arguments,
+        _compare,
+    ),
+    "config": Verb(
+        "show CONFIG [key=value ...]",
+        "print the merged configuration",
+        "Every default is spelled out; the output is a valid CONFIG.",
+        _show_arguments,
+        _config,
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
