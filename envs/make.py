@@ -72,8 +72,8 @@ def make_environment(
     constructor. With render=True, `env.render()` gives [H, W, 3] uint8 frames; otherwise it cannot render.
 
     Raises ValueError, with a one-line message, when the id is unknown (naming the nearest one), when a
-    package is missing (naming it), when the options do not fit, when the action space is neither a
-    one-dimensional Box nor Discrete, or when the observation space is not a one-dimensional Box.
+    package is missing (naming it), when the options do not fit or the constructor fails, when the action
+    space is neither a one-dimensional Box nor Discrete, or the observation space not a one-dimensional Box.
     """
     if max_episode_steps is not None and max_episode_steps < 1:
         raise ValueError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
@@ -86,10 +86,10 @@ def make_environment(
             env = gymnasium.make(env_id, max_episode_steps=max_episode_steps, disable_env_checker=True, **arguments)
     except gymnasium.error.UnregisteredEnv:
         raise ValueError(_unknown_id_message(env_id)) from None
-    except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"environment {env_id!r} cannot be made: {_one_line(error)}") from error
     except TypeError as error:
         raise ValueError(f"environment {env_id!r} does not accept its options: {_one_line(error)}") from error
+    except Exception as error:  # whatever a package's own constructor raises
+        raise ValueError(f"environment {env_id!r} cannot be made: {_one_line(error)}") from error
     try:
         describe(env)
         if render and "rgb_array" not in env.metadata.get("render_modes", ()):
@@ -185,4 +185,4 @@ def _unknown_id_message(env_id: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__
