@@ -47,6 +47,8 @@ class KLConfig:
             raise ValueError(f"kl.coef must not be negative, got {self.coef}")
         if self.target is not None and self.coef == 0:
             raise ValueError("kl.target needs a kl.coef above 0 to start from")
+        if self.horizon <= 0 or (self.target is not None and self.target <= 0):
+            raise ValueError(f"kl.target and kl.horizon must be positive, got {self.target} and {self.horizon}")
         if self.placement == "loss" and self.estimator == "k1":
             raise ValueError("kl.estimator k1 has no gradient in the loss: use k2 or k3")
 
@@ -82,7 +84,8 @@ def kl_rewards(
 ) -> tuple[Tensor, Tensor]:
     """Rewards less `coef` times the KL of each decision (Ziegler 2019, 1909.08593, eq. 2).
 
-    rewards, mask [B, T]; log-probs [B, T] or [B, T, F]. Returns the rewards and the KL in nats, [B, T], 0 where masked.
+    rewards, mask [B, T]; log-probs [B, T] or [B, T, F]. Returns the rewards and the KL in nats, [B, T], 0 where
+    masked.
     """
     estimate = kl_estimate(log_probs=old_log_probs, ref_log_probs=ref_log_probs, estimator=estimator)
     kl = torch.where(mask, per_decision(estimate, factor_mask), 0.0)
@@ -99,8 +102,8 @@ def kl_in_unit(kl: Tensor, *, mask: Tensor, episode: Tensor, unit: Literal["epis
 class KLController:
     """The KL coefficient: fixed, or steered proportionally to a target (Ziegler 2019, section 2.2).
 
-    Each update multiplies the coefficient by 1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon. `kl` is
-    in nats per `config.unit`, the unit of `config.target`.
+    Each update multiplies the coefficient by 1 + clip(kl / target - 1, -0.2, 0.2) * min(episodes / horizon, 1).
+    `kl` is in nats per `config.unit`, the unit of `config.target`.
     """
 
     def __init__(self, config: KLConfig) -> None:
@@ -111,7 +114,7 @@ class KLController:
         """Feed what was measured over `episodes` episodes; returns the new coefficient."""
         if self.config.target is not None:
             error = min(max(kl / self.config.target - 1.0, -0.2), 0.2)
-            self.coef *= 1.0 + error * episodes / self.config.horizon
+            self.coef *= 1.0 + error * min(episodes / self.config.horizon, 1.0)
         return self.coef
 
     def state_dict(self) -> dict[str, float]:
