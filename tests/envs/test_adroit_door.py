@@ -134,6 +134,7 @@ def test_the_recorded_rewards_have_the_published_form() -> None:
 
 
 @pytest.mark.needs_data
+@pytest.mark.slow
 @needs_demonstrations
 def test_the_published_demonstrations_replay() -> None:
     env = _door()

@@ -1,0 +1,1 @@
+"""Robot learning: policies, demonstrations, rollouts, training recipes, evaluation."""

@@ -1,0 +1,1 @@
+"""Readers of recorded robot data; all of them give lists of `Episode`."""

@@ -1,0 +1,110 @@
+"""One recorded episode, and what can be said of a list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from envs.make import EnvironmentSpec
+from experiment.errors import UserError
+
+
+@dataclass(frozen=True)
+class Episode:
+    """T decisions in the order in which they were made.
+
+    observations: [T, D] float32; row t is what was seen before action t.
+    actions: [T, A] float32, as recorded: they may exceed the bounds of the environment.
+    rewards: [T] float32; row t is what action t earned.
+    terminated, truncated: how the episode ended; at most one of them is True.
+    final_observation: [D] float32, seen after the last action; None where it was not recorded, so that a
+        truncated episode's last decision cannot be bootstrapped.
+    success: whether the task was done at any time, None where the recording does not say.
+    initial_state: what the simulator needs to begin here, None where it was not recorded.
+    name: where the episode comes from.
+    """
+
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminated: bool
+    truncated: bool
+    final_observation: np.ndarray | None = None
+    success: bool | None = None
+    initial_state: Mapping[str, np.ndarray] | None = None
+    name: str = ""
+
+    def __len__(self) -> int:
+        """T."""
+        return len(self.actions)
+
+
+@dataclass(frozen=True)
+class DatasetStatistics:
+    """Of a list of episodes. Moments are over all steps; a dimension that never changes has std 0.
+
+    observation_*: [D] float64; action_*: [A] float64; success_rate: None unless every episode says.
+    """
+
+    episodes: int
+    steps: int
+    mean_length: float
+    mean_return: float
+    min_return: float
+    max_return: float
+    success_rate: float | None
+    observation_mean: np.ndarray
+    observation_std: np.ndarray
+    action_mean: np.ndarray
+    action_std: np.ndarray
+    action_min: np.ndarray
+    action_max: np.ndarray
+
+
+def dataset_statistics(episodes: Sequence[Episode]) -> DatasetStatistics:
+    """Counts, returns and moments. Raises UserError when there is no episode."""
+    if not episodes:
+        raise UserError("there is no episode to describe: the data set is empty")
+    observations = np.concatenate([episode.observations for episode in episodes]).astype(np.float64)
+    actions = np.concatenate([episode.actions for episode in episodes]).astype(np.float64)
+    returns = [float(episode.rewards.sum(dtype=np.float64)) for episode in episodes]
+    successes = [episode.success for episode in episodes]
+    known = [success for success in successes if success is not None]
+    return DatasetStatistics(
+        episodes=len(episodes),
+        steps=len(actions),
+        mean_length=len(actions) / len(episodes),
+        mean_return=float(np.mean(returns)),
+        min_return=min(returns),
+        max_return=max(returns),
+        success_rate=float(np.mean(known)) if len(known) == len(successes) else None,
+        observation_mean=observations.mean(axis=0),
+        observation_std=observations.std(axis=0),
+        action_mean=actions.mean(axis=0),
+        action_std=actions.std(axis=0),
+        action_min=actions.min(axis=0),
+        action_max=actions.max(axis=0),
+    )
+
+
+def check_against(episodes: Sequence[Episode], spec: EnvironmentSpec, source: str = "the data set") -> None:
+    """Raise UserError when the episodes' dimensions are not those of the environment.
+
+    source: what the message calls the data, usually its path.
+    """
+    if not episodes:
+        raise UserError(f"{source}: no episodes")
+    found = (episodes[0].observations.shape[1], episodes[0].actions.shape[1])
+    if spec.discrete:
+        raise UserError(
+            f"{source}: actions have {found[1]} dimensions, but those of {spec.env_id} are "
+            f"{spec.action_dim} discrete choices"
+        )
+    if found != (spec.observation_dim, spec.action_dim):
+        raise UserError(
+            f"{source}: observations have {found[0]} dimensions and actions {found[1]}, but {spec.env_id} has "
+            f"{spec.observation_dim} and {spec.action_dim}: choose the environment that the data came from, "
+            "or other observation keys"
+        )
