@@ -99,7 +99,8 @@ def _dispatch(words: list[str]) -> int:
         return int(done.code or 0)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"tandem {name}: unknown argument {unknown[0]!r}; {suggest(unknown[0], options)}")
+        hint = suggest(unknown[0], options) if unknown[0].startswith("-") else f"see `tandem {name} --help`"
+        raise UserError(f"tandem {name}: unknown argument {unknown[0]!r}; {hint}")
     return verb.act(arguments)
 
 

@@ -63,7 +63,12 @@ def _graphics(error: BaseException) -> str | None:
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     in_library = any(m == gl or m.startswith(gl + ".") for m in modules for gl in _GL_MODULES)
     fatal = type(error).__name__ == "FatalError" and type(error).__module__.startswith("mujoco")
-    if in_library or (fatal and any(word in str(error) for word in ("OpenGL", "glad", "context"))):
+    no_context = fatal and any(word in str(error) for word in ("OpenGL", "glad", "context"))
+    # mujoco hides a failed import of its renderer; what shows is the missing name.
+    hidden = (
+        isinstance(error, AttributeError) and "'mujoco'" in str(error) and error.name in ("Renderer", "GLContext")
+    )
+    if in_library or no_context or hidden:
         return f"MuJoCo cannot draw on this machine ({one_line(error)}): {_GL_REMEDY}"
     return None
 

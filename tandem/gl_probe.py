@@ -6,6 +6,8 @@ with it, and a process can use one back end only.
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 
 SCENE = "<mujoco><worldbody><light pos='0 0 3'/><geom type='sphere' size='.5'/></worldbody></mujoco>"
@@ -16,6 +18,8 @@ def main() -> int:
     try:
         import mujoco
 
+        # Where the library is missing, mujoco only lacks a name; its back end's own module says why.
+        importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}")
         model = mujoco.MjModel.from_xml_string(SCENE)
         data = mujoco.MjData(model)
         mujoco.mj_forward(model, data)
