@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from embodied.datasets.episode import Episode
+from embodied.datasets.episode import Episode, check_against
 from embodied.datasets.robomimic import read_episodes
-from embodied.policies.numpy_actor import Spaces
 from embodied.policies.state_mlp import StatePolicy
-from experiment.errors import UserError
+from envs.make import EnvironmentSpec
 from policy_core.bc import bc_loss
 from policy_core.ppo import AuxiliaryLoss, Metrics
 
@@ -31,23 +31,24 @@ class DemonstrationTerm:
     batch_size: int = 256
 
 
-def stack_steps(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor]:
-    """All steps of all episodes: observations [N, D] and actions [N, A]."""
-    observations = torch.cat([torch.from_numpy(episode.observations[: len(episode.actions)]) for episode in episodes])
-    actions = torch.cat([torch.from_numpy(episode.actions) for episode in episodes])
-    return observations, actions
+def read_steps(path: str, environment: EnvironmentSpec) -> tuple[Tensor, Tensor]:
+    """All demonstrated steps of a file: observations [N, D] and actions [N, A], actions within the bounds.
+
+    UserError if the file is damaged or was recorded in another environment.
+    """
+    episodes = read_episodes(path)
+    check_against(episodes, environment, path)
+    return stack_steps(episodes, environment)
 
 
-def check_spaces(observations: Tensor, actions: Tensor, spaces: Spaces, path: str) -> None:
-    """UserError where the demonstrations are of another environment."""
-    found = (observations.shape[-1], actions.shape[-1])
-    expected = (spaces.observation_size, spaces.action_size)
-    if spaces.discrete or found != expected:
-        kind = "choices" if spaces.discrete else "dimensions"
-        raise UserError(
-            f"{path}: demonstrations have {found[0]} observation and {found[1]} action dimensions, the environment"
-            f" {expected[0]} and {expected[1]} {kind}: give the data of this environment, or its environment.id"
-        )
+def stack_steps(episodes: Sequence[Episode], environment: EnvironmentSpec) -> tuple[Tensor, Tensor]:
+    """The steps of all episodes: observations [N, D] and actions [N, A], clipped as the environment clips them."""
+    observations = torch.from_numpy(np.concatenate([episode.observations for episode in episodes]))
+    actions = torch.from_numpy(np.concatenate([episode.actions for episode in episodes]))
+    assert environment.action_low is not None
+    assert environment.action_high is not None
+    low, high = torch.from_numpy(environment.action_low), torch.from_numpy(environment.action_high)
+    return observations, actions.clamp(low, high)
 
 
 class DemonstrationBatches:
@@ -58,13 +59,13 @@ class DemonstrationBatches:
         self.generator = torch.Generator().manual_seed(seed + 1)
 
     @classmethod
-    def load(cls, config: DemonstrationTerm, spaces: Spaces, seed: int) -> DemonstrationBatches | None:
+    def load(
+        cls, config: DemonstrationTerm, environment: EnvironmentSpec, seed: int
+    ) -> DemonstrationBatches | None:
         """Read the file that `config` names; None without one. UserError if it does not fit."""
         if config.path is None:
             return None
-        observations, actions = stack_steps(read_episodes(config.path))
-        check_spaces(observations, actions, spaces, config.path)
-        return cls(observations, actions, config, seed)
+        return cls(*read_steps(config.path, environment), config, seed)
 
     def auxiliary_loss(self, policy: StatePolicy, update: int) -> AuxiliaryLoss:
         """The term of the `update`-th update (from 1), to be called once an optimizer step."""

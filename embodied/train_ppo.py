@@ -94,7 +94,8 @@ class Learner:
     @classmethod
     def build(cls, config: TrainPPOConfig, saved: Path | None) -> Learner:
         """From the configuration, with the policy of a checkpoint where there is one."""
-        spaces = spaces_of(environment_spec(config.environment))
+        environment = environment_spec(config.environment)
+        spaces = spaces_of(environment)
         reference = None if config.init is None else StatePolicy.from_pretrained(config.init).requires_grad_(False)
         if reference is not None and reference.spaces != spaces:
             raise UserError(f"init: {config.init} is a policy for {reference.spaces}, the environment has {spaces}")
@@ -113,7 +114,7 @@ class Learner:
             scaler=RewardScaler(config.environment.count, gamma=config.ppo.gamma),
             controller=KLController(config.kl),
             generator=torch.Generator().manual_seed(config.run.seed),
-            demonstrations=DemonstrationBatches.load(config.demonstrations, spaces, config.run.seed),
+            demonstrations=DemonstrationBatches.load(config.demonstrations, environment, config.run.seed),
         )
 
     def state_dict(self) -> dict[str, Any]:

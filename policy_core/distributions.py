@@ -37,7 +37,7 @@ class DiagonalGaussian:
     def log_prob(self, actions: Tensor) -> Tensor:
         """[..., F] nats."""
         standardized = (actions - self.mean) * torch.exp(-self.log_std)
-        return -0.5 * standardized.square() - (self.log_std + HALF_LOG_TWO_PI)
+        return torch.addcmul(-(self.log_std + HALF_LOG_TWO_PI), standardized, standardized, value=-0.5)
 
     def entropy(self) -> Tensor:
         """[..., F] nats, a view where log_std is shared."""
@@ -106,7 +106,7 @@ class Categorical:
         return chosen - torch.logsumexp(self.logits, dim=-1)
 
     def entropy(self) -> Tensor:
-        """[...] nats; choices with probability 0 (logit -inf) add nothing."""
+        """[...] nats; choices with probability 0 (logit -inf) add nothing, to the gradient either."""
         log_probabilities = torch.log_softmax(self.logits, dim=-1)
-        probabilities = log_probabilities.exp()
-        return -torch.where(probabilities > 0, probabilities * log_probabilities, 0.0).sum(-1)
+        finite = log_probabilities.clamp(min=torch.finfo(log_probabilities.dtype).min)
+        return -(log_probabilities.exp() * finite).sum(-1)

@@ -1,0 +1,166 @@
+"""Behaviour cloning of demonstrations in a state policy.
+
+    tandem train configs/embodied/adroit_door_bc.yaml demonstrations=door.hdf5
+
+The likelihood of the demonstrated actions is maximised; a share of the episodes is held out, and the weights that
+explain them best are the run's `best` checkpoint. The environment is played now and then to see what that is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from embodied.datasets.episode import Episode, check_against
+from embodied.datasets.robomimic import read_episodes
+from embodied.demonstrations import stack_steps
+from embodied.evaluation import VALIDATION_SEEDS, seeds, summarize
+from embodied.policies.numpy_actor import StatePolicyConfig
+from embodied.policies.state_mlp import StatePolicy
+from embodied.rollout import Collector, spaces_of
+from embodied.workers import EnvironmentConfig, environment_spec
+from envs.make import EnvironmentSpec
+from experiment.errors import UserError
+from experiment.run import Run, RunConfig, RunResult
+from policy_core.bc import bc_loss
+from policy_core.optimizer import FlatAdam
+from policy_core.schedules import Schedule, scheduled, set_learning_rate
+
+
+@dataclass(frozen=True)
+class TrainBCConfig:
+    """A run of behaviour cloning.
+
+    demonstrations      robomimic-layout HDF5 file
+    held_out            share of the episodes kept for validation
+    min_log_std         lower bound of the fitted deviation: a policy without noise cannot be improved by PPO
+    episodes            played at each evaluation (0 = none); evaluate_every in updates
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    policy: StatePolicyConfig = field(default_factory=StatePolicyConfig)
+    demonstrations: str = ""
+    held_out: float = 0.1
+    updates: int = 5_000
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    schedule: Schedule = "cosine"
+    min_log_std: float = -2.0
+    evaluate_every: int = 1_000
+    episodes: int = 20
+
+    def __post_init__(self) -> None:
+        if not self.demonstrations:
+            raise ValueError("demonstrations is not set: give a file, demonstrations=PATH")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Demonstrated steps as the policy takes them: observations [N, 1, D], actions [N, 1, A]."""
+
+    observations: Tensor
+    actions: Tensor
+
+    @classmethod
+    def of(cls, episodes: Sequence[Episode], environment: EnvironmentSpec) -> Steps:
+        """All steps of `episodes`."""
+        observations, actions = stack_steps(episodes, environment)
+        return cls(observations.unsqueeze(1), actions.unsqueeze(1))
+
+    def nll(self, policy: StatePolicy, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean negative log-likelihood of the given rows, or of all; in nats a step."""
+        observations = self.observations if rows is None else self.observations[rows]
+        actions = self.actions if rows is None else self.actions[rows]
+        mask = torch.ones(actions.shape[:2], dtype=torch.bool)
+        return bc_loss(log_probs=policy.evaluate(observations, actions).log_probs, mask=mask)
+
+
+def read(config: TrainBCConfig, environment: EnvironmentSpec) -> tuple[Steps, Steps | None]:
+    """Training and validation steps, split by episodes with the run's seed."""
+    episodes = read_episodes(config.demonstrations)
+    check_against(episodes, environment, config.demonstrations)
+    order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
+    count = min(round(config.held_out * len(episodes)), len(episodes) - 1)
+    held_out, kept = order[:count], sorted(order[count:])
+    validation = Steps.of([episodes[i] for i in held_out], environment) if held_out else None
+    return Steps.of([episodes[i] for i in kept], environment), validation
+
+
+def train(config: TrainBCConfig, *, resume: Path | None = None) -> RunResult:
+    """Clone, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
+    environment = environment_spec(config.environment)
+    if environment.discrete:
+        raise UserError(f"environment.id: {environment.env_id} has discrete actions, cloning needs continuous ones")
+    training, validation = read(config, environment)
+    with Run.start(config, recipe="embodied/bc", resume=resume) as run:
+        checkpoint = run.checkpoint
+        if checkpoint is None:
+            policy = StatePolicy(spaces_of(environment), config.policy)
+            policy.learn_normalization(training.observations.squeeze(1))
+        else:
+            policy = StatePolicy.from_pretrained(checkpoint.folder / "policy")
+        optimizer = FlatAdam([policy.parameters()], learning_rate=config.learning_rate)
+        generator = torch.Generator().manual_seed(config.run.seed)
+        first = 1
+        if checkpoint is not None:
+            first = checkpoint.step + 1
+            optimizer.load_state_dict(checkpoint.state["optimizer"])
+            generator.set_state(checkpoint.state["generator"])
+        updates = 1 if config.run.dry_run else config.updates
+        with Collector(config.environment, policy, steps=1, seed=config.run.seed) as collector:
+            run.begin_loop(updates)
+            for update in range(first, updates + 1):
+                rate = scheduled(
+                    config.learning_rate, schedule=config.schedule, progress=(update - 1) / updates
+                )
+                set_learning_rate(optimizer, rate)
+                rows = torch.randint(len(training.actions), (config.batch_size,), generator=generator)
+                optimizer.zero_grad()
+                loss, metrics = training.nll(policy, rows)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                with torch.no_grad():
+                    policy.log_std.clamp_(min=config.min_log_std)
+                last = update == updates
+                if last or update % 100 == 0:
+                    logged = {"train/loss": float(metrics["nll"]), "train/learning_rate": rate}
+                    logged["samples"] = float(update * config.batch_size)
+                    logged["train/std"] = float(policy.log_std.detach().exp().mean())
+                    run.log(logged, global_step=update)
+                if last or update % config.evaluate_every == 0:
+                    metric = look(run, policy, collector, validation, config, global_step=update)
+                    state = {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+                    run.save(
+                        state, global_step=update, folders={"policy": policy.save_pretrained}, metric=metric
+                    )
+        return run.finish()
+
+
+def look(
+    run: Run,
+    policy: StatePolicy,
+    collector: Collector,
+    validation: Steps | None,
+    config: TrainBCConfig,
+    *,
+    global_step: int,
+) -> float:
+    """Log the held-out likelihood and what the policy earns; returns what `best` is chosen by (higher is better)."""
+    logged: dict[str, float] = {}
+    metric = float(global_step)
+    if validation is not None:
+        with torch.no_grad():
+            logged["eval/loss"] = float(validation.nll(policy)[0])
+        metric = -logged["eval/loss"]
+    if config.episodes:
+        logged |= summarize(collector.evaluate(policy, seeds(VALIDATION_SEEDS, config.episodes)))
+    if logged:
+        run.log(logged, global_step=global_step)
+    return metric
