@@ -77,9 +77,7 @@ class RewardScaler(RunningMoments):
 
     running_return: Tensor
 
-    def __init__(
-        self, environments: int, *, gamma: float, limit: float = 10.0, epsilon: float = 1e-8
-    ) -> None:
+    def __init__(self, environments: int, *, gamma: float, limit: float = 10.0, epsilon: float = 1e-8) -> None:
         super().__init__(())
         self.gamma, self.limit, self.epsilon = gamma, limit, epsilon
         self.register_buffer("running_return", torch.zeros(environments, dtype=torch.float64))

@@ -118,7 +118,12 @@ class Collector:
 
 @torch.no_grad()
 def judge(
-    experience: Experience, policy: StatePolicy, *, gamma: float, rewards: Tensor, reference: StatePolicy | None = None
+    experience: Experience,
+    policy: StatePolicy,
+    *,
+    gamma: float,
+    rewards: Tensor,
+    reference: StatePolicy | None = None,
 ) -> Rollout:
     """The core's view of an experience: log-probs, values and bootstraps under the policy that acted.
 

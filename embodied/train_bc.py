@@ -18,7 +18,7 @@ from torch import Tensor
 from embodied.datasets.episode import Episode, check_against
 from embodied.datasets.robomimic import read_episodes
 from embodied.demonstrations import stack_steps
-from embodied.evaluation import VALIDATION_SEEDS, seeds, summarize
+from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollout import Collector, spaces_of
@@ -117,14 +117,12 @@ def train(config: TrainBCConfig, *, resume: Path | None = None) -> RunResult:
         with Collector(config.environment, policy, steps=1, seed=config.run.seed) as collector:
             run.begin_loop(updates)
             for update in range(first, updates + 1):
-                rate = scheduled(
-                    config.learning_rate, schedule=config.schedule, progress=(update - 1) / updates
-                )
+                rate = scheduled(config.learning_rate, schedule=config.schedule, progress=(update - 1) / updates)
                 set_learning_rate(optimizer, rate)
                 rows = torch.randint(len(training.actions), (config.batch_size,), generator=generator)
                 optimizer.zero_grad()
                 loss, metrics = training.nll(policy, rows)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 with torch.no_grad():
                     policy.log_std.clamp_(min=config.min_log_std)
@@ -137,9 +135,7 @@ def train(config: TrainBCConfig, *, resume: Path | None = None) -> RunResult:
                 if last or update % config.evaluate_every == 0:
                     metric = look(run, policy, collector, validation, config, global_step=update)
                     state = {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-                    run.save(
-                        state, global_step=update, folders={"policy": policy.save_pretrained}, metric=metric
-                    )
+                    run.save(state, global_step=update, folders={"policy": policy.save_pretrained}, metric=metric)
         return run.finish()
 
 

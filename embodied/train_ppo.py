@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from embodied.demonstrations import DemonstrationBatches, DemonstrationTerm
-from embodied.evaluation import VALIDATION_SEEDS, seeds, summarize
+from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
 from embodied.normalization import RewardScaler
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
@@ -159,7 +159,9 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
             if checkpoint is None:
                 save(run, learner, collector, global_step=0)
             for update in range(first, updates + 1):
-                if update == config.ppo.critic_warmup + 1 > 1:  # Adam's bias correction begins with the actor's steps
+                if (
+                    update == config.ppo.critic_warmup + 1 > 1
+                ):  # Adam's bias correction begins with the actor's steps
                     learner.optimizer = FlatAdam([policy.parameters()], learning_rate=config.ppo.learning_rate)
                 started = time.perf_counter()
                 experience = collector.collect(policy)
@@ -190,9 +192,7 @@ def improve(
     policy, kl = learner.policy, config.kl
     ended = experience.terminated | experience.truncated
     rewards = learner.scaler(experience.rewards, ended) if config.normalize_rewards else experience.rewards
-    rollout = judge(
-        experience, policy, gamma=config.ppo.gamma, rewards=rewards, reference=learner.reference
-    )
+    rollout = judge(experience, policy, gamma=config.ppo.gamma, rewards=rewards, reference=learner.reference)
     metrics: dict[str, float] = {}
     if rollout.ref_log_probs is not None:
         in_reward = kl.placement == "reward"
@@ -231,7 +231,9 @@ def improve(
             auxiliary=auxiliary,
         )
     except NonFiniteLoss as error:
-        raise UserError(f"update {update}: {error}; lower ppo.learning_rate, or go on from the last checkpoint") from error
+        raise UserError(
+            f"update {update}: {error}; lower ppo.learning_rate, or go on from the last checkpoint"
+        ) from error
     if rollout.ref_log_probs is not None:
         learner.controller.update(measured, episodes=max(1, len(experience.episodes)))
     if learner.reference is None and config.init is None:

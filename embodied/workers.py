@@ -110,9 +110,7 @@ class RolloutWorker:
     ) -> None:
         self.environment, self.rows = environment, rows
         seeds = [seed * 1000 + row for row in rows]
-        self.stepper = Stepper(
-            environment.id, seeds, environment.max_episode_steps, options=environment.options
-        )
+        self.stepper = Stepper(environment.id, seeds, environment.max_episode_steps, options=environment.options)
         self.actor = NumpyActor(spaces, policy)
         self.generators = [np.random.default_rng([row_seed, 1]) for row_seed in seeds]
         self.arrays = {

@@ -48,7 +48,7 @@ class FlatAdam(torch.optim.Adam):
     ) -> None:
         self._members = [list(group) for group in groups]
         flat = [flatten_(group) for group in self._members]
-        self._gradients = [tensor.grad for tensor in flat]
+        self._gradients = [tensor.grad for tensor in flat if tensor.grad is not None]
         super().__init__(flat, lr=learning_rate, eps=epsilon, fused=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.nn import Parameter
 
-from policy_core.rollout import Nested
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,11 @@ class Evaluation:
 class Policy(Protocol):
     """Judges decisions. How actions are sampled is its adapter's affair (a simulator's loop, a token loop)."""
 
-    def evaluate(self, observations: Nested, actions: Nested) -> Evaluation:
-        """The decisions in `actions`, leading with [B, T], under the present weights, with gradients."""
+    def evaluate(self, observations: Any, actions: Any) -> Evaluation:
+        """The decisions in `actions`, leading with [B, T], under the present weights, with gradients.
+
+        Both are whatever the adapter put into the rollout, a tensor or a mapping of tensors.
+        """
         ...
 
     def parameters(self) -> Iterator[Parameter]:

@@ -372,7 +372,7 @@ def only_critic(policy: Policy) -> Iterator[None]:
 
 def _backward_auxiliary(auxiliary: AuxiliaryLoss) -> Metrics:
     loss, metrics = auxiliary()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return metrics
 
 
@@ -405,7 +405,7 @@ def _accumulate(
             kl_coef=kl_coef,
             train_policy=train_policy,
         )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for name, value in metrics.items():
             totals[name] = totals[name] + value if name in totals else value
     return totals

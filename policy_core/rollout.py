@@ -156,7 +156,8 @@ class Rollout:
         return {name: value for name, value in named.items() if value is not None}
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Rollout:
-        return Rollout(**{name: map_nested(function, value) for name, value in self._present().items()})
+        mapped: dict[str, Any] = {name: map_nested(function, value) for name, value in self._present().items()}
+        return Rollout(**mapped)
 
 
 def next_decision(mask: Tensor) -> Tensor:
@@ -242,9 +243,8 @@ class Transitions:
 
     def select(self, index: Tensor) -> Transitions:
         """The transitions at `index`, [M] int."""
-        return Transitions(
-            **{
-                field.name: map_nested(lambda leaf: leaf.index_select(0, index), getattr(self, field.name))
-                for field in fields(self)
-            }
-        )
+        selected: dict[str, Any] = {
+            field.name: map_nested(lambda leaf: leaf.index_select(0, index), getattr(self, field.name))
+            for field in fields(self)
+        }
+        return Transitions(**selected)

@@ -82,7 +82,9 @@ class NumpyActor:
                 np.tanh(hidden, out=hidden)
             else:
                 np.maximum(hidden, 0.0, out=hidden)
-        return hidden @ last_weight + last_bias
+        outputs: Array = hidden @ last_weight
+        outputs += last_bias
+        return outputs
 
     def act(self, observations: Array, noise: Array | None) -> NDArray[Any]:
         """[N, D] raw -> actions [N, A] float32, or [N] int64 if discrete.

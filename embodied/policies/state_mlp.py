@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from embodied.normalization import ObservationNormalizer
 from embodied.policies import numpy_actor
 from embodied.policies.numpy_actor import Array, Spaces, StatePolicyConfig
-from embodied.normalization import ObservationNormalizer
 from experiment.errors import UserError
 from policy_core.distributions import Categorical, DiagonalGaussian
 from policy_core.networks import StackedMLP, head
 from policy_core.policy import Evaluation
+
 
 class StatePolicy(nn.Module):
     """Observations [..., D] -> actions [..., A] (or [...] int if discrete) and values [...]."""
