@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from experiment.statistics import bootstrap_interval, wilson_interval
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
+from experiment.statistics import bootstrap_interval, wilson_interval
 from llm_rlhf.generation import Samples, generate
 from llm_rlhf.models import LanguagePolicy, model_folder
 from llm_rlhf.rewards import RewardSet, resolve

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from policy_core.rollout import Rollout
 
 @dataclass(frozen=True)
 class Sampler:
-    """Everything that turns prompts into scored completions."""
+    """Everything that turns training prompts into scored completions; prompts are their tokens, by row."""
 
     policy: LanguagePolicy
     tokenizer: PreTrainedTokenizerBase
@@ -30,7 +30,8 @@ class Sampler:
     rewards: RewardSet
     generation: GenerationConfig
     generator: torch.Generator
-    columns: dict[str, list[Any]] = field(default_factory=dict)
+    prompts: list[list[int]]
+    columns: dict[str, list[Any]]
 
     @property
     def max_new_tokens(self) -> int:
@@ -42,10 +43,9 @@ class Sampler:
 
         drawn_before    completions that the run had drawn before, for the column sample_index
         """
-        prompts = [self.task.train[row].prompt for row in rows]
         samples = generate(
             self.policy,
-            encode_prompts(self.tokenizer, prompts),
+            [self.prompts[row] for row in rows],
             samples_per_prompt=samples_per_prompt,
             max_new_tokens=self.max_new_tokens,
             eos=int(self.tokenizer.eos_token_id),
@@ -73,7 +73,8 @@ def build_sampler(
     weights = rewards or {task.default_reward: 1.0}
     resolved = resolve(weights, own=task.rewards, columns=list(columns))
     generator = torch.Generator().manual_seed(seed)
-    return Sampler(policy, tokenizer, task, resolved, generation, generator, columns)
+    prompts = encode_prompts(tokenizer, [example.prompt for example in task.train])
+    return Sampler(policy, tokenizer, task, resolved, generation, generator, prompts, columns)
 
 
 def reference_log_probs(reference: LanguagePolicy, samples: Samples) -> Tensor:

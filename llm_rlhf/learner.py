@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from llm_rlhf.evaluate import EvaluateConfig, evaluate_policy, numbers
 from llm_rlhf.experience import Sampler, build_sampler
 from llm_rlhf.generation import GenerationConfig
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy, frozen_copy
-from llm_rlhf.tasks.task import Task, TaskConfig
+from llm_rlhf.tasks.task import Task
 from llm_rlhf.text_data import Batches
 from policy_core.kl import KLConfig, KLController
+from policy_core.ppo import NonFiniteLoss
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,15 @@ def build_learner(
     return learner
 
 
+@contextlib.contextmanager
+def stopping_on_nan(run: Run, setting: str) -> Iterator[None]:
+    """Turn a NaN or infinity in an update into one line for the user; the weights were not spoiled."""
+    try:
+        yield
+    except NonFiniteLoss as error:
+        raise UserError(f"run {run.folder}: {error}; its checkpoints are kept; try a lower {setting}") from error
+
+
 def record(
     run: Run,
     learner: Learner,
@@ -217,7 +228,7 @@ def validate(
     return numbers(result, prefix="eval")
 
 
-def announce(task: Task, config: TaskConfig) -> None:
+def announce(task: Task) -> None:
     """Say what the data is, one line each."""
     for note in task.notes:
-        print(f"{config.name}: {note}" if not note.startswith(config.name) else note, flush=True)
+        print(note, flush=True)

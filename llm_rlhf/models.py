@@ -6,6 +6,7 @@ the logits at t - 1 and its value from the hidden state at t - 1. Column 0 has n
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -98,7 +100,8 @@ def load_language_model(path: str | Path) -> PreTrainedModel:
     """Any transformers causal language model in float32, dropout off. Raises UserError if it cannot be read."""
     source = model_folder(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        with _quietly():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         raise UserError(f"model.path: {path} could not be loaded as a causal language model: {reason}") from error
@@ -108,6 +111,18 @@ def load_language_model(path: str | Path) -> PreTrainedModel:
         # saved them, and a resumed run would not be the same to the last bit.
         parameter.data = parameter.data.clone()
     return model
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bar, which would write over a run's own."""
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -177,11 +192,8 @@ class LanguagePolicy(nn.Module):
             zeros = next(self.parameters()).new_zeros(actions.shape)
             return Evaluation(zeros, zeros, None if self.value_head is None else zeros)
         lead = _leading_padding(attention_mask, limit=first - 1)
-        hidden_start, hidden_stop = first - 1 - lead, last - 1 - lead
-        logits, hidden, _ = self.step(
-            observations["input_ids"][:, lead : last - 1],
-            attention_mask[:, lead : last - 1],
-            keep=hidden_stop - hidden_start,
+        logits, hidden = self._outputs(
+            observations["input_ids"][:, lead : last - 1], attention_mask[:, lead : last - 1], prefix=first - lead
         )
         log_softmax = torch.log_softmax(logits / self.temperature, dim=-1)
         log_probs = log_softmax.gather(-1, actions[:, first:last].unsqueeze(-1)).squeeze(-1)
@@ -193,6 +205,32 @@ class LanguagePolicy(nn.Module):
             return nn.functional.pad(columns, padding)
 
         return Evaluation(widen(log_probs), widen(entropy), None if values is None else widen(values))
+
+    def _outputs(self, input_ids: Tensor, attention_mask: Tensor, *, prefix: int) -> tuple[Tensor, Tensor]:
+        """Logits [B, T - prefix + 1, V] and hidden states of the columns from prefix - 1 on.
+
+        Where rows share their first `prefix` tokens (a prompt's samples), those are computed once, and their keys
+        and values are handed to every row: with 8 samples a prompt this halves the work of an update.
+        """
+        rows, width = input_ids.shape
+        keep = width - prefix + 1
+        start = torch.where(attention_mask[:, :prefix].bool(), input_ids[:, :prefix], -1)
+        unique, inverse = torch.unique(start, dim=0, return_inverse=True)
+        if keep == 1 or 2 * len(unique) > rows:
+            logits, hidden, _ = self.step(input_ids, attention_mask, keep=keep)
+            return logits, hidden
+        known = unique.ge(0)
+        last_logits, last_hidden, cache = self.step(unique.clamp(min=0), known.long(), use_cache=True, keep=1)
+        for layer in cache.layers:  # index_select: its backward is much cheaper than that of indexing
+            layer.keys = layer.keys.index_select(0, inverse)
+            layer.values = layer.values.index_select(0, inverse)
+        logits, hidden, _ = self.step(
+            input_ids[:, prefix:], attention_mask, cache=cache, use_cache=True, keep=keep - 1
+        )
+        return (
+            torch.cat([last_logits.index_select(0, inverse), logits], dim=1),
+            torch.cat([last_hidden.index_select(0, inverse), hidden], dim=1),
+        )
 
     def step(
         self,
@@ -210,13 +248,13 @@ class LanguagePolicy(nn.Module):
         keep            how many of the last columns to compute logits for
 
         Returns logits [B, keep, V] (not divided by the temperature), hidden states [B, keep, D] and the cache.
-        Without left padding the mask is left out: causal attention alone is then right, and cheaper.
+        Padding on the right needs no mask: nothing that counts comes after it, and attention is causal.
         """
         new = input_ids.shape[1]
         padded = not bool(attention_mask[:, 0].all())
         arguments = {
             "input_ids": input_ids,
-            "attention_mask": attention_mask if padded else None,
+            "attention_mask": attention_mask if padded else torch.ones_like(attention_mask),
             "position_ids": position_ids(attention_mask)[:, -new:] if padded else None,
             "past_key_values": cache,
             "use_cache": use_cache,
@@ -230,7 +268,8 @@ class LanguagePolicy(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a plain transformers folder, and the value head beside it."""
-        self.model.save_pretrained(str(folder))
+        with _quietly():
+            self.model.save_pretrained(str(folder))
         if self.value_head is not None:
             state = {name: tensor.detach().contiguous() for name, tensor in self.value_head.state_dict().items()}
             save_file(state, str(Path(folder) / VALUE_HEAD))

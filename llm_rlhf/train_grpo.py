@@ -21,6 +21,7 @@ from llm_rlhf.learner import (
     build_learner,
     record,
     require_trained,
+    stopping_on_nan,
 )
 from llm_rlhf.models import ModelConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
@@ -80,7 +81,7 @@ def train(config: LanguageGRPOConfig, *, resume: Path | None = None) -> RunResul
     require_trained(config.model)
     task = build_task(config.task)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
-        announce(task, config.task)
+        announce(task)
         learner = build_learner(
             run,
             task,
@@ -105,7 +106,8 @@ def train(config: LanguageGRPOConfig, *, resume: Path | None = None) -> RunResul
                 warmup=config.ppo.warmup,
             )
             set_learning_rate(learner.optimizer, rate)
-            metrics = iterate(config, learner)
+            with stopping_on_nan(run, "ppo.learning_rate"):
+                metrics = iterate(config, learner)
             learner.counters.seconds += time.perf_counter() - began
             limit = config.sampling.max_seconds
             last = step == total or (limit is not None and learner.counters.seconds >= limit)

@@ -21,12 +21,13 @@ from llm_rlhf.learner import (
     build_learner,
     record,
     require_trained,
+    stopping_on_nan,
 )
 from llm_rlhf.models import ModelConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.kl import KLConfig, kl_in_unit
 from policy_core.ppo import PPOConfig, update
-from policy_core.returns import gae
+from policy_core.returns import explained_variance, gae
 from policy_core.schedules import scheduled, set_learning_rate
 
 RECIPE = "llm/ppo"
@@ -82,7 +83,7 @@ def train(config: LanguagePPOConfig, *, resume: Path | None = None) -> RunResult
     require_trained(config.model)
     task = build_task(config.task)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
-        announce(task, config.task)
+        announce(task)
         learner = build_learner(
             run,
             task,
@@ -107,7 +108,8 @@ def train(config: LanguagePPOConfig, *, resume: Path | None = None) -> RunResult
                 warmup=config.ppo.warmup,
             )
             set_learning_rate(learner.optimizer, rate)
-            metrics = iterate(config, learner, step=step)
+            with stopping_on_nan(run, "ppo.learning_rate"):
+                metrics = iterate(config, learner, step=step)
             learner.counters.seconds += time.perf_counter() - began
             limit = config.sampling.max_seconds
             last = step == total or (limit is not None and learner.counters.seconds >= limit)
@@ -155,6 +157,8 @@ def iterate(config: LanguagePPOConfig, learner: Learner, *, step: int) -> dict[s
         train_policy=step > config.ppo.critic_warmup,
     )
     metrics = {**sample_metrics(samples, scores, ref_log_probs), **kl_metrics, **policy_metrics(statistics)}
+    if rollout.values is not None:
+        metrics["val/explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
     metrics["objective/kl_coef"] = learner.controller.coef
     spent = kl_in_unit(
         rollout.old_log_probs - ref_log_probs, mask=rollout.mask, episode=rollout.episode, unit=config.kl.unit

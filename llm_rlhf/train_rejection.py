@@ -23,6 +23,7 @@ from llm_rlhf.learner import (
     announce,
     checkpoint_policy,
     require_trained,
+    stopping_on_nan,
     validate,
     writer,
 )
@@ -97,7 +98,7 @@ def train(config: LanguageRejectionConfig, *, resume: Path | None = None) -> Run
         require_trained(config.model)
     task = build_task(config.task)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
-        announce(task, config.task)
+        announce(task)
         policy, tokenizer = build_policy(
             checkpoint_policy(run, config.model),
             alphabet=task.alphabet,
@@ -130,9 +131,10 @@ def train(config: LanguageRejectionConfig, *, resume: Path | None = None) -> Run
             elif kept is None:
                 texts, metrics = good_demonstrations(sampler, chosen, context=policy.context)
                 kept = Kept(texts, Batches(len(texts), config.sft.batch_size, seed=config.run.seed))
-            losses = supervised_step(
-                policy, optimizer, kept.texts, kept.batches, config.sft, step=step, counters=counters
-            )
+            with stopping_on_nan(run, "sft.learning_rate"):
+                losses = supervised_step(
+                    policy, optimizer, kept.texts, kept.batches, config.sft, step=step, counters=counters
+                )
             counters.seconds += time.perf_counter() - began
             last = step == total or (
                 config.sft.max_seconds is not None and counters.seconds >= config.sft.max_seconds

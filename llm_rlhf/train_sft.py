@@ -14,6 +14,7 @@ from llm_rlhf.learner import (
     ValidationConfig,
     announce,
     checkpoint_policy,
+    stopping_on_nan,
     validate,
     writer,
 )
@@ -22,6 +23,7 @@ from llm_rlhf.tasks.task import TaskConfig, build_task
 from llm_rlhf.text_data import Batches, TokenizedTexts, tokenize
 from llm_rlhf.tokenizer import pad_id
 from policy_core.bc import bc_loss
+from policy_core.ppo import NonFiniteLoss
 from policy_core.schedules import Schedule, scheduled, set_learning_rate
 
 RECIPE = "llm/sft"
@@ -62,7 +64,7 @@ def train(config: SFTConfig, *, resume: Path | None = None) -> RunResult:
     """Train on the task's demonstrations; the run's `policy` folder is a plain transformers model."""
     task = build_task(config.task)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
-        announce(task, config.task)
+        announce(task)
         policy, tokenizer = build_policy(checkpoint_policy(run, config.model), alphabet=task.alphabet)
         optimizer = make_optimizer(policy, config.sft)
         data = tokenize(task.demonstrations, tokenizer, context=policy.context, pad=pad_id(tokenizer))
@@ -78,7 +80,8 @@ def train(config: SFTConfig, *, resume: Path | None = None) -> RunResult:
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
             began = time.perf_counter()
-            losses = supervised_step(policy, optimizer, data, batches, config.sft, step=step, counters=counters)
+            with stopping_on_nan(run, "sft.learning_rate"):
+                losses = supervised_step(policy, optimizer, data, batches, config.sft, step=step, counters=counters)
             counters.seconds += time.perf_counter() - began
             out_of_time = config.sft.max_seconds is not None and counters.seconds >= config.sft.max_seconds
             last = step == total or out_of_time
@@ -121,7 +124,10 @@ def supervised_step(
     step: int,
     counters: Counters,
 ) -> dict[str, float]:
-    """One update on the next batch; returns loss/sft (nats a token), the gradient's norm and the learning rate."""
+    """One update on the next batch; returns loss/sft (nats a token), the gradient's norm and the learning rate.
+
+    Raises NonFiniteLoss before a step that would spoil the weights.
+    """
     rate = scheduled(
         config.learning_rate, schedule=config.schedule, progress=step / config.steps, warmup=config.warmup
     )
@@ -132,6 +138,8 @@ def supervised_step(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    if not torch.isfinite(grad_norm):
+        raise NonFiniteLoss(f"NaN or infinity in the update (loss {loss.item():g}, gradient {float(grad_norm):g})")
     optimizer.step()
     counters.samples += len(rows)
     counters.tokens += int(data.attention_mask[rows].sum())

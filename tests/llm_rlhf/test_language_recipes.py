@@ -1,0 +1,272 @@
+"""Every recipe in miniature: it runs, learns, resumes to the bit, and says plainly what it cannot do."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiment.config import build_from_dict
+from experiment.errors import UserError
+from experiment.run import RunConfig, RunResult
+from llm_rlhf import train_grpo, train_ppo, train_rejection, train_sft
+from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
+from llm_rlhf.models import LanguagePolicy, ModelConfig
+from llm_rlhf.train_grpo import LanguageGRPOConfig
+from llm_rlhf.train_ppo import LanguagePPOConfig
+from llm_rlhf.train_rejection import LanguageRejectionConfig
+from llm_rlhf.train_sft import SFTConfig
+
+Recipe = Callable[..., RunResult]
+TASK = {"name": "random_walks", "random_walks": {"walks": 60}}
+MODEL = {"layers": 1, "width": 16, "heads": 2, "context": 16}
+VALIDATION = {"every": 2, "samples": 2}
+
+
+def settings(folder: Path, **sections: Any) -> dict[str, Any]:
+    return {
+        "run": {"folder": str(folder), "wandb": "disabled", "checkpoint_every": 3, "seed": 5},
+        "task": TASK,
+        "validation": VALIDATION,
+        **sections,
+    }
+
+
+def small_sft(folder: Path, steps: int = 6) -> SFTConfig:
+    sections = {"model": MODEL, "sft": {"steps": steps, "batch_size": 16}, "log_every": 1}
+    return build_from_dict(settings(folder, **sections), SFTConfig)
+
+
+def small_ppo(folder: Path, base: Path, updates: int = 6) -> LanguagePPOConfig:
+    sections = {
+        "model": {"path": str(base)},
+        "sampling": {"updates": updates, "prompts": 8, "samples_per_prompt": 2},
+        "ppo": {"minibatch_size": 8, "critic_warmup": 1},
+        "kl": {"coef": 0.05, "target": 1.0, "horizon": 100.0},
+    }
+    return build_from_dict(settings(folder, **sections), LanguagePPOConfig)
+
+
+def small_grpo(folder: Path, base: Path, updates: int = 6) -> LanguageGRPOConfig:
+    sections = {
+        "model": {"path": str(base)},
+        "sampling": {"updates": updates, "prompts": 4},
+        "grpo": {"group_size": 4},
+        "ppo": {"minibatch_size": 8},
+    }
+    return build_from_dict(settings(folder, **sections), LanguageGRPOConfig)
+
+
+def small_rejection(folder: Path, base: Path, steps: int = 6) -> LanguageRejectionConfig:
+    sections = {
+        "model": {"path": str(base)},
+        "sft": {"steps": steps, "batch_size": 8},
+        "rejection": {"samples_per_prompt": 4, "threshold": 0.0, "steps_per_round": 2, "keep": 2},
+    }
+    return build_from_dict(settings(folder, **sections), LanguageRejectionConfig)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has seen a few walks."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    return train_sft.train(small_sft(folder, steps=40)).folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return LanguagePolicy.from_pretrained(folder, value_head=True).state_dict()
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.startswith("time/")} for line in lines
+    ]
+
+
+def resumed(recipe: Recipe, make: Callable[[Path, int], Any], folder: Path) -> None:
+    """Three updates, then three more after a break, against six at a stretch: equal to the last bit.
+
+    The first part is configured for six and interrupted after the checkpoint at three, as a kill would.
+    """
+
+    class InterruptError(Exception):
+        pass
+
+    whole = recipe(make(folder / "whole", 6)).folder
+    original = train_sft.Run.log
+
+    def log(self: Any, metrics: Any, *, global_step: int) -> None:
+        if global_step == 5:
+            raise InterruptError
+        original(self, metrics, global_step=global_step)
+
+    config = make(folder / "broken", 6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sft.Run, "log", log)
+        with pytest.raises(InterruptError):
+            recipe(config)
+    torch.manual_seed(12345)  # a new process would not have the old one's global generator
+    recipe(config, resume=folder / "broken")
+    expected, found = weights(whole), weights(folder / "broken")
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+    assert rows(folder / "broken") == rows(whole)
+
+
+def test_sft_learns_and_writes_a_plain_model(base: Path) -> None:
+    logged = rows(base)
+    assert logged[-1]["loss/sft"] < logged[0]["loss/sft"] - 0.5
+    assert logged[-1]["global_step"] == 40
+    assert logged[-1]["samples"] == 40 * 16
+    assert {"eval/greedy", "eval/sampled", "eval/pass@2", "lr", "tokens"} <= logged[-1].keys()
+    assert (base / "checkpoints" / "last" / "policy" / "tokenizer.json").is_file()
+
+
+def test_sft_resumes_to_the_bit(tmp_path: Path) -> None:
+    resumed(train_sft.train, small_sft, tmp_path)
+
+
+def test_ppo_resumes_to_the_bit(tmp_path: Path, base: Path) -> None:
+    resumed(train_ppo.train, lambda folder, updates: small_ppo(folder, base, updates), tmp_path)
+
+
+def test_grpo_resumes_to_the_bit(tmp_path: Path, base: Path) -> None:
+    resumed(train_grpo.train, lambda folder, updates: small_grpo(folder, base, updates), tmp_path)
+
+
+def test_rejection_resumes_to_the_bit(tmp_path: Path, base: Path) -> None:
+    resumed(train_rejection.train, lambda folder, steps: small_rejection(folder, base, steps), tmp_path)
+
+
+def test_ppo_reports_trls_names_and_moves_the_policy(tmp_path: Path, base: Path) -> None:
+    folder = train_ppo.train(small_ppo(tmp_path / "run", base, 3)).folder
+    logged = rows(folder)
+    names = {
+        "objective/kl",
+        "objective/scores",
+        "objective/entropy",
+        "objective/non_score_reward",
+        "objective/rlhf_reward",
+        "policy/approxkl_avg",
+        "policy/clipfrac_avg",
+        "val/explained_variance",
+        "loss/value_avg",
+        "rewards/optimality/mean",
+        "completions/mean_length",
+        "global_step",
+        "samples",
+        "tokens",
+    }
+    assert names <= logged[-1].keys()
+    assert logged[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert logged[0]["samples"] == 16
+    assert "loss/policy_avg" not in logged[0]  # critic warm-up
+    assert "loss/policy_avg" in logged[1]
+    before, after = weights(base), weights(folder)
+    assert not torch.equal(before["model.transformer.wte.weight"], after["model.transformer.wte.weight"])
+    reference = LanguagePolicy.from_pretrained(folder / "reference").state_dict()
+    assert torch.equal(before["model.transformer.wte.weight"], reference["model.transformer.wte.weight"])
+
+
+def test_critic_warm_up_leaves_the_language_model_alone(tmp_path: Path, base: Path) -> None:
+    config = small_ppo(tmp_path / "run", base, 2)
+    config = replace(config, ppo=replace(config.ppo, critic_warmup=2))
+    before, after = weights(base), weights(train_ppo.train(config).folder)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) != name.startswith("value_head."), name
+
+
+def test_rloo_and_dr_grpo_are_a_setting(tmp_path: Path, base: Path) -> None:
+    config = small_grpo(tmp_path / "rloo", base, 1)
+    rloo = train_grpo.train(replace(config, grpo=replace(config.grpo, advantage="rloo")))
+    assert "objective/frac_reward_zero_std" in rloo.metrics
+    config = small_grpo(tmp_path / "dr_grpo", base, 1)
+    constant = replace(config.ppo, aggregation="constant", aggregation_constant=10.0)
+    dr_grpo = train_grpo.train(replace(config, grpo=replace(config.grpo, advantage="dr_grpo"), ppo=constant))
+    assert "objective/frac_reward_zero_std" in dr_grpo.metrics
+
+
+def test_kl_in_the_loss_of_ppo_and_in_the_reward_of_grpo(tmp_path: Path, base: Path) -> None:
+    ppo = small_ppo(tmp_path / "ppo", base, 3)
+    ppo = replace(ppo, kl=replace(ppo.kl, placement="loss", estimator="k2"))
+    assert "loss/reference_kl" in train_ppo.train(ppo).metrics
+    grpo = small_grpo(tmp_path / "grpo", base, 2)
+    grpo = replace(grpo, kl=replace(grpo.kl, placement="reward", estimator="k1"))
+    assert "objective/rlhf_reward" in train_grpo.train(grpo).metrics
+
+
+def test_filtered_demonstrations(tmp_path: Path) -> None:
+    sections = {
+        "model": MODEL,
+        "sft": {"steps": 2, "batch_size": 8},
+        "rejection": {"source": "demonstrations", "threshold": 0.85},
+    }
+    config = build_from_dict(settings(tmp_path / "run", **sections), LanguageRejectionConfig)
+    result = train_rejection.train(config)
+    first = rows(result.folder)[0]
+    assert 0 < first["rejection/kept"] < 60
+    assert first["rejection/share"] == pytest.approx(first["rejection/kept"] / 60)
+
+
+def test_nothing_good_enough_is_said(tmp_path: Path, base: Path) -> None:
+    config = small_rejection(tmp_path / "run", base)
+    config = replace(config, rejection=replace(config.rejection, threshold=1.5))
+    with pytest.raises(UserError, match=r"no completion reached 1\.5"):
+        train_rejection.train(config)
+
+
+def test_reinforcement_learning_needs_a_model(tmp_path: Path) -> None:
+    config = replace(LanguagePPOConfig(), run=RunConfig(folder=str(tmp_path / "run")))
+    with pytest.raises(UserError, match=r"model\.path"):
+        train_ppo.train(config)
+    missing = replace(config, model=ModelConfig(path=str(tmp_path / "none")))
+    with pytest.raises(UserError, match="does not exist"):
+        train_ppo.train(missing)
+
+
+def test_dry_run_does_one_update(tmp_path: Path, base: Path) -> None:
+    config = small_grpo(tmp_path / "run", base)
+    result = train_grpo.train(replace(config, run=replace(config.run, dry_run=True)))
+    assert result.metrics["global_step"] == 1
+
+
+def test_own_reward_function_and_its_failure(tmp_path: Path, base: Path) -> None:
+    file = tmp_path / "reward.py"
+    file.write_text("def short(prompts, completions):\n    return [-len(text) for text in completions]\n")
+    config = replace(small_grpo(tmp_path / "run", base, 1), rewards={f"{file}:short": 1.0})
+    assert train_grpo.train(config).metrics["objective/scores"] < 0
+    file.write_text("def short(prompts, completions):\n    return [float('nan') for _ in completions]\n")
+    config = replace(small_grpo(tmp_path / "bad", base, 1), rewards={f"{file}:short": 1.0})
+    with pytest.raises(UserError, match=r"reward\.py:short: it returned nan"):
+        train_grpo.train(config)
+
+
+def test_a_reward_that_is_not_finite_in_the_loss_stops_the_run(tmp_path: Path, base: Path) -> None:
+    config = small_grpo(tmp_path / "run", base, 3)
+    config = replace(config, ppo=replace(config.ppo, learning_rate=1e30, max_grad_norm=1e30))
+    with pytest.raises(UserError, match=r"ppo\.learning_rate"):
+        train_grpo.train(config)
+
+
+def test_evaluate_run_writes_eval_json(tmp_path: Path, base: Path) -> None:
+    folder = train_grpo.train(small_grpo(tmp_path / "run", base, 2)).folder
+    results = evaluate_run(folder, EvaluateConfig(samples=4))
+    assert set(results) == {"prompted", "test"}
+    for result in results.values():
+        names = {"greedy", "sampled", "sampled_interval", "pass@4", "pass@4_interval", "entropy", "kl"}
+        assert names <= set(result)
+        low, high = result["sampled_interval"]
+        assert low <= result["sampled"] <= high
+        assert 0 <= result["sampled"] <= result["pass@4"] + 1.0
+    written = json.loads((folder / "eval.json").read_text())
+    assert written["splits"] == results
+    assert results == evaluate_run(folder, EvaluateConfig(samples=4))
+    with pytest.raises(UserError, match="no 'nothing'"):
+        evaluate_run(folder, EvaluateConfig(splits=("nothing",)))
+    with pytest.raises(UserError):
+        evaluate_run(tmp_path)
