@@ -132,6 +132,8 @@ class _Builder:
                 hint = f"; did you mean {near[0]}?"
             elif first["type"] == "int_type" and isinstance(value, float) and value.is_integer():
                 hint = f"; write {int(value)}"
+            elif first["type"] == "string_type" and isinstance(value, bool | int | float):
+                hint = "; put it in quotes"
             elif first["type"].endswith(("_type", "_error")) or first["type"] == "missing":
                 hint = ""
             else:

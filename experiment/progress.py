@@ -71,13 +71,13 @@ class Progress:
 
     def message(self, text: str) -> None:
         """One line of plain text, above the panel if there is one."""
-        self.console.print(Text(text))
+        self.console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
         """Leave the last panel, or the last line, on the screen."""
         if self._live is not None:
             self._live.stop()
-            self._live = None
+            self._live, self._pending = None, False
         elif self._pending:
             self._print_line()
 
@@ -120,11 +120,9 @@ class Progress:
         for key, value in metrics[:_ROWS]:
             table.add_row(Text(key, style="cyan"), Text(f"{value:.5g}", justify="right"))
         hidden = len(metrics) - _ROWS
-        parts: list[RenderableType] = [
-            Text(self._timing()),
-            ProgressBar(total=max(self._total, 1), completed=self._step, width=50),
-            table,
-        ]
+        bar = Table.grid()  # a bar by itself does not end its line
+        bar.add_row(ProgressBar(total=max(self._total, 1), completed=self._step, width=50))
+        parts: list[RenderableType] = [Text(self._timing()), bar, table]
         if hidden > 0:
             parts.append(Text(f"and {hidden} more in metrics.jsonl", style="dim"))
         return Panel(Group(*parts), title=Text(self.name), title_align="left")

@@ -43,7 +43,7 @@ from experiment.checkpoint import Checkpoint, Checkpoints, load_checkpoint, writ
 from experiment.config import to_dict, to_yaml
 from experiment.errors import NonFiniteMetric, UserError, storage_errors
 from experiment.metrics import MetricsFile, WandbSink, read_metrics, to_number
-from experiment.progress import Progress
+from experiment.progress import Progress, format_seconds
 from experiment.seeding import restore_rng_state, rng_state, seed_everything
 
 
@@ -274,7 +274,10 @@ class Run:
     # ------------------------------------------------------------ ending
 
     def finish(self) -> RunResult:
-        """Close metrics and wandb; safe to call twice."""
+        """Close metrics and wandb and say where everything is; safe to call twice."""
+        if self._open:
+            self._progress.close()
+            self._progress.message(f"finished after {format_seconds(self._elapsed())}: {self.folder}")
         self._close(exit_code=0)
         best = {f"best/{key}": value for key, value in self._best.items()} if self._best else {}
         return RunResult(self.folder, {**self._last, **best})
@@ -286,6 +289,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and self._open:
+            self._progress.close()
             self._progress.message(f"stopped at step {self._step}; continue with: tandem resume {self.folder}")
         self._close(exit_code=0 if kind is None else 1)
 
