@@ -58,6 +58,18 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert os.readlink(tmp_path / "best") == "000000007"
 
 
+def test_nothing_is_deleted_under_the_name_of_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deleted: list[str] = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: deleted.append(path.name) if path.exists() else None)
+    store = Checkpoints(tmp_path, keep=1)
+    for step in (1, 2, 2):
+        save(store, step)
+    assert len(deleted) == 2
+    assert all(name.startswith((".tmp-", ".old-")) for name in deleted)
+
+
 def test_links_survive_moving_the_run(tmp_path: Path) -> None:
     store = Checkpoints(tmp_path / "a" / "checkpoints", keep=1)
     save(store, 3, best=3, value=1.5)

@@ -76,6 +76,13 @@ def test_the_picture_shows_a_curve_of_each_run(two_runs: list[Path], tmp_path: P
     assert not list(tmp_path.glob(".tmp*"))
 
 
+def test_an_evaluation_is_drawn_over_the_counters_of_earlier_rows(two_runs: list[Path], tmp_path: Path) -> None:
+    drawn = compare(
+        two_runs[:1], metrics=["eval/*"], over="env_steps", figure=tmp_path / "c.png", console=Console(quiet=True)
+    )
+    assert drawn.figure is not None
+
+
 def test_one_run_without_a_picture(two_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = compare(two_runs[:1], figure=None, console=Console(quiet=True))

@@ -17,6 +17,7 @@ import pytest
 from experiment import checkpoint as checkpoint_module
 from experiment.checkpoint import Checkpoints
 from experiment.metrics import MetricsFile, read_metrics
+from experiment.run import Run
 
 Patch = pytest.MonkeyPatch
 
@@ -98,6 +99,18 @@ def test_killed(
     best = os.readlink(folder / "checkpoints" / "best")
     assert best == os.readlink(tmp_path / "reference" / "checkpoints" / "best")
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"000000012", best, "best", "last"}
+
+
+def test_links_are_mended_before_anything_else(toy: SimpleNamespace, tmp_path: Path, monkeypatch: Patch) -> None:
+    config, folder = toy.config(tmp_path / "r", keep=1), tmp_path / "r"
+    with monkeypatch.context() as patch:
+        patch_call(patch, Checkpoints, "relink", 2, toy.kill_self)
+        toy.in_child(lambda: toy.train(config))
+    assert os.readlink(folder / "checkpoints" / "last") == "000000004"
+    with Run.start(config, recipe="toy", resume=folder) as run:
+        assert run.checkpoint is not None
+        assert run.checkpoint.step == 8
+    assert os.readlink(folder / "checkpoints" / "last") == "000000008"
 
 
 def test_a_chain_of_kills_at_random_moments(
