@@ -52,7 +52,7 @@ class MetricsFile:
         Raises:
             UserError: the disk is full; the file then ends with the last whole line.
         """
-        line = (json.dumps({key: _to_json(value) for key, value in row.items()}) + "\n").encode()
+        line = (json.dumps({key: to_json(value) for key, value in row.items()}) + "\n").encode()
         with storage_errors(self.path):
             try:
                 written = 0
@@ -118,8 +118,9 @@ def to_number(key: str, value: Any) -> float:
     raise TypeError(f"metric {key}: expected a number, got a {type(value).__name__}")
 
 
-def _to_json(value: float) -> float | str:
-    if isinstance(value, int) or math.isfinite(value):
+def to_json(value: Any) -> Any:
+    """The value itself, or the text that stands for a float JSON has no number for."""
+    if not isinstance(value, float) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 

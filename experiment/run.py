@@ -42,7 +42,7 @@ from typing import Any, Literal, Self
 from experiment.checkpoint import Checkpoint, Checkpoints, load_checkpoint, write_atomically
 from experiment.config import to_dict, to_yaml
 from experiment.errors import NonFiniteMetric, UserError, storage_errors
-from experiment.metrics import MetricsFile, WandbSink, read_metrics, to_number
+from experiment.metrics import MetricsFile, WandbSink, read_metrics, to_json, to_number
 from experiment.progress import Progress, format_seconds
 from experiment.seeding import restore_rng_state, rng_state, seed_everything
 
@@ -209,7 +209,8 @@ class Run:
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, global_step: int
     ) -> None:
         """Record a table: tables/NAME/STEP.jsonl, one object per row, and wandb."""
-        lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n" for row in rows]
+        cells = [{name: to_json(cell) for name, cell in zip(columns, row, strict=True)} for row in rows]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in cells]
         path = self.folder / "tables" / name.replace("/", "_") / f"{global_step:09d}.jsonl"
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -161,12 +161,14 @@ def test_saving_does_not_disturb_the_generators(toy: SimpleNamespace, tmp_path: 
 
 def test_tables_lie_beside_the_metrics(toy: SimpleNamespace, tmp_path: Path) -> None:
     with start(toy, tmp_path / "r") as run:
-        run.log_table("samples/text", ["prompt", "reward"], [["ü", 1.5], ["b", None]], global_step=30)
+        run.log_table(
+            "samples/text", ["prompt", "reward"], [["ü", 1.5], ["b", None], ["c", float("nan")]], global_step=30
+        )
         with pytest.raises(ValueError, match="zip"):
             run.log_table("samples/text", ["prompt", "reward"], [["a"]], global_step=31)
     path = tmp_path / "r" / "tables" / "samples_text" / "000000030.jsonl"
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [
-        {"prompt": "ü", "reward": 1.5}, {"prompt": "b", "reward": None},
+        {"prompt": "ü", "reward": 1.5}, {"prompt": "b", "reward": None}, {"prompt": "c", "reward": "NaN"},
     ]  # fmt: skip
 
 
