@@ -37,6 +37,8 @@ class TrainBCConfig:
 
     demonstrations      robomimic-layout HDF5 file
     held_out            share of the episodes kept for validation
+    observation_noise   noise added to each observation, in its standard deviations: a clone that has seen only the
+                        demonstrators' own states drifts off them and is lost (Adroit door: 0 to 50% success)
     min_log_std         lower bound of the fitted deviation: a policy without noise cannot be improved by PPO
     episodes            played at each evaluation (0 = none); evaluate_every in updates
     """
@@ -50,6 +52,7 @@ class TrainBCConfig:
     batch_size: int = 256
     learning_rate: float = 1e-3
     schedule: Schedule = "cosine"
+    observation_noise: float = 0.0
     min_log_std: float = -2.0
     evaluate_every: int = 1_000
     episodes: int = 20
@@ -74,12 +77,19 @@ class Steps:
         observations, actions = stack_steps(episodes, environment)
         return cls(observations.unsqueeze(1), actions.unsqueeze(1))
 
-    def nll(self, policy: StatePolicy, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean negative log-likelihood of the given rows, or of all; in nats a step."""
-        observations = self.observations if rows is None else self.observations[rows]
-        actions = self.actions if rows is None else self.actions[rows]
-        mask = torch.ones(actions.shape[:2], dtype=torch.bool)
-        return bc_loss(log_probs=policy.evaluate(observations, actions).log_probs, mask=mask)
+    def draw(self, size: int, *, noise: float, generator: torch.Generator) -> Steps:
+        """A batch of random steps, their observations moved by `noise` of each dimension's standard deviation."""
+        rows = torch.randint(len(self.actions), (size,), generator=generator)
+        observations = self.observations[rows]
+        if noise:
+            spread = self.observations.std(0, keepdim=True)
+            observations = observations + noise * spread * torch.randn(observations.shape, generator=generator)
+        return Steps(observations, self.actions[rows])
+
+    def nll(self, policy: StatePolicy) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean negative log-likelihood, in nats a step."""
+        mask = torch.ones(self.actions.shape[:2], dtype=torch.bool)
+        return bc_loss(log_probs=policy.evaluate(self.observations, self.actions).log_probs, mask=mask)
 
 
 def read(config: TrainBCConfig, environment: EnvironmentSpec) -> tuple[Steps, Steps | None]:
@@ -119,9 +129,9 @@ def train(config: TrainBCConfig, *, resume: Path | None = None) -> RunResult:
             for update in range(first, updates + 1):
                 rate = scheduled(config.learning_rate, schedule=config.schedule, progress=(update - 1) / updates)
                 set_learning_rate(optimizer, rate)
-                rows = torch.randint(len(training.actions), (config.batch_size,), generator=generator)
+                batch = training.draw(config.batch_size, noise=config.observation_noise, generator=generator)
                 optimizer.zero_grad()
-                loss, metrics = training.nll(policy, rows)
+                loss, metrics = batch.nll(policy)
                 loss.backward()
                 optimizer.step()
                 with torch.no_grad():

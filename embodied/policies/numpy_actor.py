@@ -82,7 +82,7 @@ class NumpyActor:
                 np.tanh(hidden, out=hidden)
             else:
                 np.maximum(hidden, 0.0, out=hidden)
-        outputs: Array = hidden @ last_weight
+        outputs = np.asarray(hidden @ last_weight, np.float32)
         outputs += last_bias
         return outputs
 
