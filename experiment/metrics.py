@@ -12,7 +12,6 @@ import json
 import math
 import netrc
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,7 +164,6 @@ class WandbSink:
             import wandb
 
             self._wandb = wandb
-            _await_next_second(folder / "wandb")
             settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, finish_timeout=120.0)
             self._run = wandb.init(
                 mode="online" if mode == "online" else "offline",
@@ -223,13 +221,6 @@ class WandbSink:
         except Exception as error:  # the run matters more than its dashboard, whatever went wrong there
             self._run = None
             self._warn(f"warning: wandb {what} failed, the run goes on without it: {error}")
-
-
-def _await_next_second(folder: Path) -> None:
-    """wandb names a run's folder after its id and the second; a quick resume would overwrite the folder before."""
-    made = [path.stat().st_mtime for path in folder.glob("*run-*") if path.is_dir() and not path.is_symlink()]
-    if made:
-        time.sleep(min(max(math.floor(max(made)) + 1 - time.time(), 0.0), 1.0))
 
 
 def resolve_mode(mode: str) -> str:

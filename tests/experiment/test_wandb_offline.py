@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,9 +59,14 @@ def nested(items: Any) -> dict[str, Any]:
 
 
 def read_log(run_folder: Path) -> SimpleNamespace:
+    """What one wandb run recorded; its service process may still be writing when `finish` has returned."""
     (path,) = run_folder.glob("*.wandb")
-    records = list(read_records(path))
-    kinds = [record.WhichOneof("record_type") for record in records]
+    kinds: list[str] = []
+    deadline = time.monotonic() + 30
+    while "exit" not in kinds and time.monotonic() < deadline:
+        records = list(read_records(path))
+        kinds = [record.WhichOneof("record_type") for record in records]
+        time.sleep(0.02)
     rows = [nested(record.history.item) for record, kind in zip(records, kinds, strict=True) if kind == "history"]
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     metrics = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]
