@@ -144,6 +144,10 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
 
 
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="one update of everything: does it work here?")
+
+
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder, or its name under runs/")
 
@@ -172,8 +176,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from tandem.demo import run_demo
 
-    del arguments
-    return run_demo()
+    return run_demo(dry_run=arguments.dry_run)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -218,10 +221,10 @@ VERBS: dict[str, Verb] = {
         _doctor,
     ),
     "demo": Verb(
-        "",
+        "[--dry-run]",
         "train two small language policies in a few minutes",
         "Supervised start, then PPO, on two tasks; ends with before and after, and what to type next.",
-        _no_arguments,
+        _demo_arguments,
         _demo,
     ),
     "train": Verb(

@@ -113,11 +113,20 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 def result_rows(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(name, value, interval) of every number in a result, which may be nested by split or task."""
+    """(name, value, interval) of every number in a result, which may be nested by split or task.
+
+    The 95% interval of NAME is NAME_interval (two numbers), or NAME_low and NAME_high.
+    """
+    bounds = {}
+    for name in results:
+        if f"{name}_interval" in results:
+            bounds[name] = results[f"{name}_interval"]
+        elif f"{name}_low" in results and f"{name}_high" in results:
+            bounds[name] = (results[f"{name}_low"], results[f"{name}_high"])
+    ends = {f"{name}_{end}" for name in bounds for end in ("interval", "low", "high")}
     for name, value in results.items():
         if isinstance(value, Mapping):
             yield from result_rows(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            interval = results.get(f"{name}_interval")
-            bounds = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
-            yield prefix + name, f"{value:.4g}", bounds
+        elif isinstance(value, int | float) and name not in ends:
+            interval = "{:.4g} to {:.4g}".format(*bounds[name]) if name in bounds else ""
+            yield prefix + name, f"{value:.4g}", interval

@@ -116,8 +116,19 @@ def test_eval_prints_the_table(config: Path, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     cells = [line.split() for line in out.splitlines()]
     assert ["seed", "7"] in cells
-    assert ["test/solved", "0.25", "0.200", "to", "0.300"] in cells
+    assert ["test/solved", "0.25", "0.2", "to", "0.3"] in cells
     assert "written to runs/a/eval.json" in out
+
+
+def test_intervals_stand_beside_their_number() -> None:
+    flat = {"episodes": 200, "success": 0.5, "success_low": 0.43, "success_high": 0.57, "note": "text", "x_low": 1}
+    assert list(verbs.result_rows(flat)) == [
+        ("episodes", "200", ""),
+        ("success", "0.5", "0.43 to 0.57"),
+        ("x_low", "1", ""),
+    ]
+    nested = {"test": {"solved": 0.125, "solved_interval": [0.1, 0.15]}}
+    assert list(verbs.result_rows(nested)) == [("test/solved", "0.125", "0.1 to 0.15")]
 
 
 def test_eval_refuses_an_unknown_setting(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
