@@ -37,6 +37,8 @@ def read_records(path: Path) -> Iterator[Any]:
             position += rest
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
+        if position + HEADER + length > len(data):
+            return  # still being written
         record += data[position + HEADER : position + HEADER + length]
         position += HEADER + length
         if kind in (1, 4):
