@@ -52,11 +52,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _disk_full(error: BaseException) -> str | None:
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+def _storage(error: BaseException) -> str | None:
+    if not isinstance(error, OSError):
         return None
-    place = f" under {error.filename}" if error.filename else ""
-    return f"the disk{place} is full: free some space, or set run.folder to a folder on another disk"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f" under {error.filename}" if error.filename else ""
+        return f"the disk{place} is full: free some space, or set run.folder to a folder on another disk"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        return f"{error.filename}: {(error.strerror or 'no access').lower()}; mend its permissions, or choose another place"
+    return None
 
 
 def _graphics(error: BaseException) -> str | None:
@@ -130,7 +134,7 @@ def _accelerator_memory(error: BaseException) -> str | None:
 
 
 _JUDGES: tuple[Callable[[BaseException], str | None], ...] = (
-    _disk_full,
+    _storage,
     _graphics,
     _environment_name,
     _missing_package,

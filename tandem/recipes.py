@@ -77,8 +77,9 @@ def evaluator_for(recipe: str) -> ModuleType:
 
 def configs_folder() -> Path:
     """The YAML files that come with Tandem: beside the rooms in a checkout, inside this package in a wheel."""
-    beside = Path(__file__).resolve().parent.parent / "configs"
-    return beside if beside.is_dir() else Path(__file__).resolve().parent / "configs"
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def find_config(name: str) -> Path:
