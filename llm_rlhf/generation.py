@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from experiment.errors import UserError
 from llm_rlhf.models import LanguagePolicy
 from policy_core.rollout import Rollout
 
@@ -168,8 +169,13 @@ def generate(
 
 
 def _draw(logits: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row from its logits [B, V]; returns tokens, their log-probs and the entropies, [B]."""
+    """One token a row from its logits [B, V]; returns tokens, their log-probs and the entropies, [B].
+
+    Raises UserError if the logits are NaN.
+    """
     log_softmax = torch.log_softmax(logits, dim=-1)
+    if bool(log_softmax.isnan().any()):
+        raise UserError("the model's logits are NaN, training has diverged: try a lower learning rate")
     probabilities = log_softmax.exp()
     if generator is None:
         token = logits.argmax(-1)

@@ -17,10 +17,11 @@ from llm_rlhf.evaluate import EvaluateConfig, evaluate_policy, numbers
 from llm_rlhf.experience import Sampler, build_sampler
 from llm_rlhf.generation import GenerationConfig
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy, frozen_copy
+from llm_rlhf.self_imitation import GoodAnswers, SelfImitationConfig
 from llm_rlhf.tasks.task import Task
 from llm_rlhf.text_data import Batches
 from policy_core.kl import KLConfig, KLController
-from policy_core.ppo import NonFiniteLoss
+from policy_core.ppo import AuxiliaryLoss, NonFiniteLoss
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,13 @@ class Learner:
     shuffling: torch.Generator
     controller: KLController
     counters: Counters
+    good_answers: GoodAnswers
+
+    def auxiliary(self) -> AuxiliaryLoss | None:
+        """The self-imitation loss, where the configuration asks for it."""
+        if self.good_answers.config.coef == 0:
+            return None
+        return lambda: self.good_answers.loss(self.policy)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights, which have a folder of their own."""
@@ -74,13 +82,14 @@ class Learner:
             "prompts": self.prompts.state_dict(),
             "controller": self.controller.state_dict(),
             "counters": self.counters.state_dict(),
+            "good_answers": self.good_answers.state_dict(),
             "sampling": self.sampler.generator.get_state(),
             "shuffling": self.shuffling.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        for name in ("optimizer", "prompts", "controller", "counters"):
+        for name in ("optimizer", "prompts", "controller", "counters", "good_answers"):
             getattr(self, name).load_state_dict(state[name])
         self.sampler.generator.set_state(state["sampling"])
         self.shuffling.set_state(state["shuffling"])
@@ -94,6 +103,7 @@ def build_learner(
     generation: GenerationConfig,
     rewards: dict[str, float],
     kl: KLConfig,
+    self_imitation: SelfImitationConfig,
     learning_rate: float,
     prompts: int,
     seed: int,
@@ -111,15 +121,23 @@ def build_learner(
         temperature=generation.temperature,
         value_head=value_head,
     )
+    sampler = build_sampler(policy, tokenizer, task, rewards=rewards, generation=generation, seed=seed)
     learner = Learner(
         policy=policy,
         reference=frozen_reference(run, policy),
         optimizer=torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=True),
-        sampler=build_sampler(policy, tokenizer, task, rewards=rewards, generation=generation, seed=seed),
+        sampler=sampler,
         prompts=Batches(len(task.train), prompts, seed=seed),
         shuffling=torch.Generator().manual_seed(seed + 1),
         controller=KLController(kl),
         counters=Counters(),
+        good_answers=GoodAnswers(
+            self_imitation,
+            prompts=len(task.train),
+            left=max(len(prompt) for prompt in sampler.prompts),
+            right=sampler.max_new_tokens,
+            seed=seed + 2,
+        ),
     )
     if run.checkpoint is not None:
         learner.load_state_dict(run.checkpoint.state)
@@ -133,6 +151,12 @@ def stopping_on_nan(run: Run, setting: str) -> Iterator[None]:
         yield
     except NonFiniteLoss as error:
         raise UserError(f"run {run.folder}: {error}; its checkpoints are kept; try a lower {setting}") from error
+
+
+def progress_of(step: int, total: int, counters: Counters, max_seconds: float | None) -> float:
+    """How far a run is before update `step`, 0..1: by updates or, where that is further, by its time limit."""
+    by_time = 0.0 if max_seconds is None else counters.seconds / max_seconds
+    return min(max((step - 1) / total, by_time), 1.0)
 
 
 def record(

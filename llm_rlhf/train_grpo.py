@@ -6,6 +6,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.experience import (
     policy_metrics,
@@ -19,15 +22,18 @@ from llm_rlhf.learner import (
     ValidationConfig,
     announce,
     build_learner,
+    progress_of,
     record,
     require_trained,
     stopping_on_nan,
 )
 from llm_rlhf.models import ModelConfig
+from llm_rlhf.self_imitation import SelfImitationConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.grpo import GRPOConfig, group_advantages
 from policy_core.kl import KLConfig, kl_in_unit
 from policy_core.ppo import PPOConfig, update
+from policy_core.rollout import Rollout
 from policy_core.schedules import scheduled, set_learning_rate
 
 RECIPE = "llm/grpo"
@@ -52,6 +58,7 @@ class SamplingConfig:
 
     updates: int = 400
     prompts: int = 64
+    skip_flat_groups: bool = False
     max_seconds: float | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +79,7 @@ class LanguageGRPOConfig:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     ppo: PPOConfig = field(default_factory=group_ppo)
     kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01, placement="loss", estimator="k2"))
+    self_imitation: SelfImitationConfig = field(default_factory=SelfImitationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     log_every: int = 1
 
@@ -89,6 +97,7 @@ def train(config: LanguageGRPOConfig, *, resume: Path | None = None) -> RunResul
             generation=config.generation,
             rewards=config.rewards,
             kl=config.kl,
+            self_imitation=config.self_imitation,
             learning_rate=config.ppo.learning_rate,
             prompts=config.sampling.prompts,
             seed=config.run.seed,
@@ -98,17 +107,17 @@ def train(config: LanguageGRPOConfig, *, resume: Path | None = None) -> RunResul
         total = 1 if config.run.dry_run else config.sampling.updates
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
-            began = time.perf_counter()
+            began = time.process_time()
             rate = scheduled(
                 config.ppo.learning_rate,
                 schedule=config.ppo.schedule,
-                progress=(step - 1) / total,
+                progress=progress_of(step, total, learner.counters, config.sampling.max_seconds),
                 warmup=config.ppo.warmup,
             )
             set_learning_rate(learner.optimizer, rate)
             with stopping_on_nan(run, "ppo.learning_rate"):
                 metrics = iterate(config, learner)
-            learner.counters.seconds += time.perf_counter() - began
+            learner.counters.seconds += time.process_time() - began
             limit = config.sampling.max_seconds
             last = step == total or (limit is not None and learner.counters.seconds >= limit)
             record(
@@ -131,6 +140,8 @@ def iterate(config: LanguageGRPOConfig, learner: Learner) -> dict[str, float]:
     samples, scores = learner.sampler.draw(
         rows, samples_per_prompt=config.grpo.group_size, drawn_before=learner.counters.samples
     )
+    if config.self_imitation.coef > 0:
+        learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, scores)
     ref_log_probs = reference_log_probs(learner.reference, samples)
     rollout = to_rollout(
         samples,
@@ -142,18 +153,23 @@ def iterate(config: LanguageGRPOConfig, learner: Learner) -> dict[str, float]:
     )
     rollout, kl_metrics = with_kl_rewards(rollout, config=config.kl, coef=learner.controller.coef)
     advantages, group_metrics = group_advantages(rollout, config=config.grpo)
+    metrics = {f"objective/{name}": float(value) for name, value in group_metrics.items()}
+    trained = rollout
+    if config.sampling.skip_flat_groups:
+        trained, advantages = with_signal(rollout, advantages)
     statistics = update(
         policy=learner.policy,
         optimizer=learner.optimizer,
-        rollout=rollout,
+        rollout=trained,
         advantages=advantages,
         returns=None,
         config=config.ppo,
         generator=learner.shuffling,
         kl=config.kl,
         kl_coef=learner.controller.coef,
+        auxiliary=learner.auxiliary(),
     )
-    metrics = {**sample_metrics(samples, scores, ref_log_probs), **kl_metrics, **policy_metrics(statistics)}
+    metrics |= {**sample_metrics(samples, scores, ref_log_probs), **kl_metrics, **policy_metrics(statistics)}
     metrics["objective/kl_coef"] = learner.controller.coef
     spent = kl_in_unit(
         rollout.old_log_probs - ref_log_probs, mask=rollout.mask, episode=rollout.episode, unit=config.kl.unit
@@ -161,4 +177,12 @@ def iterate(config: LanguageGRPOConfig, learner: Learner) -> dict[str, float]:
     learner.controller.update(spent, episodes=len(scores.total))
     learner.counters.samples += len(scores.total)
     learner.counters.tokens += int(samples.mask.sum())
-    return {**metrics, **{f"objective/{name}": float(value) for name, value in group_metrics.items()}}
+    return metrics
+
+
+def with_signal(rollout: Rollout, advantages: Tensor) -> tuple[Rollout, Tensor]:
+    """The rows whose group did not earn one and the same reward; all of them if there is none."""
+    rows = (advantages != 0).any(1).nonzero().squeeze(1)
+    if rows.numel() == 0:
+        return rollout, advantages
+    return rollout.select(rows), advantages[rows]

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.experience import (
     policy_metrics,
@@ -19,11 +21,13 @@ from llm_rlhf.learner import (
     ValidationConfig,
     announce,
     build_learner,
+    progress_of,
     record,
     require_trained,
     stopping_on_nan,
 )
 from llm_rlhf.models import ModelConfig
+from llm_rlhf.self_imitation import SelfImitationConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.kl import KLConfig, kl_in_unit
 from policy_core.ppo import PPOConfig, update
@@ -74,6 +78,7 @@ class LanguagePPOConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     ppo: PPOConfig = field(default_factory=language_ppo)
     kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01))
+    self_imitation: SelfImitationConfig = field(default_factory=SelfImitationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     log_every: int = 1
 
@@ -91,6 +96,7 @@ def train(config: LanguagePPOConfig, *, resume: Path | None = None) -> RunResult
             generation=config.generation,
             rewards=config.rewards,
             kl=config.kl,
+            self_imitation=config.self_imitation,
             learning_rate=config.ppo.learning_rate,
             prompts=config.sampling.prompts,
             seed=config.run.seed,
@@ -100,17 +106,17 @@ def train(config: LanguagePPOConfig, *, resume: Path | None = None) -> RunResult
         total = 1 if config.run.dry_run else config.sampling.updates
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
-            began = time.perf_counter()
+            began = time.process_time()
             rate = scheduled(
                 config.ppo.learning_rate,
                 schedule=config.ppo.schedule,
-                progress=(step - 1) / total,
+                progress=progress_of(step, total, learner.counters, config.sampling.max_seconds),
                 warmup=config.ppo.warmup,
             )
             set_learning_rate(learner.optimizer, rate)
             with stopping_on_nan(run, "ppo.learning_rate"):
                 metrics = iterate(config, learner, step=step)
-            learner.counters.seconds += time.perf_counter() - began
+            learner.counters.seconds += time.process_time() - began
             limit = config.sampling.max_seconds
             last = step == total or (limit is not None and learner.counters.seconds >= limit)
             record(
@@ -133,6 +139,8 @@ def iterate(config: LanguagePPOConfig, learner: Learner, *, step: int) -> dict[s
     samples, scores = learner.sampler.draw(
         rows, samples_per_prompt=config.sampling.samples_per_prompt, drawn_before=learner.counters.samples
     )
+    if config.self_imitation.coef > 0:
+        learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, scores)
     ref_log_probs = reference_log_probs(learner.reference, samples)
     rollout = to_rollout(
         samples,
@@ -154,6 +162,7 @@ def iterate(config: LanguagePPOConfig, learner: Learner, *, step: int) -> dict[s
         generator=learner.shuffling,
         kl=config.kl,
         kl_coef=learner.controller.coef,
+        auxiliary=learner.auxiliary(),
         train_policy=step > config.ppo.critic_warmup,
     )
     metrics = {**sample_metrics(samples, scores, ref_log_probs), **kl_metrics, **policy_metrics(statistics)}

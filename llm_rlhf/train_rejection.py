@@ -121,7 +121,7 @@ def train(config: LanguageRejectionConfig, *, resume: Path | None = None) -> Run
         total = 1 if config.run.dry_run else config.sft.steps
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
-            began = time.perf_counter()
+            began = time.process_time()
             metrics: dict[str, float] = {}
             if chosen.source == "samples" and (step - 1) % chosen.steps_per_round == 0:
                 texts, metrics = best_samples(sampler, chosen, counters)
@@ -135,7 +135,7 @@ def train(config: LanguageRejectionConfig, *, resume: Path | None = None) -> Run
                 losses = supervised_step(
                     policy, optimizer, kept.texts, kept.batches, config.sft, step=step, counters=counters
                 )
-            counters.seconds += time.perf_counter() - began
+            counters.seconds += time.process_time() - began
             last = step == total or (
                 config.sft.max_seconds is not None and counters.seconds >= config.sft.max_seconds
             )

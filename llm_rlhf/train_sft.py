@@ -14,6 +14,7 @@ from llm_rlhf.learner import (
     ValidationConfig,
     announce,
     checkpoint_policy,
+    progress_of,
     stopping_on_nan,
     validate,
     writer,
@@ -79,10 +80,10 @@ def train(config: SFTConfig, *, resume: Path | None = None) -> RunResult:
         total = 1 if config.run.dry_run else config.sft.steps
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
-            began = time.perf_counter()
+            began = time.process_time()
             with stopping_on_nan(run, "sft.learning_rate"):
                 losses = supervised_step(policy, optimizer, data, batches, config.sft, step=step, counters=counters)
-            counters.seconds += time.perf_counter() - began
+            counters.seconds += time.process_time() - began
             out_of_time = config.sft.max_seconds is not None and counters.seconds >= config.sft.max_seconds
             last = step == total or out_of_time
             due = last or step % max(config.validation.every, 1) == 0
@@ -129,7 +130,10 @@ def supervised_step(
     Raises NonFiniteLoss before a step that would spoil the weights.
     """
     rate = scheduled(
-        config.learning_rate, schedule=config.schedule, progress=step / config.steps, warmup=config.warmup
+        config.learning_rate,
+        schedule=config.schedule,
+        progress=progress_of(step, config.steps, counters, config.max_seconds),
+        warmup=config.warmup,
     )
     set_learning_rate(optimizer, rate)
     rows = batches.next()
