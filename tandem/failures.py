@@ -59,7 +59,8 @@ def _storage(error: BaseException) -> str | None:
         place = f" under {error.filename}" if error.filename else ""
         return f"the disk{place} is full: free some space, or set run.folder to a folder on another disk"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-        return f"{error.filename}: {(error.strerror or 'no access').lower()}; mend its permissions, or choose another place"
+        reason = (error.strerror or "no access").lower()
+        return f"{error.filename}: {reason}; mend its permissions or choose another place"
     return None
 
 

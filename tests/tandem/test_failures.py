@@ -44,7 +44,7 @@ def test_a_full_disk_names_the_place() -> None:
 
 def test_a_place_that_cannot_be_written_is_named() -> None:
     text = explain(PermissionError(errno.EACCES, "Permission denied", "/root/x"))
-    assert text == "/root/x: permission denied; mend its permissions, or choose another place"
+    assert text == "/root/x: permission denied; mend its permissions or choose another place"
     assert explain(PermissionError("a bug without a file")) is None
 
 
