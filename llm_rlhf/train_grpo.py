@@ -53,12 +53,13 @@ def group_ppo() -> PPOConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """updates: rollouts in all; prompts: of one rollout, each with grpo.group_size samples; max_seconds: stop early
-    after this much training time (a run that uses it cannot be repeated to the bit)."""
+    """updates: rollouts in all; prompts: of one rollout, each with grpo.group_size samples; skip_flat_groups: leave
+    groups of one and the same reward out of the update, its KL term included (as DAPO 2503.14476, but without
+    drawing others); max_seconds: stop after this much CPU time of training (a run that uses it cannot be repeated to the bit)."""
 
     updates: int = 400
     prompts: int = 64
-    skip_flat_groups: bool = False
+    skip_flat_groups: bool = True
     max_seconds: float | None = None
 
     def __post_init__(self) -> None:

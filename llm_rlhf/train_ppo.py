@@ -53,8 +53,8 @@ def language_ppo() -> PPOConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """updates: rollouts in all; prompts, samples_per_prompt: of one rollout; max_seconds: stop early after this
-    much training time (a run that uses it cannot be repeated to the bit)."""
+    """updates: rollouts in all; prompts, samples_per_prompt: of one rollout; max_seconds: stop after this
+    much CPU time of training (a run that uses it cannot be repeated to the bit)."""
 
     updates: int = 200
     prompts: int = 256

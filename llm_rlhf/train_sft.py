@@ -33,7 +33,7 @@ RECIPE = "llm/sft"
 @dataclass(frozen=True)
 class SupervisedConfig:
     """steps, batch_size: updates and texts per update; learning_rate, schedule, warmup: AdamW's and its course;
-    max_seconds: stop early after this much training time (a run that uses it cannot be repeated to the bit)."""
+    max_seconds: stop after this much CPU time of training (a run that uses it cannot be repeated to the bit)."""
 
     steps: int = 2000
     batch_size: int = 64

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from llm_rlhf.tasks.calculator import (
 )
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 
-GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl.gz"
+DATA = Path(os.environ.get("TANDEM_DATA", Path(__file__).parents[3] / "shared" / "data"))
+GSM8K = DATA / "gsm8k_train.jsonl.gz"
 SMALL = CalculatorConfig(validation=50, test=100)
 
 

@@ -250,7 +250,7 @@ def test_own_reward_function_and_its_failure(tmp_path: Path, base: Path) -> None
 def test_a_diverged_run_stops_with_one_line(tmp_path: Path, base: Path) -> None:
     config = small_grpo(tmp_path / "run", base, 3)
     config = replace(config, ppo=replace(config.ppo, learning_rate=1e30, max_grad_norm=1e30))
-    with pytest.raises(UserError, match="lower (learning rate|ppo.learning_rate)"):
+    with pytest.raises(UserError, match=r"lower (learning rate|ppo\.learning_rate)"):
         train_grpo.train(config)
 
 
