@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer
 
 from experiment.errors import UserError
 from llm_rlhf.tokenizer import character_tokenizer, load_tokenizer
@@ -221,6 +222,9 @@ class LanguagePolicy(nn.Module):
             return logits, hidden
         known = unique.ge(0)
         last_logits, last_hidden, cache = self.step(unique.clamp(min=0), known.long(), use_cache=True, keep=1)
+        if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):  # a state that is no keys and values
+            logits, hidden, _ = self.step(input_ids, attention_mask, keep=keep)
+            return logits, hidden
         for layer in cache.layers:  # index_select: its backward is much cheaper than that of indexing
             layer.keys = layer.keys.index_select(0, inverse)
             layer.values = layer.values.index_select(0, inverse)

@@ -50,9 +50,13 @@ class GoodAnswers:
 
     def remember(self, rows: Tensor, samples: Samples, scores: Scores) -> None:
         """Keep what reached the threshold. rows [B]: the training prompt of each sample."""
-        good = (scores.scored & (scores.total >= self.config.threshold)).nonzero().squeeze(1)
-        if good.numel() == 0:
+        good_samples = (scores.scored & (scores.total >= self.config.threshold)).nonzero().squeeze(1)
+        if good_samples.numel() == 0:
             return
+        last = {
+            int(rows[sample]): int(sample) for sample in good_samples
+        }  # one write a row, so order cannot matter
+        good = torch.tensor(list(last.values()))
         start = int(samples.mask.any(0).nonzero()[0])
         begin = self.left - start
         end = begin + samples.input_ids.shape[1]

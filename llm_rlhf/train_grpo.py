@@ -55,7 +55,8 @@ def group_ppo() -> PPOConfig:
 class SamplingConfig:
     """updates: rollouts in all; prompts: of one rollout, each with grpo.group_size samples; skip_flat_groups: leave
     groups of one and the same reward out of the update, its KL term included (as DAPO 2503.14476, but without
-    drawing others); max_seconds: stop after this much CPU time of training (a run that uses it cannot be repeated to the bit)."""
+    drawing others); max_seconds: stop after this much CPU time of training (a run that uses it cannot be repeated
+    to the bit)."""
 
     updates: int = 400
     prompts: int = 64
