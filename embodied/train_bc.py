@@ -158,7 +158,7 @@ def look(
     *,
     global_step: int,
 ) -> float:
-    """Log the held-out likelihood and what the policy earns; returns what `best` is chosen by (higher is better)."""
+    """Log the held-out likelihood and what the policy earns; returns what `best` is chosen by (higher: better)."""
     logged: dict[str, float] = {}
     metric = float(global_step)
     if validation is not None:

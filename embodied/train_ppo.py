@@ -35,6 +35,7 @@ from policy_core.optimizer import FlatAdam
 from policy_core.ppo import NonFiniteLoss, PPOConfig
 from policy_core.returns import explained_variance, gae
 from policy_core.schedules import scheduled, set_learning_rate
+from policy_core.traced import TracedGradient
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Learner:
     scaler: RewardScaler
     controller: KLController
     generator: torch.Generator
+    gradient: TracedGradient
     demonstrations: DemonstrationBatches | None
     recent: deque[EpisodeRecord] = field(default_factory=lambda: deque(maxlen=100))
     episodes: int = 0
@@ -114,6 +116,7 @@ class Learner:
             scaler=RewardScaler(config.environment.count, gamma=config.ppo.gamma),
             controller=KLController(config.kl),
             generator=torch.Generator().manual_seed(config.run.seed),
+            gradient=ppo.traced_gradient(policy),
             demonstrations=DemonstrationBatches.load(config.demonstrations, environment, config.run.seed),
         )
 
@@ -229,6 +232,7 @@ def improve(
             kl_coef=learner.controller.coef,
             train_policy=update > config.ppo.critic_warmup,
             auxiliary=auxiliary,
+            traced=learner.gradient,
         )
     except NonFiniteLoss as error:
         raise UserError(

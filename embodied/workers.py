@@ -1,8 +1,8 @@
 """Processes that each roll out their own environments with their own copy of the policy.
 
-One exchange a rollout, none a step: the parent writes the actor's weights into shared memory, every worker steps its
-environments for the whole horizon and writes what it saw into its rows of shared arrays. Noise and resets are drawn
-per environment, so the number of workers does not change which episodes are played.
+One exchange a rollout, none a step: the parent writes the actor's weights into shared memory, every worker steps
+its environments for the whole horizon and writes what it saw into its rows of shared arrays. Noise and resets are
+drawn per environment, so the number of workers does not change which episodes are played.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class RolloutWorker:
 
 
 def serve(pipe: Connection, *arguments: Any) -> None:
-    """A worker process: answer (method, arguments) with (True, result) or (False, traceback) until the pipe ends."""
+    """A worker process: answer (method, arguments) with (True, result) or (False, traceback) to the pipe's end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the run, and its workers with it
     try:
         worker = RolloutWorker(*arguments)

@@ -31,7 +31,7 @@ class GRPOConfig:
 
 
 def _group_sums(returns: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """returns, group [E] -> the group's size, sum and centred sum of squares, each given back to every episode [E]."""
+    """returns, group [E] -> size, sum and centred sum of squares of each episode's group, [E] each."""
     _, inverse = torch.unique(group, return_inverse=True)
     groups = int(inverse.max()) + 1 if inverse.numel() else 0
     ones = torch.ones_like(returns)

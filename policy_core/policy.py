@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 
-
 @dataclass(frozen=True)
 class Evaluation:
     """A policy's view of decisions that were made, under its present weights.

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ from torch import Tensor
 from policy_core.kl import KLConfig, kl_estimate, per_decision
 from policy_core.masking import Aggregation, aggregation_weights, normalize
 from policy_core.policy import Evaluation, Policy
-from policy_core.rollout import Nested, Rollout, map_nested, split_rows
+from policy_core.rollout import Nested, Rollout, leaves, map_nested, split_rows
 from policy_core.schedules import Schedule
+from policy_core.traced import TracedGradient
 
 Metrics = dict[str, Tensor]
 AuxiliaryLoss = Callable[[], tuple[Tensor, Metrics]]
@@ -152,12 +153,27 @@ def value_loss(
     return (torch.maximum(error, clipped_error) * weights).sum(), {"value_clip_fraction": fraction}
 
 
+def counted(tensor: Tensor, mask: Tensor | None, factor_mask: Tensor | None) -> Tensor:
+    """0 on masked decisions and, of a tensor [B, T, F], on factors that were not executed.
+
+    A weight of 0 is not enough there: a policy may call a masked action impossible (log-probability -inf), and NaN
+    or a gradient of it survives a product with 0.
+    """
+    keep = mask
+    if tensor.dim() == 3:
+        keep = None if mask is None else mask.unsqueeze(-1)
+        if factor_mask is not None:
+            keep = factor_mask if keep is None else keep & factor_mask
+    return tensor if keep is None else torch.where(keep, tensor, 0.0)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What the losses read of a rollout: the rows of one optimizer step, or a micro-batch of them.
 
     weights (at the ratio level) and decision_weights have the whole step's denominators, so the losses and metrics
-    of micro-batches add up. [B, T] but where said; `level` is [B, T] or [B, T, F].
+    of micro-batches add up. [B, T] but where said; `level` is [B, T] or [B, T, F]. What is masked is finite here,
+    whatever the rollout held; mask is None where every decision counts.
     """
 
     observations: Nested
@@ -166,6 +182,7 @@ class Batch:
     advantages: Tensor
     weights: Tensor  # level
     decision_weights: Tensor
+    mask: Tensor | None = None
     returns: Tensor | None = None
     old_values: Tensor | None = None
     factor_mask: Tensor | None = None  # [B, T, F]
@@ -178,7 +195,7 @@ def ppo_loss(
     batch: Batch,
     config: PPOConfig,
     kl: KLConfig | None = None,
-    kl_coef: float = 0.0,
+    kl_coef: float | Tensor = 0.0,
     train_policy: bool = True,
 ) -> tuple[Tensor, Metrics]:
     """The whole loss of one micro-batch: policy + value_coef * value - entropy_coef * entropy + kl_coef * KL.
@@ -190,12 +207,13 @@ def ppo_loss(
     metrics: Metrics = {}
     if train_policy:
         by_factor = batch.weights.dim() == 3
+        log_probs = counted(evaluation.log_probs, batch.mask, batch.factor_mask)
 
         def level(tensor: Tensor) -> Tensor:
             return tensor if by_factor else per_decision(tensor, batch.factor_mask)
 
         loss, metrics = policy_loss(
-            log_probs=level(evaluation.log_probs),
+            log_probs=level(log_probs),
             old_log_probs=batch.old_log_probs,
             advantages=batch.advantages.unsqueeze(-1) if by_factor else batch.advantages,
             weights=batch.weights,
@@ -205,22 +223,21 @@ def ppo_loss(
         )
         metrics["policy_loss"] = loss.detach()
         with contextlib.nullcontext() if config.entropy_coef != 0.0 else torch.no_grad():
-            entropy = (level(evaluation.entropy) * batch.weights).sum()
+            entropies = counted(evaluation.entropy, batch.mask, batch.factor_mask)
+            entropy = (level(entropies) * batch.weights).sum()
         metrics["entropy"] = entropy.detach()
         if config.entropy_coef != 0.0:
             loss = loss - config.entropy_coef * entropy
-        if kl is not None and kl.placement == "loss" and kl_coef != 0.0:
+        if kl is not None and kl.placement == "loss" and (isinstance(kl_coef, Tensor) or kl_coef != 0.0):
             if batch.ref_log_probs is None:
                 raise ValueError("a KL term in the loss needs ref_log_probs")
-            estimate = kl_estimate(
-                log_probs=evaluation.log_probs, ref_log_probs=batch.ref_log_probs, estimator=kl.estimator
-            )
+            estimate = kl_estimate(log_probs=log_probs, ref_log_probs=batch.ref_log_probs, estimator=kl.estimator)
             reference_kl = (per_decision(estimate, batch.factor_mask) * batch.decision_weights).sum()
             metrics["reference_kl"] = reference_kl.detach()
             loss = loss + kl_coef * reference_kl
     if evaluation.values is not None and batch.returns is not None:
         value, value_metrics = value_loss(
-            values=evaluation.values,
+            values=counted(evaluation.values, batch.mask, None),
             returns=batch.returns,
             weights=batch.decision_weights,
             old_values=batch.old_values,
@@ -242,23 +259,30 @@ def make_batches(
 ) -> list[Batch]:
     """One epoch's optimizer steps: the rows in `order` ([B] int), cut into minibatches.
 
-    Weights are over each step's own decisions; old log-probs are brought to the ratio level.
+    Weights are over each step's own decisions; old log-probs are brought to the ratio level; masked columns are
+    cleared.
     """
     old_log_probs, factor_mask = rollout.old_log_probs, rollout.factor_mask
     if config.ratio_level == "decision":
         old_log_probs = per_decision(old_log_probs, factor_mask)
     elif old_log_probs.dim() == 3 and factor_mask is None:
         factor_mask = torch.ones_like(old_log_probs, dtype=torch.bool)
+    mask = None if rollout.mask.all() else rollout.mask
+
+    def cleared(column: Tensor | None) -> Tensor | None:
+        return None if column is None else counted(column, mask, factor_mask)
+
     columns: dict[str, Nested | None] = {
         "observations": rollout.observations,
         "actions": rollout.actions,
-        "old_log_probs": old_log_probs,
-        "advantages": advantages,
-        "returns": returns,
-        "old_values": rollout.values if config.value_clip_range is not None else None,
+        "old_log_probs": cleared(old_log_probs),
+        "advantages": cleared(advantages),
+        "returns": cleared(returns),
+        "old_values": cleared(rollout.values) if config.value_clip_range is not None else None,
         "factor_mask": factor_mask,
-        "ref_log_probs": rollout.ref_log_probs if with_reference else None,
-        "mask": rollout.mask,
+        "ref_log_probs": cleared(rollout.ref_log_probs) if with_reference else None,
+        "mask": mask,
+        "decisions": rollout.mask,
         "episode": rollout.episode,
     }
     shuffled = {
@@ -268,11 +292,11 @@ def make_batches(
     }
     batches = []
     for part in split_rows(shuffled, config.minibatch_size):
-        mask, episode = part.pop("mask"), part.pop("episode")
+        decisions, episode = part.pop("decisions"), part.pop("episode")
 
-        def weights_of(factors: Tensor | None, mask: Tensor = mask, episode: Tensor = episode) -> Tensor:
+        def weights_of(factors: Tensor | None, decisions: Tensor = decisions, episode: Tensor = episode) -> Tensor:
             return aggregation_weights(
-                mask=mask,
+                mask=decisions,
                 episode=episode,
                 aggregation=config.aggregation,
                 constant=config.aggregation_constant,
@@ -290,8 +314,7 @@ def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
     """The batch in pieces of at most `size` rows, or whole."""
     if size is None or size >= batch.advantages.shape[0]:
         return [batch]
-    present = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return [Batch(**part) for part in split_rows({n: v for n, v in present.items() if v is not None}, size)]
+    return [Batch(**part) for part in split_rows(_present(batch), size)]
 
 
 def update(
@@ -307,6 +330,7 @@ def update(
     kl_coef: float = 0.0,
     train_policy: bool = True,
     auxiliary: AuxiliaryLoss | None = None,
+    traced: TracedGradient | None = None,
 ) -> dict[str, float]:
     """Improve the policy on one rollout: `config.epochs` passes of shuffled minibatches.
 
@@ -316,13 +340,19 @@ def update(
     train_policy            False = critic warm-up: only `policy.critic_parameters()` move
     auxiliary               a supervised loss, called at every optimizer step and added to it (PPO-ptx,
                             DAPG's demonstration term); not called during critic warm-up
+    traced                  replays the gradient's operations (`traced_gradient(policy)`, kept by the caller)
+                            instead of going through autograd at each step: the same numbers, but faster for small
+                            networks
 
     Returns metrics averaged over the optimizer steps. Raises NonFiniteLoss before a step that would spoil the
     weights.
     """
+    if not train_policy and returns is None:
+        raise ValueError("critic warm-up needs returns: without them there is nothing to learn")
     if config.normalize_advantages:
         advantages = normalize(advantages, rollout.mask)
     with_reference = kl is not None and kl.placement == "loss" and kl_coef != 0.0
+    kl = kl if with_reference else None
     history: list[Metrics] = []
     with contextlib.nullcontext() if train_policy else only_critic(policy):
         for _ in range(config.epochs):
@@ -338,7 +368,7 @@ def update(
             )
             for batch in batches:
                 optimizer.zero_grad(set_to_none=True)
-                metrics = _accumulate(policy, batch, config, kl, kl_coef, train_policy)
+                metrics = _accumulate(policy, batch, config, kl, kl_coef, train_policy, traced)
                 if train_policy:
                     if auxiliary is not None:
                         metrics.update(_backward_auxiliary(auxiliary))
@@ -391,24 +421,54 @@ def _step(optimizer: torch.optim.Optimizer, metrics: Metrics, max_grad_norm: flo
 
 
 def _accumulate(
-    policy: Policy, batch: Batch, config: PPOConfig, kl: KLConfig | None, kl_coef: float, train_policy: bool
+    policy: Policy,
+    batch: Batch,
+    config: PPOConfig,
+    kl: KLConfig | None,
+    kl_coef: float,
+    train_policy: bool,
+    traced: TracedGradient | None,
 ) -> Metrics:
     """Backward over the micro-batches of one optimizer step; the weights make the sum exact."""
+
+    def loss_of(evaluation: Evaluation, part: Batch, coef: float | Tensor) -> tuple[Tensor, Metrics]:
+        return ppo_loss(
+            evaluation=evaluation, batch=part, config=config, kl=kl, kl_coef=coef, train_policy=train_policy
+        )
+
     totals: Metrics = {}
     for part in micro_batches(batch, config.micro_batch_size):
-        evaluation = policy.evaluate(part.observations, part.actions)
-        loss, metrics = ppo_loss(
-            evaluation=evaluation,
-            batch=part,
-            config=config,
-            kl=kl,
-            kl_coef=kl_coef,
-            train_policy=train_policy,
-        )
-        loss.backward()
+        if traced is None:
+            loss, metrics = loss_of(policy.evaluate(part.observations, part.actions), part, kl_coef)
+            loss.backward()
+        else:
+            kind = (config, kl, train_policy, *_present(part))
+            metrics = traced(part, loss_of, kind=kind, scalar=kl_coef)
         for name, value in metrics.items():
             totals[name] = totals[name] + value if name in totals else value
     return totals
+
+
+def traced_gradient(policy: torch.nn.Module) -> TracedGradient:
+    """For `update(traced=...)`: of a policy whose `evaluate` has no randomness, dropout or branches on data."""
+
+    def flatten(batch: Batch) -> list[Tensor]:
+        return [leaf for column in _present(batch).values() for leaf in leaves(column)]
+
+    def rebuild(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
+        rest = iter(tensors)
+        columns: dict[str, Any] = {
+            name: map_nested(lambda _: next(rest), column) for name, column in _present(batch).items()
+        }
+        return Batch(**columns)
+
+    return TracedGradient(policy, flatten=flatten, rebuild=rebuild)
+
+
+def _present(batch: Batch) -> dict[str, Any]:
+    """The columns that a batch has."""
+    columns = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: column for name, column in columns.items() if column is not None}
 
 
 def _average(history: list[Metrics]) -> dict[str, float]:

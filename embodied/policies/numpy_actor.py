@@ -73,7 +73,8 @@ class NumpyActor:
         """[N, D] raw -> means [N, A] or logits [N, K]."""
         hidden = observations * self._scale
         hidden += self._offset
-        np.clip(hidden, -OBSERVATION_LIMIT, OBSERVATION_LIMIT, out=hidden)
+        np.minimum(hidden, OBSERVATION_LIMIT, out=hidden)  # a third of np.clip's time on a few rows
+        np.maximum(hidden, -OBSERVATION_LIMIT, out=hidden)
         *layers, (last_weight, last_bias) = self._layers
         for weight, bias in layers:
             hidden = hidden @ weight

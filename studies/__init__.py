@@ -1,0 +1,1 @@
+"""Studies: commands that measure what the README claims. Each cell leaves one JSON under results/."""

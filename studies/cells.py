@@ -1,0 +1,135 @@
+"""A study is a queue of cells, each at most 40 minutes, each one JSON file with the command that made it.
+
+    python -m studies.NAME              run the cells that have no result yet, one process a cell
+    python -m studies.NAME --cell CELL  run one cell here (again, if it has a result)
+    python -m studies.NAME --table      print the table of the results there are
+
+Interrupt it at will: what is finished stays, what was under way is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent / "results"
+RUNS = Path(__file__).parent.parent / "runs" / "studies"
+
+Figures = dict[str, Any]
+
+
+def result_path(study: str, cell: str) -> Path:
+    """results/STUDY/CELL.json."""
+    return RESULTS / study / f"{cell}.json"
+
+
+def write_result(study: str, cell: str, figures: Figures, seconds: float, arguments: Sequence[str]) -> Path:
+    """Keep a cell's figures with what is needed to judge and repeat them; whole or not at all."""
+    path = result_path(study, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "study": study,
+        "cell": cell,
+        "command": shlex.join(["python", "-m", f"studies.{study}", "--cell", cell, *arguments]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "machine": machine(),
+        "figures": figures,
+    }
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def read_results(study: str) -> dict[str, Figures]:
+    """The figures of every finished cell."""
+    folder = RESULTS / study
+    return {path.stem: json.loads(path.read_text())["figures"] for path in sorted(folder.glob("*.json"))}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    packages = ("torch", "mujoco", "gymnasium", "gymnasium-robotics", "stable-baselines3", "transformers", "numpy")
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load_at_end": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def main(
+    study: str,
+    *,
+    cells: Sequence[str],
+    run: Callable[[str, argparse.Namespace], Figures],
+    table: Callable[[Mapping[str, Figures]], str],
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:
+    """The command line of a study.
+
+    run         does one cell in this process and returns its figures
+    table       prints what the figures say, as Markdown
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m studies.{study}")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--cell", choices=cells, metavar="CELL", help=f"one of {', '.join(cells)}")
+    what.add_argument("--table", action="store_true", help="print the table of the results there are")
+    parser.add_argument("--share", default="1/1", help="i/n: only every n-th cell, from the i-th (several queues)")
+    if add_arguments is not None:
+        add_arguments(parser)
+    options = parser.parse_args()
+    if options.table:
+        print(table(read_results(study)))
+    elif options.cell:
+        started = time.perf_counter()
+        figures = run(options.cell, options)
+        path = write_result(study, options.cell, figures, time.perf_counter() - started, _own_arguments())
+        print(f"{path}: {json.dumps(figures)}")
+    else:
+        index, count = map(int, options.share.split("/"))
+        for cell in cells[index - 1 :: count]:
+            if not result_path(study, cell).exists():
+                print(f"{datetime.datetime.now():%H:%M:%S} {study}: {cell}", flush=True)
+                command = [sys.executable, "-m", f"studies.{study}", "--cell", cell, *_own_arguments()]
+                subprocess.run(command, check=False)
+
+
+def _own_arguments() -> list[str]:
+    """The command line without what chooses cells: the study's own options, to pass on and to record."""
+    kept, skip = [], False
+    for argument in sys.argv[1:]:
+        if skip or argument in ("--cell", "--share"):
+            skip = not skip
+            continue
+        kept.append(argument)
+    return kept
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (n - 1); the error of one value is NaN."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, float("nan")
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, (variance / len(values)) ** 0.5
