@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from policy_core.kl import KLConfig, kl_in_unit, kl_rewards
 from policy_core.ppo import PPOConfig
