@@ -4,7 +4,7 @@
 
 Two halves, five seeds, a fresh split a seed, one thread. *slip*: six demonstrations of ten are wrong and the
 verifier is exact; *correct*: all demonstrations are right. Every arm starts from the same model (40 s of supervised
-training) and is given the same processor time; continued supervised training half as much again, so that it has seen
+training) and is given the same processor time; continued supervised training half as much again, so that it sees
 at least as many tokens as any other. Development used seeds from 100 on.
 """
 
@@ -18,7 +18,7 @@ from studies.language import Arm, column, run_arms
 
 SEEDS = range(5)
 CELLS = [f"{half}-{seed}" for half in ("slip", "correct") for seed in SEEDS]
-BASE_SECONDS, ARM_SECONDS = 40, 60
+BASE_SECONDS, ARM_SECONDS = 40, 40
 
 SUPERVISED = ("sft.steps=1000000",)
 SAMPLED = ("sampling.updates=1000000", f"sampling.max_seconds={ARM_SECONDS}")
@@ -28,9 +28,11 @@ ARMS = {
     "PPO": Arm("calculator_ppo", SAMPLED),
     "GRPO": Arm("calculator_grpo", SAMPLED),
     "best-of-8 SFT": Arm("calculator_rejection", (*SUPERVISED, f"sft.max_seconds={ARM_SECONDS}")),
+    "random reward, KL": Arm("calculator_slip_random_reward", SAMPLED),
+}
+SLIP_ONLY = {
     "PPO, self-imitation": Arm("calculator_slip_ppo_self_imitation", SAMPLED),
     "GRPO, self-imitation": Arm("calculator_slip_grpo_self_imitation", SAMPLED),
-    "random reward, KL": Arm("calculator_slip_random_reward", SAMPLED),
 }
 SHOWN = {"greedy": "greedy", "sampled": "sampled", "pass@8": "pass@8"}
 
@@ -44,7 +46,8 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
         f"task.data={options.data}",
         f"task.calculator.slip={0.6 if half == 'slip' else 0.0}",
     ]
-    return run_arms("calculator", cell, base=BASE, arms=ARMS, common=common, splits=["test"], samples=8)
+    arms = ARMS | SLIP_ONLY if half == "slip" else ARMS
+    return run_arms("calculator", cell, base=BASE, arms=arms, common=common, splits=["test"], samples=8)
 
 
 def table(results: Mapping[str, Figures]) -> str:
@@ -60,7 +63,7 @@ def table(results: Mapping[str, Figures]) -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         control = column(cells, "continued SFT", "test", "greedy")
-        for arm in ("base", *ARMS):
+        for arm in ("base", *ARMS, *(SLIP_ONLY if half == "slip" else ())):
             shown = [_percent(column(cells, arm, "test", name)) for name in SHOWN.values()]
             gains = [a - b for a, b in zip(column(cells, arm, "test", "greedy"), control, strict=True)]
             kl = column(cells, arm, "test", "kl")
