@@ -96,6 +96,11 @@ class SharedArrays:
         return np.frombuffer(self._memory[name], dtype=kind, count=math.prod(shape)).reshape(shape)
 
 
+def environment_seed(seed: int, row: int) -> int:
+    """The seed of a training environment, 1000 to a run's seed; always below those that evaluation plays."""
+    return (seed * 1000 + row) % 9_999_991  # the largest prime below 10 million
+
+
 class RolloutWorker:
     """Steps the environments of rows `rows` of the shared arrays."""
 
@@ -109,7 +114,7 @@ class RolloutWorker:
         seed: int,
     ) -> None:
         self.environment, self.rows = environment, rows
-        seeds = [seed * 1000 + row for row in rows]
+        seeds = [environment_seed(seed, row) for row in rows]
         self.stepper = Stepper(environment.id, seeds, environment.max_episode_steps, options=environment.options)
         self.actor = NumpyActor(spaces, policy)
         self.generators = [np.random.default_rng([row_seed, 1]) for row_seed in seeds]
@@ -146,9 +151,13 @@ class RolloutWorker:
 
     def evaluate(self, seeds: Sequence[int], deterministic: bool) -> list[EpisodeRecord]:
         """One episode from each seed in environments of their own; training's are not touched."""
+        if not seeds:  # fewer episodes than workers
+            return []
         self.actor.load(self.weights)
         width = min(len(seeds), max(1, len(self.rows)))
         if self._evaluation is None or self._evaluation.num_environments != width:
+            if self._evaluation is not None:
+                self._evaluation.close()
             config = self.environment
             self._evaluation = Stepper(
                 config.id, list(range(width)), config.max_episode_steps, options=config.options

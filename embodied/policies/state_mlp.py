@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -91,12 +92,14 @@ class StatePolicy(nn.Module):
             config = dict(description["config"], hidden=tuple(description["config"]["hidden"]))
             policy = cls(Spaces(**description["spaces"]), StatePolicyConfig(**config))
             policy.load_state_dict(load_file(folder / "policy.safetensors"))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
+            missing = "policy.safetensors" if (folder / "policy.json").is_file() else "policy.json"
             raise UserError(
-                f"{folder}: no policy here ({Path(error.filename or folder).name} is missing); give a folder that"
-                " save_pretrained wrote, such as RUN/checkpoints/best/policy"
+                f"{folder}: no policy here ({missing} is missing); give a folder that save_pretrained wrote, such"
+                " as RUN/checkpoints/best/policy"
             ) from error
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{folder}: not a state policy, or a damaged one: {error}") from error
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder}: not a state policy, or a damaged one: {reason}") from error
         policy.normalizer.refresh()
         return policy
