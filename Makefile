@@ -14,7 +14,7 @@
 SHELL := /bin/bash
 VENV  ?= .venv
 BIN   := $(VENV)/bin
-ROOMS := policy_core experiment envs llm_rlhf embodied tandem tests
+ROOMS := policy_core experiment envs llm_rlhf embodied tandem studies tests
 
 # Without PYTHON=..., the first interpreter that is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
