@@ -137,8 +137,6 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
         raise UserError(f"{run_folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
     policy = StatePolicy.from_pretrained(folder / "policy")
     figures = evaluate_policy(policy, environment, config)
-    for index in range(config.videos):
-        film(policy, environment, run_folder / "videos" / f"eval-{index}.mp4", seed=TEST_SEEDS + index)
     report = {
         "checkpoint": folder.resolve().name,
         "environment": asdict(environment),
@@ -149,4 +147,6 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
     temporary = run_folder / ".eval.json.tmp"
     temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     temporary.replace(run_folder / "eval.json")
+    for index in range(config.videos):  # last: where nothing can be drawn, the figures are kept
+        film(policy, environment, run_folder / "videos" / f"eval-{index}.mp4", seed=TEST_SEEDS + index)
     return figures

@@ -26,6 +26,7 @@ from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollout import Collector, Experience, judge, spaces_of
 from embodied.workers import EnvironmentConfig, environment_spec
+from envs.make import EnvironmentSpec
 from envs.stepper import EpisodeRecord
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
@@ -78,6 +79,26 @@ class TrainPPOConfig:
             raise ValueError("log_std belongs to init; without it set policy.log_std")
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the configuration names, read before the run has a folder: a mistake in it leaves nothing behind."""
+
+    environment: EnvironmentSpec
+    clone: StatePolicy | None
+    demonstrations: DemonstrationBatches | None
+
+    @classmethod
+    def read(cls, config: TrainPPOConfig) -> Inputs:
+        """UserError if something is missing, damaged or made for another environment."""
+        environment = environment_spec(config.environment)
+        spaces = spaces_of(environment)
+        clone = None if config.init is None else StatePolicy.from_pretrained(config.init).requires_grad_(False)
+        if clone is not None and clone.spaces != spaces:
+            raise UserError(f"init: {config.init} is a policy for {clone.spaces}, the environment has {spaces}")
+        demonstrations = DemonstrationBatches.load(config.demonstrations, environment, config.run.seed)
+        return cls(environment, clone, demonstrations)
+
+
 @dataclass
 class Learner:
     """Everything that learns or remembers in a run; its state is what a checkpoint keeps."""
@@ -94,13 +115,9 @@ class Learner:
     episodes: int = 0
 
     @classmethod
-    def build(cls, config: TrainPPOConfig, saved: Path | None) -> Learner:
+    def build(cls, config: TrainPPOConfig, inputs: Inputs, saved: Path | None) -> Learner:
         """From the configuration, with the policy of a checkpoint where there is one."""
-        environment = environment_spec(config.environment)
-        spaces = spaces_of(environment)
-        reference = None if config.init is None else StatePolicy.from_pretrained(config.init).requires_grad_(False)
-        if reference is not None and reference.spaces != spaces:
-            raise UserError(f"init: {config.init} is a policy for {reference.spaces}, the environment has {spaces}")
+        spaces = spaces_of(inputs.environment)
         if saved is not None:
             policy = StatePolicy.from_pretrained(saved)
         elif config.init is not None:
@@ -111,13 +128,13 @@ class Learner:
             policy = StatePolicy(spaces, config.policy)
         return cls(
             policy=policy,
-            reference=reference if config.kl.coef > 0 else None,
+            reference=inputs.clone if config.kl.coef > 0 else None,
             optimizer=FlatAdam([policy.parameters()], learning_rate=config.ppo.learning_rate),
             scaler=RewardScaler(config.environment.count, gamma=config.ppo.gamma),
             controller=KLController(config.kl),
             generator=torch.Generator().manual_seed(config.run.seed),
             gradient=ppo.traced_gradient(policy),
-            demonstrations=DemonstrationBatches.load(config.demonstrations, environment, config.run.seed),
+            demonstrations=inputs.demonstrations,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,9 +165,10 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
     """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
     steps_per_update = config.environment.count * config.horizon
     updates = 1 if config.run.dry_run else max(1, -(-config.total_steps // steps_per_update))
+    inputs = Inputs.read(config)
     with Run.start(config, recipe="embodied/ppo", resume=resume) as run:
         checkpoint = run.checkpoint
-        learner = Learner.build(config, None if checkpoint is None else checkpoint.folder / "policy")
+        learner = Learner.build(config, inputs, None if checkpoint is None else checkpoint.folder / "policy")
         policy = learner.policy
         with Collector(config.environment, policy, steps=config.horizon, seed=config.run.seed) as collector:
             first = 1

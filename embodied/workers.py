@@ -139,7 +139,15 @@ class RolloutWorker:
             observations[:, step] = stepper.observations
             actions = self.actor.act(stepper.observations, noise[step])
             actions_out[:, step] = actions
-            result = stepper.step(actions)
+            try:
+                result = stepper.step(actions)
+            except ValueError as error:
+                if np.isfinite(stepper.observations).all():
+                    raise
+                raise UserError(
+                    f"environment {self.environment.id} gave an observation that is not finite (NaN or infinity);"
+                    " mend it, or go on from the last checkpoint"
+                ) from error
             arrays["rewards"][:, step] = result.rewards
             arrays["terminated"][:, step] = result.terminated
             arrays["truncated"][:, step] = result.truncated
@@ -205,7 +213,7 @@ class RolloutWorker:
 
 
 def serve(pipe: Connection, *arguments: Any) -> None:
-    """A worker process: answer (method, arguments) with (True, result) or (False, traceback) to the pipe's end."""
+    """A worker process: answer (method, arguments) with (True, result) or (False, problem) to the pipe's end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the run, and its workers with it
     try:
         worker = RolloutWorker(*arguments)
@@ -215,6 +223,8 @@ def serve(pipe: Connection, *arguments: Any) -> None:
             pipe.send((True, getattr(worker, method)(*args)))
     except (EOFError, ConnectionError):  # the parent is gone
         return
+    except UserError as error:
+        pipe.send((False, error))
     except Exception:
         pipe.send((False, traceback.format_exc()))
 
@@ -235,12 +245,14 @@ class ProcessWorker:
         self._pipe.send((method, arguments))
 
     def end(self) -> Any:
-        """Wait for the answer. Raises RuntimeError with the worker's traceback, or if it died."""
+        """Wait for the answer. Raises the worker's UserError; RuntimeError with its traceback, or if it died."""
         try:
             fine, answer = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
             self._process.join(5)
             raise RuntimeError(f"a rollout worker died (exit code {self._process.exitcode})") from error
+        if isinstance(answer, UserError):
+            raise answer
         if not fine:
             raise RuntimeError(f"a rollout worker failed:\n{answer}")
         return answer
