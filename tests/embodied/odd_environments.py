@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import gymnasium
@@ -17,6 +18,7 @@ class Odd(gymnasium.Env[np.ndarray, np.ndarray]):
         self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.fault, self.at, self.terminate_at = fault, at, terminate_at
+        self.port = threading.Lock() if fault == "unreadable" else None  # no state that could be read
         self.steps_ever, self.time, self.tag = 0, 0, 0.0
 
     def reset(
@@ -54,5 +56,5 @@ class Broken(Odd):
         super().__init__()
 
 
-gymnasium.register("Odd-v0", entry_point=Odd, max_episode_steps=5)
-gymnasium.register("Broken-v0", entry_point=Broken, max_episode_steps=5)
+gymnasium.register("Odd-v0", entry_point=f"{__name__}:Odd", max_episode_steps=5)
+gymnasium.register("Broken-v0", entry_point=f"{__name__}:Broken", max_episode_steps=5)

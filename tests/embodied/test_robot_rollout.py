@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_bootstraps_by_hand(policy: StatePolicy, experience: Experience) -> None
     torch.testing.assert_close(rollout.values, values)
     after = policy.values(experience.next_observations)
     cut = policy.values(torch.full((3,), 0.5)[None])[0]
-    expected = [
+    expected: list[list[Any]] = [
         [values[0, 1], cut, values[0, 3], None, after[0]],
         [values[1, 1], values[1, 2], values[1, 3], values[1, 4], after[1]],
         [None, values[2, 2], values[2, 3], values[2, 4], after[2]],

@@ -70,7 +70,7 @@ def test_the_number_of_workers_changes_nothing(env_id: str, make_policy: Make) -
             assert len(pids_of(collector)) == workers
             collected.append([collector.collect(policy) for _ in range(2)])
             played.append(collector.evaluate(policy, [7, 8, 9, 10, 11], deterministic=False))
-    exact = {"rtol": 0.0, "atol": 0.0} if env_id == "CartPole-v1" else {"rtol": 1e-3, "atol": 1e-4}
+    exact: dict[str, Any] = {"rtol": 0.0, "atol": 0.0} if env_id == "CartPole-v1" else {"rtol": 1e-3, "atol": 1e-4}
     for others in collected[1:]:
         for mine, other in zip(collected[0], others, strict=True):
             for name in ("observations", "actions", "rewards", "terminated", "truncated", "next_observations"):
