@@ -69,7 +69,7 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class LanguageGRPOConfig:
+class TrainGRPOConfig:
     """Everything a GRPO run is made of. rewards: name (or file.py:function) -> weight; empty = the task's own."""
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="grpo", checkpoint_every=100))
@@ -86,7 +86,7 @@ class LanguageGRPOConfig:
     log_every: int = 1
 
 
-def train(config: LanguageGRPOConfig, *, resume: Path | None = None) -> RunResult:
+def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
     """Improve a trained model on the task's prompts. Raises UserError if model.path names none."""
     require_trained(config.model)
     task = build_task(config.task)
@@ -136,7 +136,7 @@ def train(config: LanguageGRPOConfig, *, resume: Path | None = None) -> RunResul
         return run.finish()
 
 
-def iterate(config: LanguageGRPOConfig, learner: Learner) -> dict[str, float]:
+def iterate(config: TrainGRPOConfig, learner: Learner) -> dict[str, float]:
     """One rollout and the update on it; returns metrics under TRL's names."""
     rows = learner.prompts.next().tolist()
     samples, scores = learner.sampler.draw(

@@ -67,7 +67,7 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class LanguagePPOConfig:
+class TrainPPOConfig:
     """Everything a PPO run is made of. rewards: name (or file.py:function) -> weight; empty = the task's own."""
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="ppo", checkpoint_every=50))
@@ -83,7 +83,7 @@ class LanguagePPOConfig:
     log_every: int = 1
 
 
-def train(config: LanguagePPOConfig, *, resume: Path | None = None) -> RunResult:
+def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
     """Improve a trained model on the task's prompts. Raises UserError if model.path names none."""
     require_trained(config.model)
     task = build_task(config.task)
@@ -133,7 +133,7 @@ def train(config: LanguagePPOConfig, *, resume: Path | None = None) -> RunResult
         return run.finish()
 
 
-def iterate(config: LanguagePPOConfig, learner: Learner, *, step: int) -> dict[str, float]:
+def iterate(config: TrainPPOConfig, learner: Learner, *, step: int) -> dict[str, float]:
     """One rollout and the update on it; returns metrics under TRL's names."""
     rows = learner.prompts.next().tolist()
     samples, scores = learner.sampler.draw(

@@ -57,7 +57,7 @@ class RejectionConfig:
 
 
 @dataclass(frozen=True)
-class LanguageRejectionConfig:
+class TrainRejectionConfig:
     """Everything a rejection-sampling run is made of. rewards: name (or file.py:function) -> weight."""
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="rejection", checkpoint_every=500))
@@ -91,7 +91,7 @@ class Kept:
         return cls(texts, batches)
 
 
-def train(config: LanguageRejectionConfig, *, resume: Path | None = None) -> RunResult:
+def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunResult:
     """Alternate between filtering and imitating. Raises UserError if nothing reaches the threshold."""
     chosen = config.rejection
     if chosen.source == "samples":

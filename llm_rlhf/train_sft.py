@@ -50,7 +50,7 @@ class SupervisedConfig:
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class TrainSFTConfig:
     """Everything an SFT run is made of."""
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="sft", checkpoint_every=500))
@@ -61,7 +61,7 @@ class SFTConfig:
     log_every: int = 50
 
 
-def train(config: SFTConfig, *, resume: Path | None = None) -> RunResult:
+def train(config: TrainSFTConfig, *, resume: Path | None = None) -> RunResult:
     """Train on the task's demonstrations; the run's `policy` folder is a plain transformers model."""
     task = build_task(config.task)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:

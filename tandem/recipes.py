@@ -19,10 +19,10 @@ from experiment.errors import UserError
 RECIPES: dict[str, tuple[str, str]] = {
     "embodied/bc": ("embodied.train_bc", "TrainBCConfig"),
     "embodied/ppo": ("embodied.train_ppo", "TrainPPOConfig"),
-    "llm/sft": ("llm_rlhf.train_sft", "SFTConfig"),
-    "llm/ppo": ("llm_rlhf.train_ppo", "LanguagePPOConfig"),
-    "llm/grpo": ("llm_rlhf.train_grpo", "LanguageGRPOConfig"),
-    "llm/rejection": ("llm_rlhf.train_rejection", "LanguageRejectionConfig"),
+    "llm/sft": ("llm_rlhf.train_sft", "TrainSFTConfig"),
+    "llm/ppo": ("llm_rlhf.train_ppo", "TrainPPOConfig"),
+    "llm/grpo": ("llm_rlhf.train_grpo", "TrainGRPOConfig"),
+    "llm/rejection": ("llm_rlhf.train_rejection", "TrainRejectionConfig"),
 }
 
 # First part of a recipe's name -> module with `EvaluateConfig` and `evaluate_run(run_folder, config)`.

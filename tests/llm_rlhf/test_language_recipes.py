@@ -15,10 +15,10 @@ from experiment.run import RunConfig, RunResult
 from llm_rlhf import train_grpo, train_ppo, train_rejection, train_sft
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
 from llm_rlhf.models import LanguagePolicy, ModelConfig
-from llm_rlhf.train_grpo import LanguageGRPOConfig
-from llm_rlhf.train_ppo import LanguagePPOConfig
-from llm_rlhf.train_rejection import LanguageRejectionConfig
-from llm_rlhf.train_sft import SFTConfig
+from llm_rlhf.train_grpo import TrainGRPOConfig
+from llm_rlhf.train_ppo import TrainPPOConfig
+from llm_rlhf.train_rejection import TrainRejectionConfig
+from llm_rlhf.train_sft import TrainSFTConfig
 
 Recipe = Callable[..., RunResult]
 TASK = {"name": "random_walks", "random_walks": {"walks": 60}}
@@ -35,12 +35,12 @@ def settings(folder: Path, **sections: Any) -> dict[str, Any]:
     }
 
 
-def small_sft(folder: Path, steps: int = 6) -> SFTConfig:
+def small_sft(folder: Path, steps: int = 6) -> TrainSFTConfig:
     sections = {"model": MODEL, "sft": {"steps": steps, "batch_size": 16}, "log_every": 1}
-    return build_from_dict(settings(folder, **sections), SFTConfig)
+    return build_from_dict(settings(folder, **sections), TrainSFTConfig)
 
 
-def small_ppo(folder: Path, base: Path, updates: int = 6) -> LanguagePPOConfig:
+def small_ppo(folder: Path, base: Path, updates: int = 6) -> TrainPPOConfig:
     sections = {
         "model": {"path": str(base)},
         "sampling": {"updates": updates, "prompts": 8, "samples_per_prompt": 2},
@@ -48,26 +48,26 @@ def small_ppo(folder: Path, base: Path, updates: int = 6) -> LanguagePPOConfig:
         "self_imitation": {"coef": 0.5, "threshold": 0.1, "batch_size": 4},
         "kl": {"coef": 0.05, "target": 1.0, "horizon": 100.0},
     }
-    return build_from_dict(settings(folder, **sections), LanguagePPOConfig)
+    return build_from_dict(settings(folder, **sections), TrainPPOConfig)
 
 
-def small_grpo(folder: Path, base: Path, updates: int = 6) -> LanguageGRPOConfig:
+def small_grpo(folder: Path, base: Path, updates: int = 6) -> TrainGRPOConfig:
     sections = {
         "model": {"path": str(base)},
         "sampling": {"updates": updates, "prompts": 4, "skip_flat_groups": True},
         "grpo": {"group_size": 4},
         "ppo": {"minibatch_size": 8},
     }
-    return build_from_dict(settings(folder, **sections), LanguageGRPOConfig)
+    return build_from_dict(settings(folder, **sections), TrainGRPOConfig)
 
 
-def small_rejection(folder: Path, base: Path, steps: int = 6) -> LanguageRejectionConfig:
+def small_rejection(folder: Path, base: Path, steps: int = 6) -> TrainRejectionConfig:
     sections = {
         "model": {"path": str(base)},
         "sft": {"steps": steps, "batch_size": 8},
         "rejection": {"samples_per_prompt": 4, "threshold": 0.0, "steps_per_round": 2, "keep": 2},
     }
-    return build_from_dict(settings(folder, **sections), LanguageRejectionConfig)
+    return build_from_dict(settings(folder, **sections), TrainRejectionConfig)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_filtered_demonstrations(tmp_path: Path) -> None:
         "sft": {"steps": 2, "batch_size": 8},
         "rejection": {"source": "demonstrations", "threshold": 0.85},
     }
-    config = build_from_dict(settings(tmp_path / "run", **sections), LanguageRejectionConfig)
+    config = build_from_dict(settings(tmp_path / "run", **sections), TrainRejectionConfig)
     result = train_rejection.train(config)
     first = rows(result.folder)[0]
     assert 0 < first["rejection/kept"] < 60
@@ -222,7 +222,7 @@ def test_nothing_good_enough_is_said(tmp_path: Path, base: Path) -> None:
 
 
 def test_reinforcement_learning_needs_a_model(tmp_path: Path) -> None:
-    config = replace(LanguagePPOConfig(), run=RunConfig(folder=str(tmp_path / "run")))
+    config = replace(TrainPPOConfig(), run=RunConfig(folder=str(tmp_path / "run")))
     with pytest.raises(UserError, match=r"model\.path"):
         train_ppo.train(config)
     missing = replace(config, model=ModelConfig(path=str(tmp_path / "none")))
