@@ -9,6 +9,7 @@ demonstrations by a likelihood term (DAPG, Rajeswaran 2018, 1709.10087), so that
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -176,6 +177,8 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
                 first = checkpoint.step + 1
                 learner.load_state_dict(checkpoint.state["learner"])
                 collector.set_state(checkpoint.state["environments"])
+                if obstacle := collector.capture_obstacle():
+                    print(f"resuming with new episodes, not bit for bit: {obstacle}", file=sys.stderr, flush=True)
             run.begin_loop(updates)
             if checkpoint is None:
                 save(run, learner, collector, global_step=0)
