@@ -25,6 +25,7 @@ from policy_core.ppo import PPOConfig
 
 Rows = Callable[[Path], list[dict[str, Any]]]
 Make = Callable[..., StatePolicy]
+Capsys = pytest.CaptureFixture[str]
 ODD = "tests.embodied.odd_environments:Odd-v0"
 
 
@@ -183,16 +184,17 @@ def test_resumed_to_the_bit(
 
 
 def test_an_environment_that_cannot_be_captured_resumes_with_new_episodes(
-    config: TrainPPOConfig, interrupt_at: Callable[..., None], make_policy: Make
+    config: TrainPPOConfig, interrupt_at: Callable[..., None], make_policy: Make, capsys: Capsys
 ) -> None:
     config = replace(
-        config, environment=EnvironmentConfig(ODD, options={"fault": "unreadable"}, count=2, workers=0)
+        config, environment=EnvironmentConfig(ODD, options={"fault": "unreadable"}, count=3, workers=0)
     )
     with Collector(config.environment, make_policy(Spaces(2, 1)), steps=1, seed=0) as collector:
         assert "port" in str(collector.capture_obstacle())
     interrupt_at(5, train_ppo.train, config)
     assert config.run.folder is not None
     assert train_ppo.train(config, resume=Path(config.run.folder)).metrics["global_step"] == 6
+    assert "new episodes, not bit for bit: Odd.port" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ from a clone
