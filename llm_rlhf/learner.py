@@ -15,11 +15,13 @@ from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_policy, numbers
 from llm_rlhf.experience import Sampler, build_sampler
-from llm_rlhf.generation import GenerationConfig
+from llm_rlhf.generation import GenerationConfig, Samples
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy, frozen_copy
+from llm_rlhf.rewards import Scores
 from llm_rlhf.self_imitation import GoodAnswers, SelfImitationConfig
 from llm_rlhf.tasks.task import Task
 from llm_rlhf.text_data import Batches
+from llm_rlhf.tokenizer import decode_completions
 from policy_core.kl import KLConfig, KLController
 from policy_core.ppo import AuxiliaryLoss, NonFiniteLoss
 
@@ -68,6 +70,7 @@ class Learner:
     controller: KLController
     counters: Counters
     good_answers: GoodAnswers
+    latest: tuple[Samples, Scores] | None = None  # of the last rollout, to show; not part of the state
 
     def auxiliary(self) -> AuxiliaryLoss | None:
         """The self-imitation loss, where the configuration asks for it."""
@@ -182,6 +185,8 @@ def record(
     if looked or last or global_step % log_every == 0:
         position = {"samples": learner.counters.samples, "tokens": learner.counters.tokens}
         run.log({**metrics, **position, **looked}, global_step=global_step)
+    if looked and learner.latest is not None:
+        log_completions(run, sampler, *learner.latest, global_step=global_step)
     if last or run.should_save(global_step):
         run.save(
             learner.state_dict(),
@@ -189,6 +194,23 @@ def record(
             folders=writer(learner.policy, sampler.tokenizer),
             metric=looked.get("eval/greedy"),
         )
+
+
+def log_completions(
+    run: Run, sampler: Sampler, samples: Samples, scores: Scores, *, global_step: int, rows: int = 16
+) -> None:
+    """A table of what the policy writes and what that earns: the first `rows` completions of a rollout."""
+    given = samples.attention_mask.bool() & ~samples.mask
+    prompts = [ids[real] for ids, real in zip(samples.input_ids[:rows], given[:rows], strict=True)]
+    drawn = samples.completions(without=int(sampler.tokenizer.eos_token_id))[:rows]
+    texts = zip(
+        decode_completions(sampler.tokenizer, [prompt.tolist() for prompt in prompts]),
+        decode_completions(sampler.tokenizer, drawn),
+        strict=True,
+    )
+    named = {name: values[:rows].tolist() for name, values in scores.by_name.items()}
+    table = [[prompt, text, *(column[i] for column in named.values())] for i, (prompt, text) in enumerate(texts)]
+    run.log_table("completions", ["prompt", "completion", *named], table, global_step=global_step)
 
 
 def require_trained(model: ModelConfig) -> None:

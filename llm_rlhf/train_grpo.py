@@ -142,6 +142,7 @@ def iterate(config: TrainGRPOConfig, learner: Learner) -> dict[str, float]:
     samples, scores = learner.sampler.draw(
         rows, samples_per_prompt=config.grpo.group_size, drawn_before=learner.counters.samples
     )
+    learner.latest = (samples, scores)
     if config.self_imitation.coef > 0:
         learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, scores)
     ref_log_probs = reference_log_probs(learner.reference, samples)

@@ -139,6 +139,7 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int) -> dict[str,
     samples, scores = learner.sampler.draw(
         rows, samples_per_prompt=config.sampling.samples_per_prompt, drawn_before=learner.counters.samples
     )
+    learner.latest = (samples, scores)
     if config.self_imitation.coef > 0:
         learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, scores)
     ref_log_probs = reference_log_probs(learner.reference, samples)

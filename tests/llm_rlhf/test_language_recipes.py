@@ -271,3 +271,12 @@ def test_evaluate_run_writes_eval_json(tmp_path: Path, base: Path) -> None:
         evaluate_run(folder, EvaluateConfig(splits=("nothing",)))
     with pytest.raises(UserError):
         evaluate_run(tmp_path)
+
+
+def test_what_the_policy_writes_is_kept_as_a_table(tmp_path: Path, base: Path) -> None:
+    result = train_ppo.train(small_ppo(tmp_path / "run", base, updates=2))
+    (path,) = (result.folder / "tables" / "completions").glob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [set(row) for row in rows] == [{"prompt", "completion", "optimality"}] * 16
+    assert all(len(row["prompt"]) == 1 for row in rows), "a walk's prompt is its first node"
+    assert all(0.0 <= row["optimality"] <= 1.0 for row in rows)
