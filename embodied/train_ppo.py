@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from embodied.demonstrations import DemonstrationBatches, DemonstrationTerm
-from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
+from embodied.evaluate import VALIDATION_SEEDS, film, seeds, summarize
 from embodied.normalization import RewardScaler
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
@@ -42,10 +42,12 @@ from policy_core.traced import TracedGradient
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """every: updates between evaluations (0 = none); episodes: of each, with the mode of the policy."""
+    """every: updates between evaluations (0 = none); episodes: of each, with the policy's mode; video: film one of
+    each to RUN/videos and wandb."""
 
     every: int = 0
     episodes: int = 20
+    video: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,7 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
             if checkpoint is None:
                 save(run, learner, collector, global_step=0)
             for update in range(first, updates + 1):
-                if (
-                    update == config.ppo.critic_warmup + 1 > 1
-                ):  # Adam's bias correction begins with the actor's steps
+                if update == config.ppo.critic_warmup + 1 > 1:  # Adam's bias correction begins with the actor
                     learner.optimizer = FlatAdam([policy.parameters()], learning_rate=config.ppo.learning_rate)
                 started = time.perf_counter()
                 experience = collector.collect(policy)
@@ -204,6 +204,10 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
                     metrics |= summarize(played)
                     metric = metrics.get("eval/success_once", metrics["eval/mean_reward"])
                 run.log(metrics, global_step=update)
+                if metric is not None and config.evaluation.video:
+                    path = run.folder / "videos" / f"{update:09d}.mp4"
+                    film(policy, config.environment, path, seed=VALIDATION_SEEDS)
+                    run.log_video("eval/video", path, global_step=update)
                 if metric is not None or run.should_save(update) or update == updates:
                     save(run, learner, collector, global_step=update, metric=metric)
         return run.finish()
