@@ -291,11 +291,22 @@ def test_target_kl_stops_before_the_step_that_went_too_far() -> None:
     assert torch.equal(stopped, steps(None, epochs=1)[0])
 
 
+class Counting(TinyPolicy):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def evaluate(self, observations: Any, actions: Any) -> Evaluation:
+        self.asked += 1
+        return super().evaluate(observations, actions)
+
+
 def test_target_kl_ends_all_epochs_not_one() -> None:
-    policy = TinyPolicy()
-    rollout = sampled_rollout(policy)
+    policy = Counting()
+    rollout = sampled_rollout(TinyPolicy())
     metrics = run(policy, rollout, replace(ONE_STEP, epochs=8, minibatch_size=3, target_kl=1e-12))
-    assert metrics["updates"] == 1.0  # the second minibatch of the first epoch is too far already
+    assert metrics["updates"] == 1.0
+    assert policy.asked == 2  # the second minibatch is too far already, and nothing is looked at after it
 
 
 # ---------------------------------------------------------------- critic warm-up

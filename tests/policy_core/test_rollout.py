@@ -161,11 +161,11 @@ def test_select_takes_rows_of_every_field() -> None:
 
 
 def test_decisions_are_the_counted_columns_row_by_row() -> None:
-    rollout = make_rollout([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], mask=flags("101", "010"))
+    rollout = make_rollout([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], mask=flags("101", "001"))
     flat = rollout.decisions()
     assert flat.shape == (3, 1)
-    assert flat.rewards.flatten().tolist() == [1.0, 3.0, 5.0]
-    assert leaves(flat.observations)[0].tolist() == [[[1.0]], [[3.0]], [[5.0]]]
+    assert flat.rewards.flatten().tolist() == [1.0, 3.0, 6.0]
+    assert leaves(flat.observations)[0].tolist() == [[[1.0]], [[3.0]], [[6.0]]]
     assert bool(flat.mask.all())
 
 
