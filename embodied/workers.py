@@ -7,12 +7,13 @@ drawn per environment, so the number of workers does not change which episodes a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import RawArray
@@ -285,17 +286,16 @@ class LocalWorker:
         self._worker.close()
 
 
-class _one_thread_each:  # noqa: N801
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
     """Start a child with one BLAS thread: its matrices are tiny, and the other cores have workers of their own."""
-
-    NAMES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-
-    def __enter__(self) -> None:
-        self._before = {name: os.environ.get(name) for name in self.NAMES}
-        os.environ.update(dict.fromkeys(self.NAMES, "1"))
-
-    def __exit__(self, *exception: object) -> None:
-        for name, value in self._before.items():
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
