@@ -14,9 +14,16 @@ from gymnasium import spaces
 class Odd(gymnasium.Env[np.ndarray, np.ndarray]):
     """Observes [t, the reset's seed modulo 1000], rewards t; from its `at`-th step on, `fault` happens."""
 
-    def __init__(self, fault: str = "none", at: int = 10**9, terminate_at: int = 10**9) -> None:
+    def __init__(
+        self,
+        fault: str = "none",
+        at: int = 10**9,
+        terminate_at: int = 10**9,
+        render_mode: str | None = None,
+    ) -> None:
         self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+        self.render_mode = render_mode
         self.fault, self.at, self.terminate_at = fault, at, terminate_at
         self.port = threading.Lock() if fault == "unreadable" else None  # no state that could be read
         self.steps_ever, self.time, self.tag = 0, 0, 0.0
