@@ -142,6 +142,8 @@ def main(words: Sequence[str]) -> int:
     chosen = [
         fault for fault in FAULTS if not words or any(word in f"{fault.file} {fault.breaks}" for word in words)
     ]
+    if not chosen:
+        sys.exit(f"error: no planted fault contains any of {', '.join(words)}")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         trees: SimpleQueue[Path] = SimpleQueue()

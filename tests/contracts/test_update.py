@@ -11,9 +11,9 @@ import torch
 
 from policy_core.kl import KLConfig
 from policy_core.optimizer import FlatAdam
-from policy_core.ppo import PPOConfig, update
+from policy_core.ppo import PPOConfig, traced_gradient, update
 from policy_core.returns import fold_chunk, gae
-from tests.contracts.bodies import GAMMA, LAMBDA, Body, ByFactor, by_factor, same, trained, weights_of
+from tests.contracts.bodies import BODIES, GAMMA, LAMBDA, Body, ByFactor, by_factor, same, trained, weights_of
 
 WHOLE = PPOConfig(epochs=1, minibatch_size=10_000, normalize_advantages=False)
 KL: dict[str, Any] = {"kl": KLConfig(coef=0.2, placement="loss", estimator="k2"), "kl_coef": 0.2}
@@ -115,6 +115,29 @@ def test_critic_warm_up_leaves_the_actor_bit_identical(body: Body, flat: bool) -
     after = policy.evaluate(body.rollout.observations, body.rollout.actions)
     assert torch.equal(after.log_probs, before.log_probs)
     assert not torch.equal(after.values, before.values)
+
+
+@pytest.mark.parametrize("name", ["robot_pendulum", "robot_cartpole"])
+def test_replayed_gradients_make_the_same_steps(name: str) -> None:
+    """For policies without branches on data, which a language model that skips padding is not."""
+    body = BODIES[name]()
+    moved: Any = copy.deepcopy(body.policy)
+    advantages, returns = gae(body.rollout, gae_lambda=LAMBDA)
+    config = PPOConfig(epochs=2, minibatch_size=3, entropy_coef=0.01, max_grad_norm=1e9)
+    metrics = update(
+        policy=moved,
+        optimizer=torch.optim.SGD(moved.parameters(), lr=0.01),
+        rollout=body.rollout,
+        advantages=advantages,
+        returns=returns,
+        config=config,
+        generator=torch.Generator().manual_seed(11),
+        traced=traced_gradient(moved),
+        **KL,
+    )
+    weights, expected = trained(body.policy, body.rollout, config, **KL)
+    same(weights_of(moved), weights, atol=1e-10)
+    assert metrics == pytest.approx(expected, abs=1e-10)
 
 
 @pytest.mark.parametrize("level", ["decision", "factor"])
