@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def run_arms(
     figures: Figures = {"base": judge_arm(start, splits, samples)}
     for name, arm in arms.items():
         fresh = "fresh" in name
-        folder = RUNS / f"{study}-{cell}-{name}"
+        folder = RUNS / f"{study}-{cell}-{'-'.join(re.findall('[a-z0-9]+', name.lower()))}"
         train_arm(arm, folder, [*common, *([] if fresh else [f"model.path={start}"])])
         figures[name] = judge_arm(folder, splits, samples)
     return figures
