@@ -1,12 +1,12 @@
 """HalfCheetah-v5 PPO beside stable-baselines3: return after 500k steps, and end-to-end environment steps a second.
 
 Both sides: 8 environments, 64x64 tanh actor and critic, 256 steps, batch 256, 10 epochs, Adam 3e-4, running
-normalisation of observations and rewards clipped at 10. Time is from making the environments to the end of training,
-imports left out.
+normalisation of observations and rewards clipped at 10. Time is from making the environments to the end of
+training, imports left out.
 
 Speed is read from the seeds 0 to 2, whose cells follow each other with nothing else running, so a slow spell of the
-machine meets all sides (`--share 1/1`, alone). The other seeds add returns and may share the machine; ours run on one
-core there, which gives the same weights to the bit as on two.
+machine meets all sides. The other seeds add returns and may share the machine; ours run on one core there, which
+gives the same weights to the bit as on two.
 """
 
 from __future__ import annotations
