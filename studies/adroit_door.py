@@ -1,4 +1,4 @@
-"""The Adroit door from 25 human demonstrations: cloning, then PPO, judged on 500 test episodes.
+"""The Adroit door from 25 human demonstrations: cloning, then PPO, judged on test episodes.
 
     python -m studies.adroit_door --data door_human.hdf5
 
@@ -18,10 +18,9 @@ from studies.cells import RUNS, Figures, main
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "embodied"
 CELLS = ["seed-0", "seed-1"]
-EPISODES = 500
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "published reward, 200 steps": {},
+    "published reward, 200 steps": {"episodes": 500},
     "published reward, 300 steps": {"max_episode_steps": 300},
     "stock reward, 200 steps": {"options": {"reward": "stock"}},
     "stock environment": {"environment_id": "AdroitHandDoor-v1", "max_episode_steps": 200},
@@ -56,7 +55,7 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
 
     def judged(stage: str, checkpoint: Literal["best", "last"]) -> dict[str, Any]:
         return {
-            name: evaluate_run(folders[stage], EvaluateConfig(checkpoint=checkpoint, episodes=EPISODES, **setting))
+            name: evaluate_run(folders[stage], EvaluateConfig(checkpoint=checkpoint, **setting))
             for name, setting in SETTINGS.items()
         }
 
