@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,6 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("policy_core", "experiment", "envs", "llm_rlhf", "embodied", "tests/policy_core", "tests/contracts")
 COPIED_FILES = ("pyproject.toml", "tests/conftest.py")
 WORKERS = 2
-TIME_LIMIT = 240.0
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,15 @@ def environment(tree: Path) -> dict[str, str]:
 
 
 def run_tests(tree: Path, paths: Sequence[str]) -> tuple[int, str]:
-    """pytest's exit code and output; stops at the first failure. 1 with a note where it takes too long."""
+    """pytest's exit code and output; it stops at the first failure, and its own time limit holds for each test."""
     options = ["-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *paths],
-            cwd=tree,
-            env=environment(tree),
-            capture_output=True,
-            text=True,
-            timeout=TIME_LIMIT,
-        )
-    except subprocess.TimeoutExpired:
-        return 1, "FAILED (took too long)"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *paths],
+        cwd=tree,
+        env=environment(tree),
+        capture_output=True,
+        text=True,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -167,7 +163,11 @@ def main(words: Sequence[str]) -> int:
                 outcomes.append(outcome)
                 print(row(len(outcomes), outcome), flush=True)
     caught = sum(outcome.caught_by is not None for outcome in outcomes)
-    print(f"{caught} of {len(chosen)} faults caught in {time.perf_counter() - started:.0f} s")
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"{caught} of {len(chosen)} faults caught in {time.perf_counter() - started:.0f} s, "
+        f"{children.ru_utime + children.ru_stime:.0f} s of processor time"
+    )
     return 0 if caught == len(chosen) else 1
 
 
