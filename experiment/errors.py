@@ -19,7 +19,7 @@ class UserError(Exception):
     """
 
 
-class NonFiniteMetric(UserError):  # noqa: N818
+class NonFiniteMetric(UserError):
     """A loss became NaN or infinite; the message names run, metric, step and the last kept checkpoint."""
 
 

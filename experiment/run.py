@@ -27,6 +27,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,8 @@ class Run:
         self._wandb: WandbSink | None = None
         self._old_handler: Any = None
         self._open = True
+        self._new = False
+        self._in_loop = False
 
     # ------------------------------------------------------------ beginning
 
@@ -152,6 +155,7 @@ class Run:
             checkpoint = load_checkpoint(newest) if newest else None
             _write_records(config, recipe, folder)
             run = cls(config, recipe, folder, checkpoint, lock)
+            run._new = resume is None
         except BaseException:
             os.close(lock)
             raise
@@ -177,6 +181,7 @@ class Run:
         """
         if self.checkpoint is not None:
             restore_rng_state(self.checkpoint.rng)
+        self._in_loop = True
         self._progress.start(total_steps, self._step)
 
     # ------------------------------------------------------------ logging
@@ -289,10 +294,13 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and self._open:
+        mistake = kind is not None and issubclass(kind, UserError) and self._new and not self._in_loop
+        if kind is not None and self._open and not mistake and not self._settings.dry_run:
             self._progress.close()
             self._progress.message(f"stopped at step {self._step}; continue with: tandem resume {self.folder}")
         self._close(exit_code=0 if kind is None else 1)
+        if mistake:  # the user mends the configuration and starts anew: there is nothing to continue
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _close(self, exit_code: int) -> None:
         if not self._open:

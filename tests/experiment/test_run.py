@@ -310,3 +310,24 @@ def test_finish_twice_and_errors_inside(toy: SimpleNamespace, tmp_path: Path, fa
 def test_run_config_checks(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RunConfig(**changes)
+
+
+def test_a_mistake_found_before_the_loop_leaves_no_folder(
+    toy: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="no model"), start(toy, tmp_path / "r"):
+        raise UserError("no model here")
+    assert not (tmp_path / "r").exists()
+    captured = capsys.readouterr()
+    assert "continue with" not in captured.out + captured.err
+
+
+def test_a_mistake_found_in_the_loop_leaves_the_run(toy: SimpleNamespace, tmp_path: Path) -> None:
+    def diverge() -> None:
+        with start(toy, tmp_path / "r") as run:
+            run.begin_loop(3)
+            raise UserError("diverged")
+
+    with pytest.raises(UserError, match="diverged"):
+        diverge()
+    assert (tmp_path / "r" / "config.yaml").is_file()
