@@ -25,8 +25,9 @@ import yaml
 from experiment.config import build_from_dict
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(1200)  # a process start is mostly imports, and slow where others work
 DRIVER = Path(__file__).with_name("driver.py")
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 
 def command(verb: str, argument: Path, *, die_in_checkpoint: int = 0) -> list[str]:
