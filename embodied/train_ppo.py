@@ -80,6 +80,8 @@ class TrainPPOConfig:
             raise ValueError("kl.coef needs init: the KL is to the policy that training starts from")
         if self.log_std is not None and self.init is None:
             raise ValueError("log_std belongs to init; without it set policy.log_std")
+        if self.ppo.aggregation != "decision":  # minibatches are of single decisions, from many episodes
+            raise ValueError("ppo.aggregation must be 'decision' for a policy that judges steps one by one")
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,8 @@ def improve(
     ended = experience.terminated | experience.truncated
     rewards = learner.scaler(experience.rewards, ended) if config.normalize_rewards else experience.rewards
     rollout = judge(experience, policy, gamma=config.ppo.gamma, rewards=rewards, reference=learner.reference)
+    if update == 1:
+        rollout.validate()
     metrics: dict[str, float] = {}
     if rollout.ref_log_probs is not None:
         in_reward = kl.placement == "reward"
@@ -249,8 +253,8 @@ def improve(
             policy=policy,
             optimizer=learner.optimizer,
             rollout=rollout.decisions(),
-            advantages=advantages.flatten().unsqueeze(1),
-            returns=returns.flatten().unsqueeze(1),
+            advantages=advantages[rollout.mask].unsqueeze(1),
+            returns=returns[rollout.mask].unsqueeze(1),
             config=config.ppo,
             generator=learner.generator,
             kl=kl,

@@ -57,7 +57,8 @@ class TracedGradient:
         if float(self._scalar) != scalar:
             self._scalar = torch.tensor(scalar)
         inputs = [*learned, *frozen, *self._buffers, *tensors, self._scalar]
-        key = (kind, len(learned), *(tensor.shape for tensor in tensors))
+        trained = tuple(parameter.requires_grad for parameter in self._parameters)
+        key = (kind, trained, *((tensor.shape, tensor.dtype) for tensor in tensors))
         if key not in self._graphs:
             self._graphs[key] = self._record(batch, loss, inputs)
         graph, names = self._graphs[key]
