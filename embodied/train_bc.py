@@ -58,8 +58,6 @@ class TrainBCConfig:
     episodes: int = 20
 
     def __post_init__(self) -> None:
-        if not self.demonstrations:
-            raise ValueError("demonstrations is not set: give a file, demonstrations=PATH")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
 
@@ -105,6 +103,8 @@ def read(config: TrainBCConfig, environment: EnvironmentSpec) -> tuple[Steps, St
 
 def train(config: TrainBCConfig, *, resume: Path | None = None) -> RunResult:
     """Clone, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
+    if not config.demonstrations:
+        raise UserError("demonstrations is not set: give a file, demonstrations=PATH")
     environment = environment_spec(config.environment)
     if environment.discrete:
         raise UserError(f"environment.id: {environment.env_id} has discrete actions, cloning needs continuous ones")

@@ -78,8 +78,6 @@ class TrainPPOConfig:
     def __post_init__(self) -> None:
         if self.kl.coef > 0 and self.init is None:
             raise ValueError("kl.coef needs init: the KL is to the policy that training starts from")
-        if self.log_std is not None and self.init is None:
-            raise ValueError("log_std belongs to init; without it set policy.log_std")
         if self.ppo.aggregation != "decision":  # minibatches are of single decisions, from many episodes
             raise ValueError("ppo.aggregation must be 'decision' for a policy that judges steps one by one")
 
@@ -95,6 +93,8 @@ class Inputs:
     @classmethod
     def read(cls, config: TrainPPOConfig) -> Inputs:
         """UserError if something is missing, damaged or made for another environment."""
+        if config.log_std is not None and config.init is None:
+            raise UserError("log_std is for a policy to start from: give init=POLICY_FOLDER, or set policy.log_std")
         environment = environment_spec(config.environment)
         spaces = spaces_of(environment)
         clone = None if config.init is None else StatePolicy.from_pretrained(config.init).requires_grad_(False)

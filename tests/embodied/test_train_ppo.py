@@ -302,6 +302,7 @@ def test_another_environments_policy_is_refused(config: TrainPPOConfig, make_pol
         ({"init": "nowhere"}, "nowhere: no policy here"),
         ({"environment": EnvironmentConfig("Pendulim-v1", count=1, workers=0)}, "did you mean 'Pendulum-v1'"),
         ({"demonstrations": DemonstrationTerm(path="nowhere.hdf5")}, r"nowhere\.hdf5: no such file"),
+        ({"log_std": 0.0}, "log_std is for a policy to start from"),
     ],
 )
 def test_what_is_missing_is_named_and_nothing_is_left(
@@ -316,5 +317,5 @@ def test_what_is_missing_is_named_and_nothing_is_left(
 def test_the_configuration_checks_itself() -> None:
     with pytest.raises(ValueError, match=r"kl\.coef needs init"):
         TrainPPOConfig(kl=KLConfig(coef=0.1))
-    with pytest.raises(ValueError, match="log_std belongs to init"):
-        TrainPPOConfig(log_std=0.0)
+    with pytest.raises(ValueError, match="aggregation must be 'decision'"):
+        TrainPPOConfig(ppo=PPOConfig(aggregation="episode"))
