@@ -41,7 +41,10 @@ def write_result(study: str, cell: str, figures: Figures, seconds: float, argume
     report = {
         "study": study,
         "cell": cell,
-        "command": shlex.join(["python", "-m", f"studies.{study}", "--cell", cell, *arguments]),
+        # of a data file, its name: where it lay is nobody else's business
+        "command": shlex.join(
+            ["python", "-m", f"studies.{study}", "--cell", cell, *(Path(a).name for a in arguments)]
+        ),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "machine": machine(),
