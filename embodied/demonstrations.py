@@ -31,14 +31,11 @@ class DemonstrationTerm:
     batch_size: int = 256
 
 
-def read_steps(path: str, environment: EnvironmentSpec) -> tuple[Tensor, Tensor]:
-    """All demonstrated steps of a file: observations [N, D] and actions [N, A], actions within the bounds.
-
-    UserError if the file is damaged or was recorded in another environment.
-    """
+def read_demonstrations(path: str, environment: EnvironmentSpec) -> list[Episode]:
+    """The episodes of a file. UserError if it is damaged or was recorded in another environment."""
     episodes = read_episodes(path)
     check_against(episodes, environment, path)
-    return stack_steps(episodes, environment)
+    return episodes
 
 
 def stack_steps(episodes: Sequence[Episode], environment: EnvironmentSpec) -> tuple[Tensor, Tensor]:
@@ -65,7 +62,8 @@ class DemonstrationBatches:
         """Read the file that `config` names; None without one. UserError if it does not fit."""
         if config.path is None:
             return None
-        return cls(*read_steps(config.path, environment), config, seed)
+        episodes = read_demonstrations(config.path, environment)
+        return cls(*stack_steps(episodes, environment), config, seed)
 
     def auxiliary_loss(self, policy: StatePolicy, update: int) -> AuxiliaryLoss:
         """The term of the `update`-th update (from 1), to be called once an optimizer step."""

@@ -16,6 +16,7 @@ from embodied.rollout import Collector, spaces_of
 from embodied.workers import EnvironmentConfig, environment_spec
 from envs.rendering import render_episode_frames
 from envs.stepper import EpisodeRecord
+from experiment.checkpoint import write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
 from experiment.statistics import bootstrap_interval, wilson_interval
@@ -144,9 +145,7 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
         "config": asdict(config),
         "figures": figures,
     }
-    temporary = run_folder / ".eval.json.tmp"
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(run_folder / "eval.json")
+    write_atomically(run_folder / "eval.json", json.dumps(report, indent=2) + "\n")
     for index in range(config.videos):  # last: where nothing can be drawn, the figures are kept
         film(policy, environment, run_folder / "videos" / f"eval-{index}.mp4", seed=TEST_SEEDS + index)
     return figures

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from embodied.datasets.episode import Episode, check_against
-from embodied.datasets.robomimic import read_episodes
-from embodied.demonstrations import stack_steps
+from embodied.datasets.episode import Episode
+from embodied.demonstrations import read_demonstrations, stack_steps
 from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
@@ -92,8 +91,7 @@ class Steps:
 
 def read(config: TrainBCConfig, environment: EnvironmentSpec) -> tuple[Steps, Steps | None]:
     """Training and validation steps, split by episodes with the run's seed."""
-    episodes = read_episodes(config.demonstrations)
-    check_against(episodes, environment, config.demonstrations)
+    episodes = read_demonstrations(config.demonstrations, environment)
     order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
     count = min(round(config.held_out * len(episodes)), len(episodes) - 1)
     held_out, kept = order[:count], sorted(order[count:])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from experiment.checkpoint import write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
 from experiment.statistics import bootstrap_interval, wilson_interval
@@ -183,7 +184,5 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
             policy, tokenizer, task, split=split, config=config, max_new_tokens=limit, reference=reference
         )
     written = {"checkpoint": config.checkpoint, "seed": config.seed, "splits": results}
-    temporary = folder / ".eval.json.tmp"
-    temporary.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / "eval.json")
+    write_atomically(folder / "eval.json", json.dumps(written, indent=2) + "\n")
     return results

@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiment.checkpoint import write_atomically
+
 RESULTS = Path(__file__).parent.parent / "results"
 RUNS = Path(__file__).parent.parent / "runs" / "studies"
 
@@ -50,9 +52,7 @@ def write_result(study: str, cell: str, figures: Figures, seconds: float, argume
         "machine": machine(),
         "figures": figures,
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(report, indent=2) + "\n")
     return path
 
 
