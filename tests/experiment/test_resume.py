@@ -116,22 +116,36 @@ def test_links_are_mended_before_anything_else(toy: SimpleNamespace, tmp_path: P
 def test_a_chain_of_kills_at_random_moments(
     toy: SimpleNamespace, tmp_path: Path, same: Callable[..., None], reference: Any
 ) -> None:
-    config, folder = toy.config(tmp_path / "r", keep=1), tmp_path / "r"
-    delays, kills = random.Random(0), 0
-    for _ in range(40):
+    """Kills fall anywhere in the child's whole life, whatever the machine's speed; a run that ends is followed by
+    another, until enough were killed."""
+    pause = 0.01  # a step of the child, so that its life is mostly loop
+
+    def life(folder: Path) -> None:
         resume = folder if (folder / "config.yaml").exists() else None
+        toy.train(toy.config(folder, keep=1), resume=resume, each_step=lambda step: time.sleep(pause))
+
+    started = time.monotonic()
+    toy.in_child(lambda: life(tmp_path / "timed"))
+    lifetime = time.monotonic() - started
+    delays, kills, number = random.Random(0), 0, 0
+    while kills < 12:
+        folder = tmp_path / f"r{number}"
         child = os.fork()
         if child == 0:
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                toy.train(config, resume=resume)
+                life(folder)
             finally:
                 os._exit(0)
-        time.sleep(delays.uniform(0.005, 0.15))
+        time.sleep(delays.uniform(0.05, 1.0) * lifetime)
         os.kill(child, signal.SIGKILL)
-        kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    assert kills > 3
-    toy.train(config, resume=folder if (folder / "config.yaml").exists() else None)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        kills += killed
+        if not killed:
+            same(toy.outcome(folder), reference)
+            number += 1
+    folder = tmp_path / f"r{number}"
+    toy.train(toy.config(folder, keep=1), resume=folder if (folder / "config.yaml").exists() else None)
     same(toy.outcome(folder), reference)
 
 
