@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from embodied.policies.numpy_actor import NumpyActor, Spaces
 from embodied.policies.state_mlp import StatePolicy
-from embodied.workers import Collected, EnvironmentConfig, LocalWorker, ProcessWorker, SharedArrays
+from embodied.processes import SharedArrays, Workers
+from embodied.workers import Collected, EnvironmentConfig, RolloutWorker, layout_of
 from envs.make import EnvironmentSpec
 from envs.stepper import EpisodeRecord
 from policy_core.returns import next_values_of
@@ -42,32 +42,20 @@ class Experience:
 
 
 class Collector:
-    """Owns the environments of a run, here or in worker processes."""
+    """Owns the environments of a run, here or in worker processes: `workers` has their state."""
 
     def __init__(self, environment: EnvironmentConfig, policy: StatePolicy, *, steps: int, seed: int) -> None:
         spaces = policy.spaces
         size = NumpyActor(spaces, policy.config).size
-        self._arrays = SharedArrays(environment.count, steps, spaces, size)
+        self._arrays = SharedArrays(layout_of(environment.count, steps, spaces, size))
         self._weights = self._arrays.view("weights")
-        bounds = np.linspace(0, environment.count, max(1, environment.workers) + 1).astype(int)
-        kind = ProcessWorker if environment.workers else LocalWorker
-        self._workers: list[ProcessWorker | LocalWorker] = [
-            kind(environment, spaces, policy.config, self._arrays, range(lo, hi), seed)
-            for lo, hi in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
-        ]
-        for worker in self._workers:
-            worker.end()  # its first answer: ready
-
-    def _ask(self, method: str, *arguments: Sequence[Any]) -> list[Any]:
-        """Call a method of every worker at once, the i-th with the i-th of each argument."""
-        for index, worker in enumerate(self._workers):
-            worker.begin(method, *(argument[index] for argument in arguments))
-        return [worker.end() for worker in self._workers]
+        work = (environment, spaces, policy.config, self._arrays, seed)
+        self.workers = Workers(RolloutWorker, environment.count, environment.workers, *work)
 
     def collect(self, policy: StatePolicy) -> Experience:
         """One horizon of every environment. The tensors are the caller's."""
         policy.export_actor(self._weights)
-        reports: list[Collected] = self._ask("collect")
+        reports: list[Collected] = self.workers.ask("collect")
         arrays = {
             name: torch.from_numpy(self._arrays.view(name).copy())
             for name in ("observations", "actions", "rewards", "terminated", "truncated")
@@ -84,36 +72,13 @@ class Collector:
     ) -> list[EpisodeRecord]:
         """One episode from each seed, shared among the workers; in the order of the seeds."""
         policy.export_actor(self._weights)
-        count = len(self._workers)
-        shares = [list(seeds[index::count]) for index in range(count)]
-        records = self._ask("evaluate", shares, [deterministic] * count)
-        return [records[index % count][index // count] for index in range(len(seeds))]
-
-    def state(self) -> dict[str, Any]:
-        """Environments and noise of all workers."""
-        return {"workers": self._ask("state")}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state()`, which needs the same number of workers."""
-        if len(state["workers"]) != len(self._workers):
-            raise ValueError(f"the state is of {len(state['workers'])} workers, there are {len(self._workers)}")
-        self._ask("set_state", state["workers"])
-
-    def capture_obstacle(self) -> str | None:
-        """Why a resumed run would begin new episodes, None if it goes on bit for bit."""
-        obstacle: str | None = self._ask("capture_obstacle")[0]
-        return obstacle
-
-    def close(self) -> None:
-        """End the workers."""
-        for worker in self._workers:
-            worker.close()
+        return self.workers.deal("evaluate", seeds, deterministic)
 
     def __enter__(self) -> Collector:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self.workers.close()
 
 
 @torch.no_grad()

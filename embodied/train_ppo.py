@@ -180,8 +180,8 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
             if checkpoint is not None:
                 first = checkpoint.step + 1
                 learner.load_state_dict(checkpoint.state["learner"])
-                collector.set_state(checkpoint.state["environments"])
-                if obstacle := collector.capture_obstacle():
+                collector.workers.set_state(checkpoint.state["environments"])
+                if obstacle := collector.workers.capture_obstacle():
                     print(f"resuming with new episodes, not bit for bit: {obstacle}", file=sys.stderr, flush=True)
             run.begin_loop(updates)
             if checkpoint is None:
@@ -298,5 +298,5 @@ def save(
     run: Run, learner: Learner, collector: Collector, *, global_step: int, metric: float | None = None
 ) -> None:
     """A checkpoint: the policy as a folder that loads by itself, the rest as state."""
-    state = {"learner": learner.state_dict(), "environments": collector.state()}
+    state = {"learner": learner.state_dict(), "environments": collector.workers.state()}
     run.save(state, global_step=global_step, folders={"policy": learner.policy.save_pretrained}, metric=metric)

@@ -1,4 +1,4 @@
-"""Processes that each roll out their own environments with their own copy of the policy.
+"""What a worker process does with environments that give flat states: roll them out with its copy of the actor.
 
 One exchange a rollout, none a step: the parent writes the actor's weights into shared memory, every worker steps
 its environments for the whole horizon and writes what it saw into its rows of shared arrays. Noise and resets are
@@ -7,22 +7,15 @@ drawn per environment, so the number of workers does not change which episodes a
 
 from __future__ import annotations
 
-import contextlib
-import math
-import multiprocessing
-import os
-import signal
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embodied.policies.numpy_actor import NumpyActor, Spaces, StatePolicyConfig
+from embodied.processes import Layout, SharedArrays
 from envs.make import EnvironmentSpec, describe, make_environment
 from envs.stepper import EpisodeRecord, Stepper
 from experiment.errors import UserError
@@ -73,28 +66,17 @@ class Collected:
     episodes: list[EpisodeRecord]
 
 
-class SharedArrays:
-    """Arrays [N, T, ...] that the parent and the workers see; made before the workers start."""
-
-    def __init__(self, count: int, steps: int, spaces: Spaces, weights: int) -> None:
-        action = ((), "int64") if spaces.discrete else ((spaces.action_size,), "float32")
-        self._layout: dict[str, tuple[tuple[int, ...], str]] = {
-            "observations": ((count, steps, spaces.observation_size), "float32"),
-            "actions": ((count, steps, *action[0]), action[1]),
-            "rewards": ((count, steps), "float32"),
-            "terminated": ((count, steps), "bool"),
-            "truncated": ((count, steps), "bool"),
-            "weights": ((weights,), "float32"),
-        }
-        self._memory = {
-            name: RawArray("b", max(1, math.prod(shape) * np.dtype(kind).itemsize))
-            for name, (shape, kind) in self._layout.items()
-        }
-
-    def view(self, name: str) -> NDArray[Any]:
-        """The named array, in place."""
-        shape, kind = self._layout[name]
-        return np.frombuffer(self._memory[name], dtype=kind, count=math.prod(shape)).reshape(shape)
+def layout_of(count: int, steps: int, spaces: Spaces, weights: int) -> Layout:
+    """The shared arrays [count, steps, ...] of a rollout, and the actor's flat weights."""
+    action: tuple[tuple[int, ...], str] = ((), "int64") if spaces.discrete else ((spaces.action_size,), "float32")
+    return {
+        "observations": ((count, steps, spaces.observation_size), "float32"),
+        "actions": ((count, steps, *action[0]), action[1]),
+        "rewards": ((count, steps), "float32"),
+        "terminated": ((count, steps), "bool"),
+        "truncated": ((count, steps), "bool"),
+        "weights": ((weights,), "float32"),
+    }
 
 
 def environment_seed(seed: int, row: int) -> int:
@@ -107,11 +89,11 @@ class RolloutWorker:
 
     def __init__(
         self,
+        rows: range,
         environment: EnvironmentConfig,
         spaces: Spaces,
         policy: StatePolicyConfig,
         arrays: SharedArrays,
-        rows: range,
         seed: int,
     ) -> None:
         self.environment, self.rows = environment, rows
@@ -211,92 +193,3 @@ class RolloutWorker:
         self.stepper.close()
         if self._evaluation is not None:
             self._evaluation.close()
-
-
-def serve(pipe: Connection, *arguments: Any) -> None:
-    """A worker process: answer (method, arguments) with (True, result) or (False, problem) to the pipe's end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the run, and its workers with it
-    try:
-        worker = RolloutWorker(*arguments)
-        pipe.send((True, None))
-        while True:
-            method, args = pipe.recv()
-            pipe.send((True, getattr(worker, method)(*args)))
-    except (EOFError, ConnectionError):  # the parent is gone
-        return
-    except UserError as error:
-        pipe.send((False, error))
-    except Exception:
-        pipe.send((False, traceback.format_exc()))
-
-
-class ProcessWorker:
-    """A `RolloutWorker` in a process of its own: `begin` a call, `end` it with its result."""
-
-    def __init__(self, *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked child inherits a GL context that it cannot use
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
-        with _one_thread_each():
-            self._process.start()
-        theirs.close()
-
-    def begin(self, method: str, *arguments: Any) -> None:
-        """Ask for a method of the worker."""
-        self._pipe.send((method, arguments))
-
-    def end(self) -> Any:
-        """Wait for the answer. Raises the worker's UserError; RuntimeError with its traceback, or if it died."""
-        try:
-            fine, answer = self._pipe.recv()
-        except (EOFError, ConnectionError) as error:
-            self._process.join(5)
-            raise RuntimeError(f"a rollout worker died (exit code {self._process.exitcode})") from error
-        if isinstance(answer, UserError):
-            raise answer
-        if not fine:
-            raise RuntimeError(f"a rollout worker failed:\n{answer}")
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.join(5)
-        if self._process.is_alive():
-            self._process.terminate()
-
-
-class LocalWorker:
-    """A `RolloutWorker` in this process, behind the same two calls."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self._worker = RolloutWorker(*arguments)
-        self._answers: list[Any] = [None]
-
-    def begin(self, method: str, *arguments: Any) -> None:
-        """Do it at once."""
-        self._answers.append(getattr(self._worker, method)(*arguments))
-
-    def end(self) -> Any:
-        """The oldest answer that was not taken."""
-        return self._answers.pop(0)
-
-    def close(self) -> None:
-        """Close the environments."""
-        self._worker.close()
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Start a child with one BLAS thread: its matrices are tiny, and the other cores have workers of their own."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

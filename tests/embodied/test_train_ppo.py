@@ -190,7 +190,7 @@ def test_an_environment_that_cannot_be_captured_resumes_with_new_episodes(
         config, environment=EnvironmentConfig(ODD, options={"fault": "unreadable"}, count=3, workers=0)
     )
     with Collector(config.environment, make_policy(Spaces(2, 1)), steps=1, seed=0) as collector:
-        assert "port" in str(collector.capture_obstacle())
+        assert "port" in str(collector.workers.capture_obstacle())
     interrupt_at(5, train_ppo.train, config)
     assert config.run.folder is not None
     assert train_ppo.train(config, resume=Path(config.run.folder)).metrics["global_step"] == 6

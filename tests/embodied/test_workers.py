@@ -17,8 +17,9 @@ import torch
 
 from embodied.policies.numpy_actor import Spaces
 from embodied.policies.state_mlp import StatePolicy
+from embodied.processes import ProcessWorker
 from embodied.rollout import Collector, Experience
-from embodied.workers import EnvironmentConfig, ProcessWorker, environment_spec
+from embodied.workers import EnvironmentConfig, environment_spec
 from envs.stepper import episode_seed
 from experiment.errors import UserError
 from experiment.state import load_state, save_state
@@ -48,8 +49,7 @@ def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
 
 
 def pids_of(collector: Collector) -> list[int]:
-    workers = [worker for worker in collector._workers if isinstance(worker, ProcessWorker)]
-    return [worker._process.pid or 0 for worker in workers]
+    return [worker.pid for worker in collector.workers.members if isinstance(worker, ProcessWorker)]
 
 
 def by_place(experience: Experience) -> dict[tuple[int, int], list[float]]:
@@ -108,7 +108,7 @@ def test_no_training_episode_begins_where_an_evaluated_one_does(seed: int, make_
     environment = EnvironmentConfig(ODD, count=3, workers=0)
     policy = policy_for(environment, make_policy)
     with Collector(environment, policy, steps=1, seed=seed) as collector:
-        seeds = collector.state()["workers"][0]["stepper"]["seeds"]
+        seeds = collector.workers.state()["workers"][0]["stepper"]["seeds"]
     assert len(set(seeds)) == 3
     assert max(seeds) < VALIDATION_SEEDS < TEST_SEEDS
 
@@ -196,14 +196,14 @@ def test_it_continues_bit_for_bit(workers: int, make_policy: Make, tmp_path: Pat
     environment = EnvironmentConfig("Hopper-v5", max_episode_steps=15, count=3, workers=workers)
     policy = policy_for(environment, make_policy)
     with Collector(environment, policy, steps=10, seed=3) as collector:
-        assert collector.capture_obstacle() is None
+        assert collector.workers.capture_obstacle() is None
         for _ in range(2):
             collector.collect(policy)
-        save_state(tmp_path, collector.state())
+        save_state(tmp_path, collector.workers.state())
         expected = collector.collect(policy)
         assert expected.episodes
     with Collector(environment, policy, steps=10, seed=99) as collector:
-        collector.set_state(load_state(tmp_path))
+        collector.workers.set_state(load_state(tmp_path))
         found = collector.collect(policy)
     for name in ("observations", "actions", "rewards", "terminated", "truncated", "next_observations"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
@@ -215,9 +215,9 @@ def test_a_state_of_other_workers_is_refused(make_policy: Make) -> None:
     environment = EnvironmentConfig("CartPole-v1", count=2, workers=0)
     policy = policy_for(environment, make_policy)
     with Collector(environment, policy, steps=1, seed=0) as collector:
-        state = collector.state()
+        state = collector.workers.state()
         with pytest.raises(ValueError, match="of 2 workers, there are 1"):
-            collector.set_state({"workers": state["workers"] * 2})
+            collector.workers.set_state({"workers": state["workers"] * 2})
 
 
 # ------------------------------------------------------------------ failures
@@ -270,7 +270,7 @@ from embodied.workers import EnvironmentConfig
 if __name__ == "__main__":
     policy = StatePolicy(Spaces(3, 1), StatePolicyConfig())
     collector = Collector(EnvironmentConfig("Pendulum-v1", count=2, workers=2), policy, steps=500, seed=0)
-    print(*[worker._process.pid for worker in collector._workers], flush=True)
+    print(*[worker.pid for worker in collector.workers.members], flush=True)
     while sys.argv[1] == "busy":
         collector.collect(policy)
     sys.stdin.read()
