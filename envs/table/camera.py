@@ -1,0 +1,73 @@
+"""Pictures of a table, one renderer a process and picture size, however many tables there are.
+
+A renderer holds a GL context, which costs memory and must be used by the thread that made it. It draws any table's
+data with that table's own model: colours, lights and cameras are read from the model at each picture, only meshes
+and textures live in the context.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.rendering import choose_backend
+
+Image = NDArray[np.uint8]
+
+_renderers: dict[tuple[int, int, int], mujoco.Renderer] = {}
+
+
+def renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
+    """The process's renderer for pictures of this size. Raises ValueError when the machine cannot draw."""
+    key = (os.getpid(), height, width)  # a forked child must make its own
+    if key not in _renderers:
+        choose_backend()
+        try:
+            made = mujoco.Renderer(model, height, width)
+        except Exception as error:  # each graphics library fails in its own way
+            raise ValueError(
+                f"cannot draw with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r} "
+                f"({' '.join(str(error).split()) or type(error).__name__}); without a screen, set MUJOCO_GL=egl "
+                "(Debian: libegl1 libgl1-mesa-dri) or MUJOCO_GL=osmesa (Debian: libosmesa6)"
+            ) from error
+        made.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
+        made.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+        _renderers[key] = made
+    return _renderers[key]
+
+
+@atexit.register
+def close_renderers() -> None:
+    """Free the GL contexts while there is still an interpreter to do it in."""
+    for (pid, _, _), made in _renderers.items():
+        if pid == os.getpid():
+            made.close()
+    _renderers.clear()
+
+
+def picture(model: mujoco.MjModel, data: mujoco.MjData, camera: str, height: int, width: int) -> Image:
+    """[H, W, 3] uint8. Raises ValueError for a camera that the model has not, or where nothing can be drawn."""
+    index = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+    if index < 0:
+        names = ", ".join(model.camera(i).name for i in range(model.ncam))
+        raise ValueError(f"there is no camera {camera!r}; the scene has {names}")
+    drawer = renderer(model, height, width)
+    mujoco.mjv_updateScene(
+        model, data, _OPTION, None, _fixed(index), mujoco.mjtCatBit.mjCAT_ALL, drawer.scene
+    )
+    image: Image = drawer.render()
+    return image
+
+
+_OPTION = mujoco.MjvOption()
+_OPTION.geomgroup[4:] = 0  # markers and unworn shapes
+
+
+def _fixed(index: int) -> mujoco.MjvCamera:
+    camera = mujoco.MjvCamera()
+    camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, index
+    return camera

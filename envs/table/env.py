@@ -1,0 +1,239 @@
+"""One table, many words: the Gymnasium environments `tandem/Table-v0` and `tandem/TableState-v0`.
+
+The scene is the same whatever is asked; only the instruction tells what to do. Nothing is drawn unless a picture is
+among the observations that were asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from envs.table import camera, scene, tasks
+from envs.table.language import LONGEST, PHRASINGS, TASKS, Goal, Phrasing, instruct, parse
+from envs.table.layout import Combinations, draw_goal, draw_layout, other_goal
+from envs.table.observations import PROPRIO, STATE, proprio, state
+from envs.table.tasks import TASK, Slots, destination, locate
+from envs.table.world import TableWorld
+
+SUCCESS_REWARD = 1.0
+ENTRIES = ("image", "wrist_image", "proprio", "instruction", "state")
+CAMERA_OF = {"image": "front", "wrist_image": "wrist"}
+TIME_LIMIT = 64
+"""Control steps."""
+
+
+class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
+    """An episode: a drawn scene, an instruction, at most 64 control steps of 0.1 s.
+
+    tasks             the tasks to draw from
+    combinations      of task, thing and target: "train", "held_out" or "all"
+    phrasing          "train", or "synonyms": words that training never uses
+    observe           the entries of an observation: image, wrist_image, proprio, instruction, state (privileged)
+    image_size        pixels, square
+    reward            "dense": the change of the task's progress, and 1 at success; "sparse": 1 at success
+    end_on_success    terminate there; else go on to the time limit, so that success_at_end differs from success_once
+
+    Actions [4] in [-1, 1]: the tool's way (times 3 cm) in x, y and z, and the gripper (> 0 closes). `info` holds
+    success (now), and at reset the instruction, task and goal. An object beyond reach terminates without success.
+    Time limits are the wrapper's (truncation). Raises ValueError for unknown tasks, entries or goals and for actions
+    that are not finite.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(
+        self,
+        *,
+        tasks: Sequence[str] = TASKS,
+        combinations: Combinations = "train",
+        phrasing: Phrasing = "train",
+        observe: Sequence[str] = ("image", "proprio", "instruction", "state"),
+        image_size: int = 64,
+        reward: Literal["dense", "sparse"] = "dense",
+        end_on_success: bool = True,
+        render_mode: str | None = None,
+    ) -> None:
+        self._tasks = tuple(_known("task", name, TASKS) for name in ([tasks] if isinstance(tasks, str) else tasks))
+        self._observe = tuple(_known("observation", name, ENTRIES) for name in observe)
+        _known("combinations", combinations, ("train", "held_out", "all"))
+        _known("phrasing", phrasing, PHRASINGS)
+        _known("reward", reward, ("dense", "sparse"))
+        if not self._tasks or image_size < 16:
+            raise ValueError(f"tasks must name one at least and image_size be 16 or more, got {image_size}")
+        self._combinations, self._phrasing = combinations, phrasing
+        self.image_size, self._reward, self._end_on_success = image_size, reward, end_on_success
+        self.render_mode = render_mode
+        self.world = TableWorld()
+        self.goal = Goal("reach", _ANY_THING)
+        self.slots = Slots(0)
+        self.other: Goal | None = None
+        self._other_slots: Slots | None = None
+        self.instruction, self.judged = "", True
+        self.elapsed, self._streak, self._other_streak = 0, 0, 0
+        self._progress = 0.0
+        every = self._spaces()
+        self.observation_space = spaces.Dict({name: every[name] for name in self._observe})
+        self.action_space = spaces.Box(-1.0, 1.0, (4,), np.float32)
+
+    def _spaces(self) -> dict[str, gymnasium.Space[Any]]:
+        picture = spaces.Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
+        letters = frozenset("abcdefghijklmnopqrstuvwxyz ")
+        return {
+            "image": picture,
+            "wrist_image": picture,
+            "proprio": spaces.Box(-np.inf, np.inf, (PROPRIO,), np.float32),
+            "instruction": spaces.Text(max_length=12 * LONGEST, min_length=1, charset=letters),
+            "state": spaces.Box(-np.inf, np.inf, (STATE,), np.float32),
+        }
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Draw a scene and an instruction.
+
+        options: "task": a task's name instead of a drawn one; "goal": a Goal; "instruction": a sentence, whose goal
+        is understood where it can be (else success is never reported); "swap": True to name another object of the
+        same scene instead, and report `success_of_original` beside.
+        """
+        super().reset(seed=seed)
+        asked = dict(options or {})
+        for name in asked:
+            _known("reset option", name, ("task", "goal", "instruction", "swap"))
+        rng = self.np_random
+        goal, sentence = asked.get("goal"), asked.get("instruction")
+        self.judged = True
+        if sentence is not None and goal is None:
+            goal = parse(sentence)
+            self.judged = goal is not None
+        if goal is None:
+            names = self._tasks if asked.get("task") is None else (_known("task", asked["task"], TASKS),)
+            goal = draw_goal(rng, names, self._combinations)
+        layout = draw_layout(rng, goal)
+        swapped = other_goal(rng, goal, layout, self._combinations)  # drawn always: the scene stays the same
+        self.other = goal if asked.get("swap") else None
+        self.goal = swapped if asked.get("swap") else goal
+        self.world.place(layout, rng)
+        self.slots = locate(self.goal, self.world)
+        self._other_slots = None if self.other is None else locate(self.other, self.world)
+        self.instruction = sentence or instruct(self.goal, rng, phrasing=self._phrasing)
+        self.elapsed, self._streak, self._other_streak = 0, 0, 0
+        self._progress = TASK[self.goal.task].progress(self.world, self.slots)
+        info = {"instruction": self.instruction, "task": self.goal.task, "goal": self.goal.key}
+        return self.observe(self._observe), info
+
+    def step(
+        self, action: NDArray[np.floating]
+    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """0.1 s."""
+        chosen = np.asarray(action, np.float64)
+        if chosen.shape != (4,):
+            raise ValueError(f"the action must be [4], got {list(chosen.shape)}")
+        if not np.isfinite(chosen).all():
+            raise ValueError(f"the action is not finite: {chosen.tolist()}")
+        world = self.world
+        world.step(np.minimum(np.maximum(chosen, -1.0), 1.0))
+        self.elapsed += 1
+        task = TASK[self.goal.task]
+        self._streak = self._streak + 1 if task.done(world, self.slots) else 0
+        success = self.judged and self._streak >= task.hold
+        reward = SUCCESS_REWARD * success
+        if self._reward == "dense":
+            progress = task.progress(world, self.slots)
+            reward += progress - self._progress
+            self._progress = progress
+        info: dict[str, Any] = {"success": success, "is_success": success}
+        if self._other_slots is not None:
+            self._other_streak = self._other_streak + 1 if task.done(world, self._other_slots) else 0
+            info["success_of_original"] = self._other_streak >= task.hold
+        terminated = bool(success and self._end_on_success) or world.out_of_reach()
+        return self.observe(self._observe), float(reward), terminated, False, info
+
+    def observe(self, names: Sequence[str]) -> dict[str, Any]:
+        """The named entries of the present observation; draws only what is named."""
+        entries: dict[str, Any] = {}
+        for name in names:
+            match name:
+                case "instruction":
+                    entries[name] = self.instruction
+                case "proprio":
+                    entries[name] = proprio(self.world)
+                case "state":
+                    held = self._streak / TASK[self.goal.task].hold
+                    entries[name] = state(self.world, self.goal.task, self.slots, held, self.elapsed / TIME_LIMIT)
+                case _:
+                    entries[name] = self.picture(CAMERA_OF[name])
+        return entries
+
+    def picture(self, name: str = "front", size: int | None = None) -> camera.Image:
+        """[H, W, 3] uint8 from a camera of the scene."""
+        size = size or self.image_size
+        return camera.picture(self.world.model, self.world.data, name, size, size)
+
+    def render(self) -> Any:
+        """The front camera, 256 pixels."""
+        return self.picture("front", 256) if self.render_mode == "rgb_array" else None
+
+    @property
+    def destination(self) -> NDArray[np.floating]:
+        """[3] where the named object's centre is to be."""
+        return destination(self.world, self.slots)
+
+
+class TableStateEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.floating]]):
+    """The same table for learners from a flat state: the observation is the privileged state [S]."""
+
+    metadata = TableEnv.metadata
+
+    def __init__(
+        self,
+        *,
+        tasks: Sequence[str] | str = TASKS,
+        reward: Literal["dense", "sparse"] = "dense",
+        end_on_success: bool = True,
+        render_mode: str | None = None,
+    ) -> None:
+        names = tasks.split("+") if isinstance(tasks, str) else tasks
+        self.table = TableEnv(
+            tasks=names, observe=("state",), reward=reward, end_on_success=end_on_success, render_mode=render_mode
+        )
+        self.render_mode = render_mode
+        self.observation_space = self.table.observation_space["state"]
+        self.action_space = self.table.action_space
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """As TableEnv."""
+        super().reset(seed=seed)
+        observation, info = self.table.reset(seed=seed, options=options)
+        return observation["state"], info
+
+    def step(
+        self, action: NDArray[np.floating]
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """As TableEnv."""
+        observation, reward, terminated, truncated, info = self.table.step(action)
+        return observation["state"], reward, terminated, truncated, info
+
+    def render(self) -> Any:
+        """As TableEnv."""
+        return self.table.render()
+
+
+def _known(what: str, name: str, among: Sequence[str]) -> str:
+    """The name, if it is one of them; ValueError that names the nearest otherwise."""
+    if name in among:
+        return name
+    nearest = difflib.get_close_matches(str(name), among, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"there is no {what} {name!r}: choose from {', '.join(among)}{hint}")
+
+
+_ANY_THING = parse("reach the red cube").thing  # type: ignore[union-attr]

@@ -1,0 +1,150 @@
+"""Scripted experts: at every instant the action that the geometry asks for.
+
+They keep no memory but the choice of the side from which to push, so they recover from noise, slips and bumps: an
+object that was dropped is simply to be grasped again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.table import scene, tasks
+from envs.table.env import TableEnv
+from envs.table.world import HIGHEST, LOWEST, STEP_LENGTH, Array
+
+TRAVEL = 0.115
+"""Height (metres) of the tool above the table at which it passes over everything that lies there."""
+OVER = 0.012
+"""Metres in x and y within which the tool goes down."""
+_OPEN, _CLOSE = -1.0, 1.0
+_PADDLE = np.array([0.02, 0.025])
+"""Half extents in x and y of the closed fingers."""
+
+
+class Expert:
+    """Acts in an environment that it can look into."""
+
+    def __init__(self, env: TableEnv) -> None:
+        self.env = env
+        self._push_axis: int | None = None
+
+    def act(self) -> NDArray[np.float32]:
+        """[4] in [-1, 1]: the action for the present state."""
+        env = self.env
+        if env.elapsed == 0:
+            self._push_axis = None
+        match env.goal.task:
+            case "reach":
+                return self._reach()
+            case "push":
+                return self._push()
+            case "pick":
+                return self._pick()
+            case _:
+                return self._put()
+
+    def _go(self, target: Array, grip: float) -> NDArray[np.float32]:
+        """Straight towards a point, slowing down within the last step."""
+        offset = (np.clip(target, LOWEST, HIGHEST) - self.env.world.tool) / STEP_LENGTH
+        longest = np.abs(offset).max()
+        return np.array([*(offset / max(1.0, longest)), grip], np.float32)
+
+    def _approach(self, point: Array, grip: float, over: float = OVER) -> NDArray[np.float32]:
+        """To a point from above: over it at travelling height, then down."""
+        tool = self.env.world.tool
+        away = float(np.abs(point[:2] - tool[:2]).max())
+        if away < over:
+            return self._go(point, grip)
+        # what is near may be passed lower, what is far not at all
+        height = max(point[2], min(TRAVEL, point[2] + 3.0 * (away - over)))
+        if tool[2] < height - 0.02 and away > 0.03:  # up first
+            return self._go(np.array([tool[0], tool[1], TRAVEL]), grip)
+        return self._go(np.array([point[0], point[1], height]), grip)
+
+    def _reach(self) -> NDArray[np.float32]:
+        return self._approach(tasks.top(self.env.world, self.env.slots.thing), _OPEN, over=0.02)
+
+    def _grasp(self) -> NDArray[np.float32]:
+        world, thing = self.env.world, self.env.slots.thing
+        point = self._hold_point()
+        offset = world.tool - point
+        if np.abs(offset[:2]).max() < OVER and abs(offset[2]) < 0.01:
+            return self._go(point, _CLOSE)
+        falling = world.opening < 0.08 and not any(world.touching(thing))
+        return self._approach(point if not falling else point + np.array([0, 0, 0.08]), _OPEN)
+
+    def _hold_point(self) -> Array:
+        """Where fingers hold an object: at its middle, or as high as their length asks for."""
+        world, thing = self.env.world, self.env.slots.thing
+        centre = world.positions[thing]
+        return np.array([centre[0], centre[1], max(centre[2], LOWEST[2])])
+
+    def _pick(self) -> NDArray[np.float32]:
+        world, thing = self.env.world, self.env.slots.thing
+        if not world.gripped(thing):
+            return self._grasp()
+        x, y, _ = world.tool
+        return self._go(np.array([x, y, tasks.LIFTED + 0.02 + self._hold_height()]), _CLOSE)
+
+    def _hold_height(self) -> float:
+        """Of the tool over the underside of what it holds."""
+        world, thing = self.env.world, self.env.slots.thing
+        return float(world.tool[2] - tasks.air(world, thing))
+
+    def _put(self) -> NDArray[np.float32]:
+        world, slots = self.env.world, self.env.slots
+        thing = slots.thing
+        target = tasks.destination(world, slots)
+        offset = target - world.positions[thing]
+        tight = 0.02 if slots.base is None else 0.008
+        landed = abs(offset[2]) < 0.008
+        if landed and np.abs(offset[:2]).max() < 0.02 and world.lifted[thing] > tasks.CARRIED:
+            tool = world.tool
+            if any(world.touching(thing)) or world.opening < 0.09:
+                return self._go(tool, _OPEN)
+            return self._go(np.array([tool[0], tool[1], TRAVEL + target[2]]), _OPEN)
+        if not world.gripped(thing):
+            return self._grasp()
+        x, y, z = world.tool
+        carry = target[2] - world.half_heights[thing] + 0.025 + self._hold_height()
+        carry = max(carry, 0.075 + self._hold_height()) if np.abs(offset[:2]).max() > 0.06 else carry
+        if world.lifted[thing] <= tasks.CARRIED:
+            carry = max(carry, tasks.CARRIED + 0.02 + self._hold_height())
+            return self._go(np.array([x, y, carry]), _CLOSE)
+        if np.abs(offset[:2]).max() > tight:
+            if z < carry - 0.02:
+                return self._go(np.array([x, y, carry]), _CLOSE)
+            return self._go(np.array([x + offset[0], y + offset[1], carry]), _CLOSE)
+        return self._go(np.array([x + offset[0], y + offset[1], z + offset[2] - 0.002]), _CLOSE)
+
+    def _push(self) -> NDArray[np.float32]:
+        world, slots = self.env.world, self.env.slots
+        centre = world.positions[slots.thing]
+        way = (tasks.destination(world, slots) - centre)[:2]
+        axis = self._side(way)
+        gap = _PADDLE + np.array(scene.HALF_EXTENTS[world.things[slots.thing].shape][:2])
+        sign = np.sign(way[axis]) or 1.0
+        tool = world.tool
+        behind = sign * (centre[axis] - tool[axis]) - gap[axis]  # metres of air between paddle and object
+        aside = tool[1 - axis] - centre[1 - axis]
+        height = LOWEST[2] + 0.005
+        if tool[2] < height + 0.02 and -0.012 < behind < 0.05 and abs(aside) < 0.02:
+            step = way / max(np.abs(way).max(), 1e-6) * min(0.8 * STEP_LENGTH, np.abs(way).max() + 0.01)
+            move = np.array([step[0], step[1], height - tool[2]])
+            if behind > 0.004:  # close up first, squarely
+                move[axis] = sign * min(STEP_LENGTH, behind + 0.005)
+                move[1 - axis] = -aside
+            return np.array([*np.clip(move / STEP_LENGTH, -1, 1), _CLOSE], np.float32)
+        start = np.array([centre[0], centre[1], height])
+        start[axis] -= sign * (gap[axis] + 0.02)
+        return self._approach(start, _CLOSE)
+
+    def _side(self, way: Array) -> int:
+        """The axis along which to push: that of the longer way, kept until the other is clearly longer."""
+        axis = int(np.abs(way[1]) > np.abs(way[0]))
+        kept = self._push_axis
+        if kept is None or np.abs(way[kept]) < 0.7 * np.abs(way[1 - kept]):
+            self._push_axis = axis
+        assert self._push_axis is not None
+        return self._push_axis

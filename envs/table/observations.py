@@ -1,0 +1,76 @@
+"""Numbers that describe a table: what the robot feels of itself, and the privileged state.
+
+Lengths are in units of 10 cm from the workspace's centre, speeds in 30 cm/s, so that all numbers are about 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.table import scene, tasks
+from envs.table.language import TASKS
+from envs.table.world import TableWorld
+
+PROPRIO = scene.JOINTS + 10
+STATE = 49
+LENGTH, SPEED = 0.1, 0.3
+_HEIGHT = 0.12
+"""Metres above the table that count as 0: the middle of the tool's range."""
+_ORIGIN = np.array([0.0, 0.0, _HEIGHT])
+
+
+def proprio(world: TableWorld) -> NDArray[np.float32]:
+    """[17]: joint angles 7 (radians from the home posture), tool position 3 and velocity 3, finger opening, gripper
+    command, and whether the left and the right fingertip feel something."""
+    pressed = [any(side) for side in zip(*(world.touching(i) for i in range(scene.OBJECTS)), strict=True)]
+    return np.concatenate(
+        (
+            world.data.qpos[: scene.JOINTS] - scene.HOME,
+            (world.tool - _ORIGIN) / LENGTH,
+            world.tool_velocity / SPEED,
+            (world.opening / LENGTH, world.grip_command),
+            pressed,
+        ),
+        dtype=np.float32,
+    )
+
+
+def state(world: TableWorld, task: str, slots: tasks.Slots, held: float, elapsed: float) -> NDArray[np.float32]:
+    """[49] privileged: all that matters for a goal, seen from it.
+
+    0:3   the named object's position          3:6   its destination (itself, where it has none)
+    6:9   the tool's position                  9:12  from the tool to the object
+    12:15 from the object to its destination   15:18 tool velocity         18:21 object velocity
+    21    finger opening  22 gripper command   23:25 left, right finger on the object
+    25    greatest height so far               26    held: share of the time for which the goal must hold
+    27    elapsed share of the time limit      28    uprightness           29:32 the object's half extents
+    32:37 task, one-hot                        37:46 the other objects, from the tool
+    46:48 the other pad, or the first, from the tool
+    48    yaw of the object
+    """
+    thing, tool = slots.thing, world.tool
+    positions = world.positions
+    centre, goal = positions[thing], tasks.destination(world, slots)
+    others = np.delete(positions, thing, axis=0) - tool
+    pad = 0 if slots.pad is None else 1 - slots.pad
+    return np.concatenate(
+        (
+            (centre - _ORIGIN) / LENGTH,
+            (goal - _ORIGIN) / LENGTH,
+            (tool - _ORIGIN) / LENGTH,
+            (centre - tool) / LENGTH,
+            (goal - centre) / LENGTH,
+            world.tool_velocity / SPEED,
+            world.velocity(thing) / SPEED,
+            (world.opening / LENGTH, world.grip_command),
+            world.touching(thing),
+            (world.lifted[thing] / LENGTH, held, elapsed, world.upright(thing)),
+            np.array(scene.HALF_EXTENTS[world.things[thing].shape]) / LENGTH,
+            [float(task == name) for name in TASKS],
+            others.ravel() / LENGTH,
+            (world.pad_positions[pad][:2] - tool[:2]) / LENGTH,
+            (world.yaw(thing),),
+        ),
+        dtype=np.float32,
+    )

@@ -1,0 +1,179 @@
+"""What the words ask for, measured in the world: success, and progress for the dense reward.
+
+One small pair of functions a task. `done` is about this instant; the environment counts how long it has been true.
+Progress is in [0, 1]; the dense reward is its change, so that it pays for getting on and never for waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from envs.table import scene
+from envs.table.language import Goal
+from envs.table.world import Array, TableWorld
+
+REACHED = 0.025
+"""Metres from the tool to the middle of the object's top."""
+LIFTED = 0.05
+"""Metres of air under an object that is picked up."""
+CARRIED = 0.03
+"""Metres of air that an object must have had under it to be placed, not pushed."""
+ON_TABLE = 0.012
+"""Metres of air under an object that still lies."""
+PUSHED_AT_MOST = 0.02
+"""Metres of air under an object, ever, that was pushed, not placed."""
+ON_PAD = 0.045
+"""Metres, in x and in y, from the object's centre to the pad's."""
+ON_BASE = 0.022
+"""Metres, in x and in y, from the object's centre to that of the one beneath."""
+STILL = 0.03
+"""Metres a second."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A goal in terms of the scene: thing and base are objects 0..3, pad is 0..1."""
+
+    thing: int
+    pad: int | None = None
+    base: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """done: whether it is so now. progress: in [0, 1]. hold: control steps for which it must stay so."""
+
+    done: Callable[[TableWorld, Slots], bool]
+    progress: Callable[[TableWorld, Slots], float]
+    hold: int
+
+
+def locate(goal: Goal, world: TableWorld) -> Slots:
+    """Where the goal's things are in the scene. Raises ValueError if one is not there."""
+
+    def index(of: object, among: tuple[object, ...]) -> int:
+        if of not in among:
+            raise ValueError(f"the goal names {of}, the scene has {', '.join(map(str, among))}")
+        return among.index(of)
+
+    return Slots(
+        thing=index(goal.thing, world.things),
+        pad=None if goal.pad is None else index(goal.pad, world.pads),
+        base=None if goal.base is None else index(goal.base, world.things),
+    )
+
+
+def destination(world: TableWorld, slots: Slots) -> Array:
+    """[3] where the named object's centre is to be: on the pad, on the base, or where it is."""
+    height = world.half_heights[slots.thing]
+    if slots.pad is not None:
+        x, y, _ = world.pad_positions[slots.pad]
+        return np.array([x, y, height])
+    if slots.base is not None:
+        x, y, z = world.positions[slots.base]
+        return np.array([x, y, z + world.half_heights[slots.base] + height])
+    return world.positions[slots.thing]
+
+
+def top(world: TableWorld, index: int) -> Array:
+    """[3] the middle of an object's upper face."""
+    return world.positions[index] + np.array([0.0, 0.0, world.half_heights[index]])
+
+
+def air(world: TableWorld, index: int) -> float:
+    """Metres between an object and the table."""
+    return float(world.positions[index][2] - world.half_heights[index])
+
+
+def _near(distance: float) -> float:
+    """1 at no distance, 0.5 at 11 cm, falling on."""
+    return float(1.0 - np.tanh(5.0 * distance))
+
+
+def _offset(world: TableWorld, slots: Slots) -> Array:
+    return destination(world, slots) - world.positions[slots.thing]
+
+
+def _flat(offset: Array) -> float:
+    """The larger of a vector's x and y."""
+    return float(np.abs(offset[:2]).max())
+
+
+def reach_done(world: TableWorld, slots: Slots) -> bool:
+    """The tool is at the object's top."""
+    return bool(np.linalg.norm(world.tool - top(world, slots.thing)) < REACHED)
+
+
+def reach_progress(world: TableWorld, slots: Slots) -> float:
+    """Nearness of the tool."""
+    return _near(float(np.linalg.norm(world.tool - top(world, slots.thing))))
+
+
+def push_done(world: TableWorld, slots: Slots) -> bool:
+    """The object lies on the pad and was never lifted."""
+    return (
+        _flat(_offset(world, slots)) < ON_PAD
+        and air(world, slots.thing) < ON_TABLE
+        and world.lifted[slots.thing] < PUSHED_AT_MOST
+    )
+
+
+def push_progress(world: TableWorld, slots: Slots) -> float:
+    """Nearness of the tool to the object, and of the object to the pad; what was lifted cannot be pushed any more."""
+    if world.lifted[slots.thing] >= PUSHED_AT_MOST:
+        return 0.0
+    near = _near(float(np.linalg.norm(world.tool - world.positions[slots.thing])))
+    return 0.2 * near + 0.8 * _near(float(np.linalg.norm(_offset(world, slots)[:2])))
+
+
+def pick_done(world: TableWorld, slots: Slots) -> bool:
+    """The object is in the gripper, in the air."""
+    return air(world, slots.thing) > LIFTED and world.gripped(slots.thing)
+
+
+def pick_progress(world: TableWorld, slots: Slots) -> float:
+    """Nearness of the tool, the grip, the height."""
+    near = _near(float(np.linalg.norm(world.tool - world.positions[slots.thing])))
+    if not world.gripped(slots.thing):
+        return 0.4 * near
+    return 0.4 * near + 0.2 + 0.4 * min(1.0, max(0.0, air(world, slots.thing)) / (LIFTED + 0.01))
+
+
+def put_done(world: TableWorld, slots: Slots) -> bool:
+    """The object was carried, lies at its destination, is let go and still."""
+    offset = _offset(world, slots)
+    return (
+        world.lifted[slots.thing] > CARRIED
+        and _flat(offset) < (ON_PAD if slots.base is None else ON_BASE)
+        and abs(offset[2]) < ON_TABLE
+        and world.speed(slots.thing) < STILL
+        and not any(world.touching(slots.thing))
+    )
+
+
+def put_progress(world: TableWorld, slots: Slots) -> float:
+    """Nearness of the tool, the grip, the height, the nearness to the destination; and letting go there."""
+    thing, offset = slots.thing, _offset(world, slots)
+    arrived = _flat(offset) < (ON_PAD if slots.base is None else ON_BASE) and abs(offset[2]) < ON_TABLE
+    if arrived and world.lifted[thing] > CARRIED:
+        return 0.8 if any(world.touching(thing)) else 1.0
+    near = _near(float(np.linalg.norm(world.tool - world.positions[thing])))
+    if not world.gripped(thing):
+        return 0.2 * near
+    height = min(1.0, max(0.0, air(world, thing)) / LIFTED)
+    carried = _near(float(np.linalg.norm(offset))) if world.lifted[thing] > CARRIED else 0.0
+    return 0.2 * near + 0.1 + 0.1 * max(height, float(world.lifted[thing] > CARRIED)) + 0.3 * carried
+
+
+HALF_SECOND = round(0.5 / scene.CONTROL_STEP)
+
+TASK: dict[str, Task] = {
+    "reach": Task(reach_done, reach_progress, hold=1),
+    "push": Task(push_done, push_progress, hold=1),
+    "pick": Task(pick_done, pick_progress, hold=HALF_SECOND),
+    "place": Task(put_done, put_progress, hold=HALF_SECOND),
+    "stack": Task(put_done, put_progress, hold=HALF_SECOND),
+}
