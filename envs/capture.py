@@ -8,17 +8,20 @@ MuJoCo data   the integration state (time, qpos, qvel, act, controls, warm start
               and environments read them (palm and handle of the Adroit door, the torso of the Ant).
               Contact and constraint lists are not kept; the next step computes them before it uses them.
 MuJoCo model  the fields, also those of `opt`, that differ from the model as it was made: resets may move
-              bodies, randomization may change masses.
+              bodies, randomization may change masses. It may belong to a helper object, but not lie in a list.
 attributes    None, numbers, strings, numpy arrays and generators, and lists, tuples, dicts and plain objects
-              of these. An array that is a view of another is written in place, others are replaced; two names
-              for one object become two objects.
+              of these. An array that is a view of another is written in place, as plain objects are; others are
+              replaced, and so are frozen dataclasses, which others may hold too: two names for one object
+              become two objects.
 
 Spaces, specs, functions, classes, modules and MuJoCo's renderer are taken as constant. Anything else (a Box2D
 world, a socket, a queue) cannot be read: `obstacle` names it.
 """
 
+import dataclasses
 import enum
 import functools
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -34,6 +37,7 @@ _CONSTANT = (
     gymnasium.Space,
     EnvSpec,
     MujocoRenderer,
+    mujoco.Renderer,
     type,
     types.ModuleType,
     types.FunctionType,
@@ -63,13 +67,24 @@ def model_fields(model: mujoco.MjModel) -> dict[str, np.ndarray]:
 
 
 def nominal_fields(env: gymnasium.Env[Any, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """'layer.attribute' -> fields of each MuJoCo model of `env`, to be read before its first reset."""
+    """'layer.attribute' -> fields of each MuJoCo model of `env`, to be read before its first reset.
+
+    A model of a helper object is 'layer.attribute.attribute'.
+    """
     return {
-        f"{depth}.{name}": model_fields(value)
+        key: model_fields(model)
         for depth, layer in enumerate(_layers(env))
-        for name, value in vars(layer).items()
-        if isinstance(value, mujoco.MjModel)
+        for key, model in _models(layer, f"{depth}.", _DEEPEST)
     }
+
+
+def _models(owner: object, key: str, deepest: int) -> Iterator[tuple[str, mujoco.MjModel]]:
+    """The models among the attributes of `owner` and of its helper objects."""
+    for name, value in vars(owner).items():
+        if isinstance(value, mujoco.MjModel):
+            yield key + name, value
+        elif deepest and name not in _NOT_STATE and not isinstance(value, _CONSTANT) and _is_plain_object(value):
+            yield from _models(value, f"{key}{name}.", deepest - 1)
 
 
 def obstacle(env: gymnasium.Env[Any, Any]) -> str | None:
@@ -84,7 +99,7 @@ def obstacle(env: gymnasium.Env[Any, Any]) -> str | None:
 def capture(env: gymnasium.Env[Any, Any], nominal: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
     """The state of each layer of `env`, outermost first. Call it only where `obstacle` is None."""
     return [
-        _read_attributes(layer, f"{type(layer).__name__}.", str(depth), nominal, frozenset())
+        _read_attributes(layer, f"{type(layer).__name__}.", f"{depth}.", nominal, frozenset())
         for depth, layer in enumerate(_layers(env))
     ]
 
@@ -98,16 +113,12 @@ def restore(
     layers = list(_layers(env))
     if len(layers) != len(state):
         raise ValueError(f"the state has {len(state)} layers, environment {env} has {len(layers)}")
+    # a data object is written after the model that its derived quantities depend on
     for depth, (layer, attributes) in enumerate(zip(layers, state, strict=True)):
+        _write_models(layer, attributes, f"{depth}.", nominal)
+    for layer, attributes in zip(layers, state, strict=True):
         for name, node in attributes.items():
-            kind = node.get("kind") if isinstance(node, dict) else None
-            if kind == "model":
-                _write_model(getattr(layer, name), node["fields"], nominal[f"{depth}.{name}"])
-        # a data object is written after the model that its derived quantities depend on
-        for name, node in attributes.items():
-            kind = node.get("kind") if isinstance(node, dict) else None
-            if kind != "model":
-                _write_attribute(layer, name, node)
+            _write_attribute(layer, name, node)
 
 
 def _layers(env: gymnasium.Env[Any, Any]) -> Iterator[gymnasium.Env[Any, Any]]:
@@ -136,23 +147,23 @@ def _arrays(struct: mujoco.MjModel | mujoco.MjData) -> Iterator[tuple[str, np.nd
 def _read_attributes(
     owner: object,
     path: str,
-    depth: str,
+    key: str,
     nominal: Mapping[str, Mapping[str, np.ndarray]],
     above: frozenset[int],
 ) -> dict[str, Any]:
+    """path names an attribute to the user, key its model in `nominal` ("" where no model can be)."""
     nodes: dict[str, Any] = {}
     for name, value in vars(owner).items():
         if name in _NOT_STATE or isinstance(value, _CONSTANT):
             continue
         if isinstance(value, mujoco.MjModel):
-            key = f"{depth}.{name}"
-            if key not in nominal:
-                raise _UnreadableError(
-                    f"{path}{name}: a MuJoCo model inside a helper object, or made after the environment"
-                )
-            nodes[name] = {"kind": "model", "fields": _changed_fields(value, nominal[key])}
-        else:
+            if key + name not in nominal:
+                raise _UnreadableError(f"{path}{name}: a MuJoCo model in a list, or made after the environment")
+            nodes[name] = {"kind": "model", "fields": _changed_fields(value, nominal[key + name])}
+        elif _is_frozen(value) or not _is_plain_object(value):
             nodes[name] = _read(value, path + name, above)
+        else:
+            nodes[name] = _read_object(value, path + name, f"{key}{name}." if key else "", nominal, above)
     return nodes
 
 
@@ -175,9 +186,7 @@ def _read(value: Any, path: str, above: frozenset[int]) -> Any:
         return {"kind": "generator", "value": value.bit_generator.state}
     if isinstance(value, mujoco.MjData):
         return {"kind": "data", **_read_data(value)}
-    if len(above) >= _DEEPEST or id(value) in above:
-        raise _UnreadableError(f"{path}: nested too deeply, or within itself")
-    above = above | {id(value)}
+    above = _below(value, path, above)
     if type(value) in (list, tuple):
         items = [_read(item, f"{path}[{i}]", above) for i, item in enumerate(value)]
         return {"kind": type(value).__name__, "items": items}
@@ -188,10 +197,53 @@ def _read(value: Any, path: str, above: frozenset[int]) -> Any:
             "kind": "dict",
             "items": {key: _read(v, f"{path}[{key!r}]", above) for key, v in value.items()},
         }
+    if _is_frozen(value):
+        entries = {
+            field.name: _read(getattr(value, field.name), f"{path}.{field.name}", above)
+            for field in dataclasses.fields(value)
+        }
+        return {"kind": "frozen", "class": _class_name(type(value)), "items": entries}
     if _is_plain_object(value):
-        entries = _read_attributes(value, f"{path}.", "", {}, above)
-        return {"kind": "object", "class": type(value).__qualname__, "items": entries}
-    raise _UnreadableError(f"{path}: {type(value).__module__}.{type(value).__qualname__} has no readable state")
+        return _read_object(value, path, "", {}, above - {id(value)})
+    raise _UnreadableError(f"{path}: {_class_name(type(value)).replace(':', '.')} has no readable state")
+
+
+def _read_object(
+    value: object,
+    path: str,
+    key: str,
+    nominal: Mapping[str, Mapping[str, np.ndarray]],
+    above: frozenset[int],
+) -> dict[str, Any]:
+    entries = _read_attributes(value, f"{path}.", key, nominal, _below(value, path, above))
+    return {"kind": "object", "class": type(value).__qualname__, "items": entries}
+
+
+def _below(value: object, path: str, above: frozenset[int]) -> frozenset[int]:
+    """What lies above the parts of `value`."""
+    if len(above) >= _DEEPEST or id(value) in above:
+        raise _UnreadableError(f"{path}: nested too deeply, or within itself")
+    return above | {id(value)}
+
+
+def _class_name(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _is_frozen(value: object) -> bool:
+    """Whether it is a frozen dataclass that can be found again by its name."""
+    cls = type(value)
+    return _frozen_class(_class_name(cls)) is cls
+
+
+def _frozen_class(name: str) -> Any:
+    """The frozen dataclass of that name in a module that is loaded; None if there is none."""
+    module, _, qualified = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in qualified.split("."):
+        found = getattr(found, part, None)
+    parameters = getattr(found, "__dataclass_params__", None)
+    return found if isinstance(found, type) and parameters is not None and parameters.frozen else None
 
 
 def _is_plain_object(value: Any) -> bool:
@@ -217,8 +269,19 @@ def _read_data(data: mujoco.MjData) -> dict[str, Any]:
 # --- writing -----------------------------------------------------------------------------------------------
 
 
+def _write_models(
+    owner: object, nodes: Mapping[str, Any], key: str, nominal: Mapping[str, Mapping[str, np.ndarray]]
+) -> None:
+    for name, node in nodes.items():
+        match node:
+            case {"kind": "model"}:
+                _write_model(getattr(owner, name), node["fields"], nominal[key + name])
+            case {"kind": "object"} if name in vars(owner):
+                _write_models(vars(owner)[name], node["items"], f"{key}{name}.", nominal)
+
+
 def _write_attribute(owner: object, name: str, node: Any) -> None:
-    # through __dict__, since frozen dataclasses refuse setattr
+    # through __dict__, since some classes refuse setattr
     vars(owner)[name] = _write(vars(owner).get(name), node)
 
 
@@ -237,6 +300,8 @@ def _write(current: Any, node: Any) -> Any:
             return node["value"][0]
         case "generator":
             return _write_generator(current, node["value"])
+        case "model":  # it was written before
+            return current
         case "data":
             return _write_data(current, node)
         case "list" | "tuple" as kind:
@@ -246,6 +311,8 @@ def _write(current: Any, node: Any) -> Any:
         case "dict":
             named = current if isinstance(current, dict) else {}
             return {key: _write(named.get(key), item) for key, item in node["items"].items()}
+        case "frozen":
+            return _write_frozen(node)
         case "object":
             if type(current).__qualname__ != node["class"]:
                 raise ValueError(f"the state holds a {node['class']} where there is {type(current).__name__}")
@@ -254,6 +321,16 @@ def _write(current: Any, node: Any) -> Any:
             return current
         case kind:
             raise ValueError(f"unknown kind of state {kind!r}")
+
+
+def _write_frozen(node: Mapping[str, Any]) -> Any:
+    cls = _frozen_class(node["class"])
+    if cls is None:
+        raise ValueError(f"the state holds a {node['class']}, which is no frozen dataclass here")
+    made = object.__new__(cls)
+    for name, item in node["items"].items():
+        object.__setattr__(made, name, _write(None, item))
+    return made
 
 
 def _write_generator(current: np.random.Generator | None, state: dict[str, Any]) -> np.random.Generator:

@@ -19,6 +19,8 @@ from gymnasium import spaces
 # id -> (entry point, stock time limit)
 OUR_ENVIRONMENTS: Mapping[str, tuple[str, int]] = {
     "tandem/AdroitDoor-v0": ("envs.adroit_door:AdroitDoor", 200),
+    "tandem/Table-v0": ("envs.table.env:TableEnv", 64),
+    "tandem/TableState-v0": ("envs.table.env:TableStateEnv", 64),
 }
 
 # first letters of an id -> the package that brings it

@@ -34,13 +34,14 @@ def renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
                 f"({' '.join(str(error).split()) or type(error).__name__}); without a screen, set MUJOCO_GL=egl "
                 "(Debian: libegl1 libgl1-mesa-dri) or MUJOCO_GL=osmesa (Debian: libosmesa6)"
             ) from error
+        if not _renderers:  # only now: what registers later runs earlier, and mujoco's own must run after this
+            atexit.register(close_renderers)
         made.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
         made.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         _renderers[key] = made
     return _renderers[key]
 
 
-@atexit.register
 def close_renderers() -> None:
     """Free the GL contexts while there is still an interpreter to do it in."""
     for (pid, _, _), made in _renderers.items():

@@ -41,7 +41,7 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
     end_on_success    terminate there; else go on to the time limit, so that success_at_end differs from success_once
 
     Actions [4] in [-1, 1]: the tool's way (times 3 cm) in x, y and z, and the gripper (> 0 closes). `info` holds
-    success (now), and at reset the instruction, task and goal. An object beyond reach terminates without success.
+    success (now), and at reset the instruction, task and goal. A named object beyond reach terminates without success.
     Time limits are the wrapper's (truncation). Raises ValueError for unknown tasks, entries or goals and for actions
     that are not finite.
     """
@@ -152,8 +152,12 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         if self._other_slots is not None:
             self._other_streak = self._other_streak + 1 if task.done(world, self._other_slots) else 0
             info["success_of_original"] = self._other_streak >= task.hold
-        terminated = bool(success and self._end_on_success) or world.out_of_reach()
+        terminated = bool(success and self._end_on_success) or self._lost()
         return self.observe(self._observe), float(reward), terminated, False, info
+
+    def _lost(self) -> bool:
+        named = (self.slots.thing,) if self.slots.base is None else (self.slots.thing, self.slots.base)
+        return any(map(self.world.out_of_reach, named))
 
     def observe(self, names: Sequence[str]) -> dict[str, Any]:
         """The named entries of the present observation; draws only what is named."""

@@ -21,7 +21,7 @@ WORKSPACE = (0.15, 0.20)
 
 HALF_EXTENTS: Mapping[str, tuple[float, float, float]] = {
     "cube": (0.023, 0.023, 0.023),
-    "bar": (0.040, 0.022, 0.017),
+    "bar": (0.032, 0.022, 0.015),
     "tower": (0.021, 0.021, 0.036),
 }
 MASS = 0.06
@@ -107,7 +107,7 @@ def scene_xml() -> str:
   <worldbody>
     <light name="top" pos="0.3 0.2 1.6" dir="-0.15 -0.1 -1" directional="true" diffuse="0.6 0.6 0.6"
            specular="0 0 0" castshadow="false"/>
-    <camera name="front" pos="0.66 0 0.64" xyaxes="0 1 0 -0.658 0 0.753" fovy="35"/>
+    <camera name="front" pos="0.60 0 0.72" xyaxes="0 1 0 -0.770 0 0.638" fovy="32"/>
     <geom name="table" type="box" pos="0 0 -0.025" size="0.75 0.6 0.025" material="table"/>
     <geom name="base" type="cylinder" pos="-0.45 0 0.06" size="0.08 0.06" contype="0" conaffinity="0"
           material="rubber"/>

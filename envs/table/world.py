@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 
 STEP_LENGTH = 0.03
 """Metres that the tool moves in a control step for an action of 1."""
-LOWEST, HIGHEST = np.array([-0.20, -0.26, 0.02]), np.array([0.20, 0.26, 0.30])
+LOWEST, HIGHEST = np.array([-0.22, -0.28, 0.02]), np.array([0.22, 0.28, 0.30])
 """Where the tool may be sent."""
 OUT_OF_REACH = np.array([0.26, 0.32])
 """An object farther than this from the centre cannot be manipulated any more."""
@@ -190,10 +190,10 @@ class TableWorld:
         """Whether both fingers touch an object."""
         return all(self.touching(index))
 
-    def out_of_reach(self) -> bool:
-        """Whether some object has left the table's useful part."""
-        positions = self.positions
-        return bool((np.abs(positions[:, :2]) > OUT_OF_REACH).any() or (positions[:, 2] < -0.02).any())
+    def out_of_reach(self, index: int) -> bool:
+        """Whether an object has left the useful part of the table, or the table."""
+        x, y, z = self.positions[index]
+        return bool(abs(x) > OUT_OF_REACH[0] or abs(y) > OUT_OF_REACH[1] or z < 0.0)
 
 
 _HOME = np.array(scene.HOME)
