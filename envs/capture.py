@@ -48,6 +48,8 @@ _CONSTANT = (
 # what a layer holds besides its own state: the next layer, and the arguments that it was made with
 _NOT_STATE = {"env", "_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs"}
 _COLLISION_TREE = "bvh_"  # arrays that only speed up collision detection
+# how many entries the lists of what is awake have; they change where MuJoCo may put things to sleep
+_AWAKE = ("ntree_awake", "nbody_awake", "nparent_awake", "nv_awake")
 _DEEPEST = 6
 _PYTHON_CLASS = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE
 
@@ -74,17 +76,19 @@ def nominal_fields(env: gymnasium.Env[Any, Any]) -> dict[str, dict[str, np.ndarr
     return {
         key: model_fields(model)
         for depth, layer in enumerate(_layers(env))
-        for key, model in _models(layer, f"{depth}.", _DEEPEST)
+        for key, model in _models(layer, f"{depth}.", frozenset())
     }
 
 
-def _models(owner: object, key: str, deepest: int) -> Iterator[tuple[str, mujoco.MjModel]]:
+def _models(owner: object, key: str, above: frozenset[int]) -> Iterator[tuple[str, mujoco.MjModel]]:
     """The models among the attributes of `owner` and of its helper objects."""
     for name, value in vars(owner).items():
         if isinstance(value, mujoco.MjModel):
             yield key + name, value
-        elif deepest and name not in _NOT_STATE and not isinstance(value, _CONSTANT) and _is_plain_object(value):
-            yield from _models(value, f"{key}{name}.", deepest - 1)
+        elif name in _NOT_STATE or isinstance(value, _CONSTANT) or id(value) in above:
+            continue
+        elif len(above) < _DEEPEST and _is_plain_object(value):
+            yield from _models(value, f"{key}{name}.", above | {id(value)})
 
 
 def obstacle(env: gymnasium.Env[Any, Any]) -> str | None:
@@ -163,7 +167,9 @@ def _read_attributes(
         elif _is_frozen(value) or not _is_plain_object(value):
             nodes[name] = _read(value, path + name, above)
         else:
-            nodes[name] = _read_object(value, path + name, f"{key}{name}." if key else "", nominal, above)
+            below = _below(value, path + name, above)
+            entries = _read_attributes(value, f"{path}{name}.", f"{key}{name}." if key else "", nominal, below)
+            nodes[name] = _object_node(value, entries)
     return nodes
 
 
@@ -204,18 +210,11 @@ def _read(value: Any, path: str, above: frozenset[int]) -> Any:
         }
         return {"kind": "frozen", "class": _class_name(type(value)), "items": entries}
     if _is_plain_object(value):
-        return _read_object(value, path, "", {}, above - {id(value)})
+        return _object_node(value, _read_attributes(value, f"{path}.", "", {}, above))
     raise _UnreadableError(f"{path}: {_class_name(type(value)).replace(':', '.')} has no readable state")
 
 
-def _read_object(
-    value: object,
-    path: str,
-    key: str,
-    nominal: Mapping[str, Mapping[str, np.ndarray]],
-    above: frozenset[int],
-) -> dict[str, Any]:
-    entries = _read_attributes(value, f"{path}.", key, nominal, _below(value, path, above))
+def _object_node(value: object, entries: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "object", "class": type(value).__qualname__, "items": entries}
 
 
@@ -263,7 +262,11 @@ def _read_data(data: mujoco.MjData) -> dict[str, Any]:
     integration = np.empty(mujoco.mj_stateSize(data.model, _INTEGRATION))
     mujoco.mj_getState(data.model, data, integration, _INTEGRATION)
     fixed_size = [name for name, _ in _arrays(mujoco.MjData(data.model))]  # without contacts the others are empty
-    return {"integration": integration, "derived": {name: getattr(data, name).copy() for name in fixed_size}}
+    return {
+        "integration": integration,
+        "derived": {name: getattr(data, name).copy() for name in fixed_size},
+        "awake": {name: int(getattr(data, name)) for name in _AWAKE if hasattr(data, name)},
+    }
 
 
 # --- writing -----------------------------------------------------------------------------------------------
@@ -346,11 +349,14 @@ def _write_data(data: mujoco.MjData, node: Mapping[str, Any]) -> mujoco.MjData:
     model, integration = data.model, node["integration"]
     if integration.shape != (mujoco.mj_stateSize(model, _INTEGRATION),):
         raise ValueError(f"the MuJoCo state has {integration.size} numbers, which is not this model's size")
+    mujoco.mj_resetData(model, data)  # wakes what sleeps: the next lines must not depend on what was there
     mujoco.mj_setState(model, data, integration, _INTEGRATION)
     mujoco.mj_forward(model, data)  # for what is not kept: contacts and constraints
     mujoco.mj_setState(model, data, integration, _INTEGRATION)  # mj_forward moves the warm start
     for name, value in node["derived"].items():
         getattr(data, name)[...] = value
+    for name, value in node.get("awake", {}).items():
+        setattr(data, name, value)
     return data
 
 

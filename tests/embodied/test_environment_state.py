@@ -9,7 +9,7 @@ from envs.stepper import Stepper
 from experiment.checkpoint import load_state, save_state
 
 
-@pytest.mark.parametrize("env_id", ["tandem/AdroitDoor-v0", "Pendulum-v1", "CartPole-v1"])
+@pytest.mark.parametrize("env_id", ["tandem/AdroitDoor-v0", "tandem/TableState-v0", "Pendulum-v1", "CartPole-v1"])
 def test_a_saved_environment_continues_bit_for_bit(env_id: str, tmp_path: Path) -> None:
     stepper = Stepper(env_id, [1, 2], max_episode_steps=30)
     stepper.reset()

@@ -95,6 +95,54 @@ def test_positions_of_sites_are_kept_because_they_lag_behind() -> None:
     assert not np.array_equal(kept, scene.data.site_xpos)
 
 
+class Room(gymnasium.Env):
+    """Keeps its scene in a helper object, and shares a task with whoever made it."""
+
+    def __init__(self, task: Task) -> None:
+        self.scene = Scene()
+        self.tasks = (task, task)
+        self.next: Task | None = None
+
+
+def test_a_model_of_a_helper_object_comes_back_before_its_data() -> None:
+    room, nominal = Room(Task("red", np.zeros(2))), capture.nominal_fields(Room(Task("red", np.zeros(2))))
+    assert list(nominal) == ["0.scene.model"]
+    room.scene = _used()
+    assert capture.obstacle(room) is None
+    state = capture.capture(room, nominal)
+    assert sorted(state[0]["scene"]["items"]["model"]["fields"]) == ["body_mass", "opt.gravity", "opt.timestep"]
+    fresh = Room(Task("red", np.zeros(2)))
+    scene = fresh.scene
+    capture.restore(fresh, state, nominal)
+    assert fresh.scene is scene
+    for ball in (fresh.scene, room.scene):
+        mujoco.mj_step(ball.model, ball.data)
+    np.testing.assert_array_equal(fresh.scene.data.qpos, room.scene.data.qpos)
+    assert fresh.scene.model.opt.timestep == 0.02
+
+
+def test_frozen_dataclasses_are_replaced_and_never_written_into() -> None:
+    shared = Task("red", np.zeros(2))
+    used, fresh = Room(Task("blue", np.ones(2))), Room(shared)
+    used.next = Task("green", np.full(2, 3.0))
+    capture.restore(fresh, capture.capture(used, capture.nominal_fields(used)), capture.nominal_fields(fresh))
+    assert (shared.colour, shared.target.tolist()) == ("red", [0.0, 0.0])
+    assert [task.colour for task in fresh.tasks] == ["blue", "blue"]
+    assert fresh.next is not None  # where there was none, too
+    assert (fresh.next.colour, fresh.next.target.tolist()) == ("green", [3.0, 3.0])
+    assert type(fresh.next) is Task
+
+
+def test_only_frozen_dataclasses_are_made_from_a_state() -> None:
+    used = Room(Task("blue", np.ones(2)))
+    nominal = capture.nominal_fields(used)
+    state = capture.capture(used, nominal)
+    for name in ("subprocess:Popen", f"{__name__}:Scene", "no_such_module:Task"):
+        state[0]["tasks"]["items"][0]["class"] = name
+        with pytest.raises(ValueError, match=f"the state holds a {name}, which is no frozen dataclass here"):
+            capture.restore(used, state, nominal)
+
+
 def test_a_changed_model_goes_back_to_the_nominal_one() -> None:
     untouched, changed = Scene(), _used()
     nominal = capture.nominal_fields(untouched)
@@ -153,7 +201,7 @@ class _List(list):
         (np.array([object()]), "numpy.ndarray has no readable state"),
         ({(1, 2): 3}, "neither strings nor integers"),
         ([{"x": {1, 2}}], r"Scene.extra[0]['x']: builtins.set has no readable state"),
-        (Scene(), "a MuJoCo model inside a helper object"),
+        ([Scene()], "Scene.extra[0].model: a MuJoCo model in a list"),
     ],
     ids=lambda value: type(value).__name__,
 )
