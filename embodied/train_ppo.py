@@ -9,19 +9,18 @@ demonstrations by a likelihood term (DAPG, Rajeswaran 2018, 1709.10087), so that
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from embodied.demonstrations import DemonstrationBatches, DemonstrationTerm
 from embodied.evaluate import VALIDATION_SEEDS, film, seeds, summarize
+from embodied.learning import charge_kl, continue_environments, episode_metrics, stopping_on_nan
 from embodied.normalization import RewardScaler
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
@@ -32,9 +31,9 @@ from envs.stepper import EpisodeRecord
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from policy_core import ppo
-from policy_core.kl import KLConfig, KLController, kl_in_unit, kl_rewards
+from policy_core.kl import KLConfig, KLController
 from policy_core.optimizer import FlatAdam
-from policy_core.ppo import NonFiniteLoss, PPOConfig
+from policy_core.ppo import PPOConfig
 from policy_core.returns import explained_variance, gae
 from policy_core.schedules import scheduled, set_learning_rate
 from policy_core.traced import TracedGradient
@@ -180,9 +179,7 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
             if checkpoint is not None:
                 first = checkpoint.step + 1
                 learner.load_state_dict(checkpoint.state["learner"])
-                collector.workers.set_state(checkpoint.state["environments"])
-                if obstacle := collector.workers.capture_obstacle():
-                    print(f"resuming with new episodes, not bit for bit: {obstacle}", file=sys.stderr, flush=True)
+                continue_environments(collector.workers, checkpoint.state["environments"])
             run.begin_loop(updates)
             if checkpoint is None:
                 save(run, learner, collector, global_step=0)
@@ -225,20 +222,7 @@ def improve(
     rollout = judge(experience, policy, gamma=config.ppo.gamma, rewards=rewards, reference=learner.reference)
     if update == 1:
         rollout.validate()
-    metrics: dict[str, float] = {}
-    if rollout.ref_log_probs is not None:
-        in_reward = kl.placement == "reward"
-        penalized, divergence = kl_rewards(
-            rewards=rollout.rewards,
-            old_log_probs=rollout.old_log_probs,
-            ref_log_probs=rollout.ref_log_probs,
-            mask=rollout.mask,
-            coef=learner.controller.coef if in_reward else 0.0,
-            estimator=kl.estimator if in_reward else "k1",
-        )
-        rollout = replace(rollout, rewards=penalized)
-        measured = kl_in_unit(divergence, mask=rollout.mask, episode=rollout.episode, unit=kl.unit)
-        metrics |= {"objective/kl": measured, "objective/kl_coef": learner.controller.coef}
+    rollout, metrics = charge_kl(rollout, kl, learner.controller.coef)
     advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
     rate = scheduled(
         config.ppo.learning_rate, schedule=config.ppo.schedule, progress=progress, warmup=config.ppo.warmup
@@ -248,7 +232,7 @@ def improve(
     auxiliary = None
     if demonstrations is not None:
         auxiliary = demonstrations.auxiliary_loss(policy, update - config.ppo.critic_warmup)
-    try:
+    with stopping_on_nan(update):
         trained = ppo.update(
             policy=policy,
             optimizer=learner.optimizer,
@@ -263,12 +247,8 @@ def improve(
             auxiliary=auxiliary,
             traced=learner.gradient,
         )
-    except NonFiniteLoss as error:
-        raise UserError(
-            f"update {update}: {error}; lower ppo.learning_rate, or go on from the last checkpoint"
-        ) from error
     if rollout.ref_log_probs is not None:
-        learner.controller.update(measured, episodes=max(1, len(experience.episodes)))
+        learner.controller.update(metrics["objective/kl"], episodes=max(1, len(experience.episodes)))
     if learner.reference is None and config.init is None:
         policy.learn_normalization(experience.observations.flatten(0, 1))
     learner.recent.extend(experience.episodes)
@@ -279,19 +259,7 @@ def improve(
     if not policy.spaces.discrete:
         trained["std"] = float(policy.log_std.detach().exp().mean())
     metrics |= {f"train/{name}": value for name, value in trained.items()}
-    return metrics | episode_metrics(learner)
-
-
-def episode_metrics(learner: Learner) -> dict[str, float]:
-    """Means over the last 100 training episodes (of the exploring policy), under SB3's names."""
-    metrics = {"episodes": float(learner.episodes)}
-    if learner.recent:
-        metrics["rollout/ep_rew_mean"] = float(np.mean([record.episode_return for record in learner.recent]))
-        metrics["rollout/ep_len_mean"] = float(np.mean([record.length for record in learner.recent]))
-        if learner.recent[0].success_once is not None:
-            metrics["env/success_once"] = float(np.mean([bool(r.success_once) for r in learner.recent]))
-            metrics["env/success_at_end"] = float(np.mean([bool(r.success_at_end) for r in learner.recent]))
-    return metrics
+    return metrics | episode_metrics(learner.recent, learner.episodes)
 
 
 def save(

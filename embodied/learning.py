@@ -1,0 +1,69 @@
+"""What the robot recipes that learn from their own episodes have in common, whatever the policy."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from embodied.processes import Workers
+from envs.stepper import EpisodeRecord
+from experiment.errors import UserError
+from policy_core.kl import KLConfig, kl_in_unit, kl_rewards
+from policy_core.ppo import NonFiniteLoss
+from policy_core.rollout import Rollout
+
+
+def charge_kl(rollout: Rollout, config: KLConfig, coef: float) -> tuple[Rollout, dict[str, float]]:
+    """The rollout with the KL penalty in its rewards, where the configuration puts it there; and metrics.
+
+    objective/kl is measured in `config.unit`, what the controller is fed with; nothing without a reference.
+    """
+    if rollout.ref_log_probs is None:
+        return rollout, {}
+    in_reward = config.placement == "reward"
+    penalized, divergence = kl_rewards(
+        rewards=rollout.rewards,
+        old_log_probs=rollout.old_log_probs,
+        ref_log_probs=rollout.ref_log_probs,
+        mask=rollout.mask,
+        coef=coef if in_reward else 0.0,
+        estimator=config.estimator if in_reward else "k1",
+        factor_mask=rollout.factor_mask,
+    )
+    measured = kl_in_unit(divergence, mask=rollout.mask, episode=rollout.episode, unit=config.unit)
+    return replace(rollout, rewards=penalized), {"objective/kl": measured, "objective/kl_coef": coef}
+
+
+@contextlib.contextmanager
+def stopping_on_nan(update: int) -> Iterator[None]:
+    """Turn a NaN or infinity in an update into one line for the user; the weights were not spoiled."""
+    try:
+        yield
+    except NonFiniteLoss as error:
+        raise UserError(
+            f"update {update}: {error}; lower ppo.learning_rate, or go on from the last checkpoint"
+        ) from error
+
+
+def continue_environments(workers: Workers, state: Mapping[str, Any]) -> None:
+    """Put the environments of a checkpoint back, or say that new episodes begin."""
+    workers.set_state(state)
+    if obstacle := workers.capture_obstacle():
+        print(f"resuming with new episodes, not bit for bit: {obstacle}", file=sys.stderr, flush=True)
+
+
+def episode_metrics(recent: Sequence[EpisodeRecord], total: int) -> dict[str, float]:
+    """Means over the latest training episodes (of the exploring policy), under SB3's names; and how many in all."""
+    metrics = {"episodes": float(total)}
+    if recent:
+        metrics["rollout/ep_rew_mean"] = float(np.mean([record.episode_return for record in recent]))
+        metrics["rollout/ep_len_mean"] = float(np.mean([record.length for record in recent]))
+        if recent[0].success_once is not None:
+            metrics["env/success_once"] = float(np.mean([bool(record.success_once) for record in recent]))
+            metrics["env/success_at_end"] = float(np.mean([bool(record.success_at_end) for record in recent]))
+    return metrics
