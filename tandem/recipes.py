@@ -19,6 +19,7 @@ from experiment.errors import UserError
 RECIPES: dict[str, tuple[str, str]] = {
     "embodied/bc": ("embodied.train_bc", "TrainBCConfig"),
     "embodied/ppo": ("embodied.train_ppo", "TrainPPOConfig"),
+    "embodied/vla_ppo": ("embodied.train_vla_ppo", "TrainVLAPPOConfig"),
     "llm/sft": ("llm_rlhf.train_sft", "TrainSFTConfig"),
     "llm/ppo": ("llm_rlhf.train_ppo", "TrainPPOConfig"),
     "llm/grpo": ("llm_rlhf.train_grpo", "TrainGRPOConfig"),

@@ -1,0 +1,179 @@
+"""PPO at the table, from a cloned vision-language-action policy: a decision is a chunk of control steps.
+
+    tandem train configs/embodied/table_ppo.yaml init=CLONE/checkpoints/best/policy
+
+Play, fold each chunk's rewards, GAE with a privileged critic, update: the loop in `train` is the whole algorithm.
+It starts with a critic warm-up and may be held near the clone by a KL term, so that it does not collapse at the
+switch. The auxiliary head goes on learning from the simulator's state (ppo.auxiliary_coef).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from embodied.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
+from embodied.chunk_workers import TableConfig
+from embodied.learning import charge_kl, continue_environments, stopping_on_nan
+from embodied.vla_learner import (
+    TableEvaluationConfig,
+    VLALearner,
+    log_prob_gap,
+    read_clone,
+    record,
+    save,
+    timing,
+    torch_threads,
+)
+from experiment.run import Run, RunConfig, RunResult
+from policy_core import ppo
+from policy_core.kl import KLConfig
+from policy_core.ppo import PPOConfig
+from policy_core.returns import explained_variance, gae
+from policy_core.schedules import scheduled
+
+
+def chunk_ppo() -> PPOConfig:
+    """PPO's numbers for chunks; gamma is per control step."""
+    return PPOConfig(
+        learning_rate=1e-4,
+        epochs=4,
+        minibatch_size=256,
+        gamma=0.99,
+        gae_lambda=0.95,
+        auxiliary_coef=1.0,
+        critic_warmup=4,
+    )
+
+
+@dataclass(frozen=True)
+class TrainVLAPPOConfig:
+    """A run of PPO from a clone.
+
+    init                    folder of the policy to start from (RUN/checkpoints/best/policy); the KL's reference
+    log_std                 start exploring at this log standard deviation instead of the clone's
+    learn_std               fit the deviation too; else it stays
+    total_steps             control steps over all environments
+    horizon                 chunks of each environment per update
+    critic_learning_rate    of the critic, which starts from nothing; ppo.learning_rate is the rest's
+    update_threads          torch's during an update, when the workers are idle
+    """
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(name="table-ppo"))
+    environment: TableConfig = field(default_factory=TableConfig)
+    ppo: PPOConfig = field(default_factory=chunk_ppo)
+    kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01))
+    evaluation: TableEvaluationConfig = field(default_factory=TableEvaluationConfig)
+    init: str | None = None
+    log_std: float | None = -1.6
+    learn_std: bool = False
+    total_steps: int = 500_000
+    horizon: int = 16
+    critic_learning_rate: float = 1e-3
+    update_threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.ppo.aggregation != "decision":  # minibatches are of single decisions, from many episodes
+            raise ValueError("ppo.aggregation must be 'decision' for a policy that judges chunks one by one")
+        if self.horizon < 1 or self.update_threads < 1:
+            raise ValueError("horizon and update_threads must be at least 1")
+
+
+def train(config: TrainVLAPPOConfig, *, resume: Path | None = None) -> RunResult:
+    """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
+    clone = read_clone(config.init, config.environment, config.log_std)
+    steps_per_update = config.environment.count * config.horizon * clone.config.chunk
+    updates = 1 if config.run.dry_run else max(1, -(-config.total_steps // steps_per_update))
+    with Run.start(config, recipe="embodied/vla_ppo", resume=resume) as run:
+        checkpoint = run.checkpoint
+        learner = VLALearner.build(
+            clone,
+            None if checkpoint is None else checkpoint.folder / "policy",
+            log_std=config.log_std,
+            learn_std=config.learn_std,
+            critic=True,
+            kl=config.kl,
+            seed=config.run.seed,
+        )
+        with ChunkCollector(
+            config.environment, learner.policy, chunks=config.horizon, seed=config.run.seed
+        ) as collector:
+            first = 1
+            if checkpoint is not None:
+                first = checkpoint.step + 1
+                learner.load_state_dict(checkpoint.state["learner"])
+                continue_environments(collector.workers, checkpoint.state["environments"])
+            run.begin_loop(updates)
+            if checkpoint is None:
+                save(run, learner, collector, global_step=0)
+            for update in range(first, updates + 1):
+                started = time.perf_counter()
+                experience = collector.collect(learner.policy)
+                collected = time.perf_counter()
+                with torch_threads(config.update_threads):
+                    metrics = improve(learner, experience, config, update=update, progress=(update - 1) / updates)
+                metrics |= timing(
+                    started=started,
+                    collected=collected,
+                    finished=time.perf_counter(),
+                    control_steps=experience.control_steps,
+                )
+                record(
+                    run,
+                    learner,
+                    collector,
+                    metrics,
+                    tasks=config.environment.tasks,
+                    evaluation=config.evaluation,
+                    update=update,
+                    last=update == updates,
+                )
+        return run.finish()
+
+
+def improve(
+    learner: VLALearner,
+    experience: ChunkExperience,
+    config: TrainVLAPPOConfig,
+    *,
+    update: int,
+    progress: float,
+) -> dict[str, float]:
+    """One update of everything that learns, on one experience; returns the metrics to log."""
+    policy = learner.policy
+    metrics = learner.remember(experience)
+    if update == 1 and policy.state_normalizer.count == 0:  # cloned from data without the simulator's state
+        policy.state_normalizer.update(experience.observations["state"].flatten(0, 1))
+    rollout = judge_chunks(experience, gamma=config.ppo.gamma, critic=policy, reference=learner.reference)
+    if update == 1:
+        rollout.validate()
+        metrics["train/rollout_logprob_gap"] = log_prob_gap(policy, experience)
+    rollout, kl_metrics = charge_kl(rollout, config.kl, learner.controller.coef)
+    advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
+    rates = [
+        scheduled(rate, schedule=config.ppo.schedule, progress=progress, warmup=config.ppo.warmup)
+        for rate in (config.ppo.learning_rate, config.critic_learning_rate)
+    ]
+    for group, rate in zip(learner.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    with stopping_on_nan(update):
+        trained = ppo.update(
+            policy=policy,
+            optimizer=learner.optimizer,
+            rollout=rollout.decisions(),
+            advantages=advantages[rollout.mask].unsqueeze(1),
+            returns=returns[rollout.mask].unsqueeze(1),
+            config=config.ppo,
+            generator=learner.generator,
+            kl=config.kl,
+            kl_coef=learner.controller.coef,
+            train_policy=update > config.ppo.critic_warmup,
+        )
+    if kl_metrics:
+        learner.controller.update(kl_metrics["objective/kl"], episodes=max(1, len(experience.episodes)))
+    assert rollout.values is not None
+    trained["explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
+    trained["learning_rate"] = rates[0]
+    trained["std"] = float(policy.bounded_log_std().detach().exp().mean())
+    return metrics | kl_metrics | {f"train/{name}": value for name, value in trained.items()}

@@ -1,0 +1,207 @@
+"""What the recipes that fine-tune a vision-language-action policy by its own episodes have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from embodied.chunk_rollout import ChunkCollector, ChunkExperience, log_probs_of
+from embodied.chunk_workers import Play, TableConfig, TableEpisode, make_table
+from embodied.evaluate import VALIDATION_SEEDS, summarize
+from embodied.learning import episode_metrics
+from embodied.policies.vla import VLAPolicy, image_key
+from envs.stepper import EpisodeRecord
+from envs.table.env import CAMERA_OF
+from envs.table.observations import PROPRIO, STATE
+from experiment.errors import UserError
+from experiment.run import Run
+from policy_core.kl import KLConfig, KLController
+
+LARGEST_GAP = 0.01
+"""Nats by which a log-probability may differ between a worker and the update."""
+
+
+@dataclass(frozen=True)
+class TableEvaluationConfig:
+    """every: updates between evaluations (0 = none); episodes: of each, with the policy's mode, dealt evenly among
+    the tasks."""
+
+    every: int = 0
+    episodes: int = 100
+
+
+@dataclass
+class VLALearner:
+    """Everything that learns or remembers in a run; its state is what a checkpoint keeps."""
+
+    policy: VLAPolicy
+    reference: VLAPolicy | None
+    optimizer: torch.optim.Optimizer
+    controller: KLController
+    generator: torch.Generator
+    recent: deque[TableEpisode] = field(default_factory=lambda: deque(maxlen=200))
+    episodes: int = 0
+    control_steps: int = 0
+
+    @classmethod
+    def build(
+        cls,
+        clone: VLAPolicy,
+        saved: Path | None,
+        *,
+        log_std: float | None,
+        learn_std: bool,
+        critic: bool,
+        kl: KLConfig,
+        seed: int,
+    ) -> VLALearner:
+        """From a clone, which becomes the KL's reference, with the policy of a checkpoint where there is one.
+
+        log_std     of both at the start; None keeps the clone's
+        critic      whether one is trained: the optimizer's second group
+        """
+        if log_std is not None:
+            torch.nn.init.constant_(clone.log_std, log_std)
+        policy = VLAPolicy.from_pretrained(saved) if saved is not None else copy.deepcopy(clone)
+        policy.log_std.requires_grad_(learn_std)
+        groups = [[parameter for parameter in policy.actor_parameters() if parameter.requires_grad]]
+        if critic:
+            groups.append(list(policy.critic_parameters()))
+        return cls(
+            policy=policy,
+            reference=clone.requires_grad_(False) if kl.coef > 0 else None,
+            optimizer=torch.optim.Adam([{"params": group} for group in groups], fused=True),
+            controller=KLController(kl),
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def remember(self, experience: ChunkExperience) -> dict[str, float]:
+        """Count what was played; returns how the latest episodes went, over all and by task."""
+        self.recent.extend(experience.episodes)
+        self.episodes += len(experience.episodes)
+        self.control_steps += experience.control_steps
+        metrics = episode_metrics([episode.record for episode in self.recent], self.episodes)
+        return metrics | success_by_task(self.recent, "env") | {"env_steps": float(self.control_steps)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint; the policy has a folder of its own there."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "controller": self.controller.state_dict(),
+            "generator": self.generator.get_state(),
+            "recent": [[tuple(episode.record), *episode[1:]] for episode in self.recent],
+            "episodes": self.episodes,
+            "control_steps": self.control_steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.controller.load_state_dict(state["controller"])
+        self.generator.set_state(state["generator"])
+        self.recent.extend(TableEpisode(EpisodeRecord(*record), *rest) for record, *rest in state["recent"])
+        self.episodes, self.control_steps = state["episodes"], state["control_steps"]
+
+
+def read_clone(init: str | None, environment: TableConfig, log_std: float | None) -> VLAPolicy:
+    """The policy to start from. UserError if there is none, or if it was made for another table."""
+    if init is None:
+        raise UserError("there is no policy to start from: give init=CLONE_RUN/checkpoints/best/policy")
+    clone = VLAPolicy.from_pretrained(init)
+    spaces, limits = clone.spaces, clone.config
+    make_table(environment, spaces.image_size).close()  # a mistake in `environment` is told before the run begins
+    sizes = (spaces.proprio_size, spaces.state_size, spaces.action_size)
+    unknown = [camera for camera in spaces.cameras if image_key(camera) not in CAMERA_OF]
+    if sizes != (PROPRIO, STATE, 4) or unknown:
+        raise UserError(
+            f"init: {init} is a policy for {spaces}; the table has proprio {PROPRIO}, state {STATE}, actions of 4"
+            f" and the cameras {', '.join(CAMERA_OF.values())}"
+        )
+    if log_std is not None and not limits.min_log_std <= log_std <= limits.max_log_std:
+        raise UserError(f"log_std {log_std} is outside the policy's {limits.min_log_std}..{limits.max_log_std}")
+    return clone
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Within it torch computes with `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def log_prob_gap(policy: VLAPolicy, experience: ChunkExperience) -> float:
+    """Largest difference, in nats, between the workers' log-probs and this process's.
+
+    Raises RuntimeError if it is so large that the first ratios would not be 1.
+    """
+    played = experience.executed > 0
+    gap = float((log_probs_of(policy, experience) - experience.log_probs)[played].abs().max())
+    if gap > LARGEST_GAP:
+        raise RuntimeError(f"the workers' log-probs differ from the update's by up to {gap:g} nats")
+    return gap
+
+
+def success_by_task(episodes: Sequence[TableEpisode], prefix: str) -> dict[str, float]:
+    """PREFIX/success_once/TASK of every task that was played."""
+    by_task: dict[str, list[bool]] = {}
+    for episode in episodes:
+        by_task.setdefault(episode.task, []).append(bool(episode.record.success_once))
+    return {f"{prefix}/success_once/{task}": float(np.mean(won)) for task, won in sorted(by_task.items())}
+
+
+def validation_plays(tasks: Sequence[str], episodes: int) -> list[Play]:
+    """The episodes that are played during training, the same at every evaluation; the tasks take turns."""
+    return [(VALIDATION_SEEDS + index, {"task": tasks[index % len(tasks)]}) for index in range(episodes)]
+
+
+def timing(*, started: float, collected: float, finished: float, control_steps: int) -> dict[str, float]:
+    """Seconds of collecting and updating, collecting's share, and control steps a second."""
+    total = finished - started
+    return {
+        "time/rollout": collected - started,
+        "time/update": finished - collected,
+        "time/rollout_share": (collected - started) / total,
+        "time/fps": control_steps / total,
+    }
+
+
+def record(
+    run: Run,
+    learner: VLALearner,
+    collector: ChunkCollector,
+    metrics: dict[str, float],
+    *,
+    tasks: Sequence[str],
+    evaluation: TableEvaluationConfig,
+    update: int,
+    last: bool,
+) -> None:
+    """Evaluate where it is due, log, and keep a checkpoint where it is due."""
+    metric = None
+    if evaluation.every and update % evaluation.every == 0:
+        played = collector.evaluate(learner.policy, validation_plays(tasks, evaluation.episodes))
+        metrics = metrics | summarize([episode.record for episode in played]) | success_by_task(played, "eval")
+        metric = metrics["eval/success_once"]
+    run.log(metrics, global_step=update)
+    if metric is not None or run.should_save(update) or last:
+        save(run, learner, collector, global_step=update, metric=metric)
+
+
+def save(
+    run: Run, learner: VLALearner, collector: ChunkCollector, *, global_step: int, metric: float | None = None
+) -> None:
+    """A checkpoint: the policy as a folder that loads by itself, the rest as state."""
+    state = {"learner": learner.state_dict(), "environments": collector.workers.state()}
+    run.save(state, global_step=global_step, folders={"policy": learner.policy.save_pretrained}, metric=metric)
