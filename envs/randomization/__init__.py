@@ -15,5 +15,6 @@ what is drawn once per environment, unless `start` was called.
 from envs.randomization.randomizer import Randomizer
 from envs.randomization.sensing import Delay
 from envs.randomization.spec import KINDS, Randomization, parse_specs
+from envs.randomization.textures import upload_textures
 
-__all__ = ["KINDS", "Delay", "Randomization", "Randomizer", "parse_specs"]
+__all__ = ["KINDS", "Delay", "Randomization", "Randomizer", "parse_specs", "upload_textures"]

@@ -152,11 +152,11 @@ class Randomizer:
         return tuple(sorted(chosen))
 
     def upload_textures(self, renderer: mujoco.Renderer) -> tuple[int, ...]:
-        """Call before each `renderer.update_scene`: sends textures that changed, costs little when none did.
+        """Before a picture: sends the randomized textures that the renderer does not hold; returns them.
 
-        Returns the textures sent.
+        Where other models share the renderer, call `textures.upload_textures(renderer, model)` for these as well.
         """
-        return upload_textures(renderer, self.textures) if self.textures else ()
+        return upload_textures(renderer, self._model(), self.textures)
 
     # ---------------------------------------------------------------- inside
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 import zlib
+from collections.abc import Iterable
 
 import mujoco
 import numpy as np
@@ -97,20 +98,26 @@ TEXTURE = Writer(("texture",), _textures, _paint, numbers=_COLOURS + 4, draw=_dr
 _UPLOADED: weakref.WeakKeyDictionary[mujoco.MjrContext, dict[int, int]] = weakref.WeakKeyDictionary()
 
 
-def upload_textures(renderer: mujoco.Renderer, textures: tuple[int, ...]) -> tuple[int, ...]:
-    """Send those textures of the renderer's model that its graphics context does not hold yet; returns them.
+def upload_textures(
+    renderer: mujoco.Renderer, model: mujoco.MjModel, textures: Iterable[int] | None = None
+) -> tuple[int, ...]:
+    """Send those of the model's textures (all, or the named) that the graphics context does not hold; returns them.
 
-    Raises ValueError where the renderer is closed.
+    A renderer that draws several models of one scene needs this before each picture of any of them: the textures
+    in its context are those of the model that was drawn last. Raises ValueError where the renderer is closed.
     """
     context, current = renderer._mjr_context, renderer._gl_context
     if context is None:
         raise ValueError("textures cannot be uploaded: the renderer is closed")
     held = _UPLOADED.setdefault(context, {})
-    checksums = {texture: zlib.crc32(texture_pixels(renderer.model, texture).tobytes()) for texture in textures}
-    stale = tuple(texture for texture in textures if held.get(texture) != checksums[texture])
+    stale = []
+    for texture in range(model.ntex) if textures is None else textures:
+        checksum = zlib.crc32(texture_pixels(model, texture).tobytes())
+        if held.get(texture) != checksum:
+            held[texture] = checksum
+            stale.append(texture)
     if stale and current is not None:
         current.make_current()
     for texture in stale:
-        mujoco.mjr_uploadTexture(renderer.model, context, texture)
-        held[texture] = checksums[texture]
-    return stale
+        mujoco.mjr_uploadTexture(model, context, texture)
+    return tuple(stale)

@@ -1,4 +1,5 @@
 import colorsys
+import copy
 import math
 from collections.abc import Callable, Iterator
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from envs.capture import model_fields
-from envs.randomization import Randomization, Randomizer
+from envs.randomization import Randomization, Randomizer, upload_textures
 from envs.randomization.textures import pattern, texture_pixels
 from envs.randomization.vision import VISION
 from envs.rendering import choose_backend
@@ -215,6 +216,25 @@ def test_only_changed_textures_are_sent(model: mujoco.MjModel) -> None:
         renderer.close()
     with pytest.raises(ValueError, match="the renderer is closed"):
         randomizer.upload_textures(renderer)
+
+
+def test_models_that_share_a_renderer_keep_their_own_textures(model: mujoco.MjModel, draw: Draw) -> None:
+    """One context for many tables: what one uploads must not be seen on the next."""
+    nominal = draw(None)
+    randomizer = Randomizer(model, [SPECS["texture"]], RNG)
+    randomizer.reset()
+    other = copy.copy(model)
+    randomizer.restore()
+    assert not np.array_equal(other.tex_data, model.tex_data)
+    renderer, data = mujoco.Renderer(other, 48, 48), mujoco.MjData(model)
+    try:
+        mujoco.mj_forward(model, data)
+        for drawn, same in ((other, False), (model, True), (other, False), (model, True)):
+            assert upload_textures(renderer, drawn) == (0,)
+            renderer.update_scene(data, "front")
+            assert np.array_equal(renderer.render(), nominal) == same
+    finally:
+        renderer.close()
 
 
 def test_textures_belong_to_materials(model: mujoco.MjModel) -> None:
