@@ -15,31 +15,34 @@ from embodied.policies.words import PADDING
 class InstructionEncoder(nn.Module):
     """Words int64 [N, L] -> features [N, width].
 
-    Embeddings with learned positions, one self-attention layer ("red cube on green bar" is not "green bar on red
-    cube"), one feed-forward layer, the mean over the words that are there, brought to unit scale.
+    Every word is read together with its neighbours ("on the green" is not "the green cube") and its position, and
+    each of `heads` parts of the features is a mean over the words that this head attends to. In a comparison on the
+    table's sentences a self-attention layer under a plain mean needed twice the updates to tell what goes on what.
     """
 
-    def __init__(self, vocabulary: int, *, length: int, width: int) -> None:
+    def __init__(
+        self, vocabulary: int, *, length: int, width: int, heads: int = 4, embedding: int = 32, hidden: int = 64
+    ) -> None:
+        """Raises ValueError if `width` is not a multiple of `heads`."""
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, width, padding_idx=PADDING)
-        self.positions = nn.Parameter(torch.randn(length, width) * 0.5)
-        self.attention = nn.Linear(width, 3 * width)
-        self.mix = nn.Linear(width, width)
-        self.widen = nn.Linear(width, 2 * width)
-        self.narrow = nn.Linear(2 * width, width)
+        if width % heads:
+            raise ValueError(f"the instruction's width must be a multiple of {heads}, got {width}")
+        self.embedding = nn.Embedding(vocabulary, embedding, padding_idx=PADDING)
+        self.positions = nn.Parameter(torch.randn(length, embedding) * 0.5)
+        self.near = nn.Linear(3 * embedding, hidden)
+        self.scores = nn.Linear(hidden, heads)
+        self.values = nn.Linear(hidden, width)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, words: Tensor) -> Tensor:
         """Padding changes nothing; an instruction of nothing but padding is the same as any other such."""
-        present = words != PADDING  # [N, L]
-        hidden = self.embedding(words) + self.positions
-        query, key, value = self.attention(hidden).chunk(3, -1)
-        scores = query @ key.transpose(1, 2) / math.sqrt(key.shape[-1])  # [N, L, L]
-        scores = scores.masked_fill(~present.unsqueeze(1), torch.finfo(scores.dtype).min)
-        hidden = hidden + self.mix(scores.softmax(-1) @ value)
-        hidden = hidden + self.narrow(F.relu(self.widen(hidden)))
-        weights = present.to(hidden.dtype).unsqueeze(-1)
-        return self.norm((hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0))
+        present = (words != PADDING).unsqueeze(-1)  # [N, L, 1]
+        each = F.pad((self.embedding(words) + self.positions) * present, (0, 0, 1, 1))
+        hidden = F.relu(self.near(torch.cat([each[:, :-2], each[:, 1:-1], each[:, 2:]], -1)))  # [N, L, hidden]
+        scores = self.scores(hidden).masked_fill(~present, torch.finfo(hidden.dtype).min)
+        weights = scores.softmax(1).transpose(1, 2).unsqueeze(2)  # [N, heads, 1, L]
+        values = self.values(hidden).unflatten(-1, (scores.shape[-1], -1)).transpose(1, 2)  # [N, heads, L, -1]
+        return self.norm((weights @ values).flatten(1))
 
 
 class Conv(nn.Conv2d):

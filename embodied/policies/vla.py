@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -40,7 +40,7 @@ class VLAConfig:
     queries             things that the instruction makes the policy look for
     words, length       width of the instruction's features; most words of an instruction
     hidden              widths of the action head; critic_hidden: of the critic
-    localized           first numbers of the state, predicted by the auxiliary head; 0 = no such head
+    localized           first numbers of the state, predicted by the auxiliary head
     log_std             initial log standard deviation; always taken within [min_log_std, max_log_std]
     precision           of the convolutions; everything else computes in float32
     ablate              "image" or "words": a floor, that input is replaced by zeros
@@ -62,7 +62,7 @@ class VLAConfig:
     ablate: Literal["none", "image", "words"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("chunk", "blocks", "queries", "words", "length"):
+        for name in ("chunk", "blocks", "queries", "words", "length", "localized"):
             if getattr(self, name) < 1:
                 raise ValueError(f"policy.{name} must be at least 1, got {getattr(self, name)}")
         if not self.min_log_std <= self.log_std <= self.max_log_std:
@@ -174,13 +174,11 @@ class VLAPolicy(nn.Module):
         auxiliary [...], the mean squared error of the predicted positions, in the state's units."""
         distribution, located = self(observations)
         state = observations["state"]
-        error = (located - state[..., : self.config.localized]).square()
-        auxiliary = error.mean(-1) if self.config.localized else error.sum(-1)
         return Evaluation(
             log_probs=distribution.log_prob(actions).sum(-1),
             entropy=distribution.entropy().sum(-1),
             values=self._values(state),
-            auxiliary=auxiliary,
+            auxiliary=(located - state[..., : self.config.localized]).square().mean(-1),
         )
 
     def _values(self, state: Tensor) -> Tensor:
@@ -234,6 +232,6 @@ class VLAPolicy(nn.Module):
         return policy
 
 
-def _tuples(fields: dict[str, object]) -> dict[str, object]:
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     """JSON has no tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

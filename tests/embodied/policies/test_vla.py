@@ -1,0 +1,239 @@
+"""The vision-language-action policy: shapes, masks, one path for acting and judging, floors, files."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from embodied.policies.encoders import FiLMBlock, ImageEncoder, InstructionEncoder, attend, coordinates
+from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
+from embodied.policies.words import Words
+from experiment.errors import UserError
+
+SPACES = VLASpaces(image_size=16, cameras=("front",), proprio_size=3, state_size=8, action_size=2)
+CONFIG = VLAConfig(chunk=4, channels=(4, 8), queries=3, words=8, length=6, hidden=(16,), critic_hidden=(16,))
+WORDS = Words(["bar", "cube", "green", "on", "red", "stack"])
+
+
+def make(config: VLAConfig = CONFIG, spaces: VLASpaces = SPACES) -> VLAPolicy:
+    torch.manual_seed(0)
+    policy = VLAPolicy(spaces, config, WORDS)
+    with torch.no_grad():
+        policy.actor.last.weight.mul_(100)  # the start's small actions would hide differences
+    return policy
+
+
+def observe(*leading: int, seed: int = 0, spaces: VLASpaces = SPACES) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    size = spaces.image_size
+    seen = {
+        "proprio": torch.randn(*leading, spaces.proprio_size, generator=generator),
+        "state": torch.randn(*leading, spaces.state_size, generator=generator),
+        "words": torch.randint(1, len(WORDS), (*leading, 6), generator=generator),
+    }
+    for camera in spaces.cameras:
+        key = "image" if camera == "front" else f"{camera}_image"
+        seen[key] = torch.randint(0, 256, (*leading, size, size, 3), generator=generator, dtype=torch.uint8)
+    return seen
+
+
+def test_attention_on_one_place_gives_its_coordinates_and_features() -> None:
+    grid = coordinates(3, 5)
+    assert grid[0].tolist() == [-1.0, -1.0]
+    assert grid[1 * 5 + 3].tolist() == [0.5, 0.0]
+    places = torch.zeros(1, 15, 2)
+    places[0, 8] = torch.tensor([100.0, 7.0])
+    where, what = attend(places, torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]), grid)
+    torch.testing.assert_close(where[0], torch.tensor([[0.5, 0.0], [0.0, 0.0]]))  # the second looks everywhere
+    torch.testing.assert_close(what[0], torch.tensor([[100.0, 7.0], [100 / 15, 7 / 15]]))
+
+
+def test_film_with_nothing_to_say_is_a_plain_residual_block() -> None:
+    block = FiLMBlock(2, 3)
+    inputs = torch.randn(1, 2, 4, 4)
+    torch.testing.assert_close(block(inputs, torch.zeros(1, 3)), inputs + block.conv(inputs).relu())
+    with torch.no_grad():
+        block.film.bias.copy_(torch.tensor([-1.0, -1.0, 0.25, -0.25]))  # scale 0, shifts 0.25 and -0.25
+    expected = inputs + torch.tensor([0.25, 0.0]).view(1, 2, 1, 1)
+    torch.testing.assert_close(block(inputs, torch.zeros(1, 3)), expected)
+
+
+def test_padding_changes_nothing_and_order_does() -> None:
+    torch.manual_seed(0)
+    encoder = InstructionEncoder(len(WORDS), length=8, width=8)
+    text = WORDS.encode("stack red cube on green bar", 8)
+    with torch.no_grad():
+        encoder.embedding.weight[0] = 5.0
+        twin = InstructionEncoder(len(WORDS), length=8, width=8)
+        twin.load_state_dict(encoder.state_dict())
+        twin.positions[6:] += 3.0
+        twin.embedding.weight[0] = -7.0
+        features = encoder(
+            torch.stack([text, WORDS.encode("stack green bar on red cube", 8), torch.zeros_like(text)])
+        )
+        assert twin(text[None]).equal(encoder(text[None]))
+    assert float((features[0] - features[1]).abs().max().detach()) > 0.1
+    assert features.isfinite().all()
+
+
+def test_pixels_reach_the_convolutions_exactly_in_bfloat16() -> None:
+    encoder = ImageEncoder(1, size=16, channels=(4, 8), blocks=1, queries=2, instruction=3)
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
+    captured: list[Tensor] = []
+    encoder.first.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0]))
+    encoder(images, torch.zeros(1, 3), torch.bfloat16)
+    assert captured[0][0, 0].flatten().tolist() == [(value - 128) / 128 for value in range(256)]
+
+
+def test_shapes_with_any_leading_dimensions() -> None:
+    policy = make()
+    for leading in [(5,), (2, 3), (2, 1, 2)]:
+        observations = observe(*leading)
+        actions, log_probs = policy.act(observations, None)
+        assert actions.shape == (*leading, 4, 2)
+        assert log_probs.shape == (*leading, 4)
+        evaluation = policy.evaluate(observations, actions)
+        assert evaluation.log_probs.shape == evaluation.entropy.shape == (*leading, 4)
+        assert evaluation.values is not None
+        assert evaluation.auxiliary is not None
+        assert evaluation.values.shape == evaluation.auxiliary.shape == leading
+        torch.testing.assert_close(policy.values({"state": observations["state"]}), evaluation.values)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_log_probs_of_acting_are_those_of_judging_in_other_batches(precision: str) -> None:
+    policy = make(replace(CONFIG, precision=precision))  # type: ignore[arg-type]
+    observations = observe(37)
+    noise = torch.randn(37, 4, 2, generator=torch.Generator().manual_seed(1))
+    parts = [
+        policy.act({name: tensor[i : i + 1] for name, tensor in observations.items()}, noise[i : i + 1])
+        for i in range(37)
+    ]
+    actions, log_probs = (torch.cat(column) for column in zip(*parts, strict=True))
+    together, judged = policy.act(observations, noise)
+    torch.testing.assert_close(actions, together, rtol=0, atol=1e-6)
+    torch.testing.assert_close(log_probs, judged, rtol=0, atol=2e-6)
+    evaluation = policy.evaluate(
+        {name: tensor.unsqueeze(1) for name, tensor in observations.items()}, actions[:, None]
+    )
+    torch.testing.assert_close(evaluation.log_probs.squeeze(1), log_probs, rtol=0, atol=1e-5)
+
+
+def test_log_probs_and_entropy_by_hand() -> None:
+    policy = make()
+    observations = observe(2)
+    actions, log_probs = policy.act(observations, None)
+    constant = 2 * (1.5 - 0.5 * math.log(2 * math.pi))  # two dimensions at their means, log std -1.5
+    torch.testing.assert_close(log_probs, torch.full((2, 4), constant))
+    noise = torch.ones(2, 4, 2)
+    noisy, lower = policy.act(observations, noise)
+    torch.testing.assert_close(noisy - actions, torch.full((2, 4, 2), math.exp(-1.5)))
+    torch.testing.assert_close(lower, torch.full((2, 4), constant - 1.0))
+    entropy = policy.evaluate(observations, actions).entropy
+    torch.testing.assert_close(entropy, torch.full((2, 4), 2 * (-1.5 + 0.5 + 0.5 * math.log(2 * math.pi))))
+
+
+def test_a_deviation_beyond_its_bounds_counts_as_the_bound_and_can_come_back() -> None:
+    policy = make()
+    with torch.no_grad():
+        policy.log_std.copy_(torch.tensor([-9.0, 4.0]))
+    distribution = policy.distribution(observe(3))
+    assert distribution.log_std.tolist() == [-3.0, 0.0]
+    distribution.entropy().sum().backward()
+    assert policy.log_std.grad is not None
+    assert policy.log_std.grad.tolist() == [12.0, 12.0]  # 3 decisions of 4 steps
+
+
+def test_the_auxiliary_error_is_the_mean_square_over_the_localized_numbers() -> None:
+    policy = make(replace(CONFIG, localized=2))
+    observations = observe(3)
+    located = policy(observations)[1].detach()
+    observations["state"][:, :2] = located + torch.tensor([1.0, 3.0])
+    evaluation = policy.evaluate(observations, torch.zeros(3, 4, 2))
+    assert evaluation.auxiliary is not None
+    torch.testing.assert_close(evaluation.auxiliary, torch.full((3,), 5.0))
+
+
+def test_the_actor_never_sees_the_state_and_the_critic_nothing_else() -> None:
+    policy = make()
+    critic = list(policy.critic_parameters())
+    assert len(critic) + len(list(policy.actor_parameters())) == len(list(policy.parameters()))
+    observations = observe(3)
+    actions, _ = policy.act({name: tensor for name, tensor in observations.items() if name != "state"}, None)
+    assert actions.equal(policy.act(observations, None)[0])
+    evaluation = policy.evaluate(observations, actions)
+    assert evaluation.values is not None
+    evaluation.values.sum().backward()
+    assert all((p.grad is not None) == any(p is c for c in critic) for p in policy.parameters())
+
+
+def test_the_action_loss_reaches_the_auxiliary_head() -> None:
+    policy = make()
+    policy.distribution(observe(3)).mean.square().sum().backward()
+    assert policy.locator.last.weight.grad is not None
+    assert policy.locator.last.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("ablate, blind", [("none", None), ("image", "image"), ("words", "words")])
+def test_floors_do_not_see_their_input(ablate: str, blind: str | None, tmp_path: Path) -> None:
+    make(replace(CONFIG, ablate=ablate)).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    policy = VLAPolicy.from_pretrained(tmp_path)  # the floor travels with the policy
+    observations, others = observe(3), observe(3, seed=1)
+    before, _ = policy.act(observations, None)
+    for name in ("image", "words", "proprio"):
+        after, _ = policy.act({**observations, name: others[name]}, None)
+        assert after.equal(before) == (name == blind)
+
+
+def test_two_cameras_are_both_seen() -> None:
+    spaces = replace(SPACES, cameras=("front", "wrist"))
+    policy, observations = make(spaces=spaces), observe(3, spaces=spaces)
+    before, _ = policy.act(observations, None)
+    for name in ("image", "wrist_image"):
+        after, _ = policy.act({**observations, name: 255 - observations[name]}, None)
+        assert not after.equal(before)
+
+
+def test_it_comes_back_from_its_folder_to_the_bit(tmp_path: Path) -> None:
+    policy = make()
+    observations = observe(20)
+    policy.learn_normalization(proprio=observations["proprio"] * 3 + 1, state=observations["state"] * 2)
+    policy.save_pretrained(tmp_path / "policy")
+    again = VLAPolicy.from_pretrained(tmp_path / "policy")
+    assert (again.spaces, again.config, again.words.vocabulary) == (SPACES, CONFIG, WORDS.vocabulary)
+    assert again.act(observations, None)[0].equal(policy.act(observations, None)[0])
+    assert again.values(observations).equal(policy.values(observations))
+
+
+def test_folders_that_hold_no_such_policy_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"policy\.json is missing"):
+        VLAPolicy.from_pretrained(tmp_path)
+    make().save_pretrained(tmp_path)
+    description = json.loads((tmp_path / "policy.json").read_text())
+    for wrong in [
+        {**description, "policy": "state_mlp"},
+        {**description, "vocabulary": ["red"]},
+        {**description, "config": {**description["config"], "colour": 1}},
+        {**description, "spaces": {**description["spaces"], "proprio_size": 4}},
+    ]:
+        (tmp_path / "policy.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="not a vision-language-action policy, or a damaged one"):
+            VLAPolicy.from_pretrained(tmp_path)
+    (tmp_path / "policy.safetensors").unlink()
+    with pytest.raises(UserError, match=r"policy\.safetensors is missing"):
+        VLAPolicy.from_pretrained(tmp_path)
+
+
+def test_impossible_configurations_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"policy\.chunk must be at least 1"):
+        VLAConfig(chunk=0)
+    with pytest.raises(ValueError, match=r"policy\.log_std must be within"):
+        VLAConfig(log_std=-4.0)
+    with pytest.raises(ValueError, match=r"policy\.localized is 9, but the state has 8"):
+        VLAPolicy(SPACES, replace(CONFIG, localized=9), WORDS)
