@@ -15,14 +15,14 @@ from pathlib import Path
 
 from embodied.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
 from embodied.chunk_workers import TableConfig
-from embodied.learning import charge_kl, continue_environments, stopping_on_nan
+from embodied.learning import charge_kl, stopping_on_nan
 from embodied.vla_learner import (
     TableEvaluationConfig,
     VLALearner,
+    begin,
     log_prob_gap,
     read_clone,
     record,
-    save,
     timing,
     torch_threads,
 )
@@ -86,10 +86,9 @@ def train(config: TrainVLAPPOConfig, *, resume: Path | None = None) -> RunResult
     steps_per_update = config.environment.count * config.horizon * clone.config.chunk
     updates = 1 if config.run.dry_run else max(1, -(-config.total_steps // steps_per_update))
     with Run.start(config, recipe="embodied/vla_ppo", resume=resume) as run:
-        checkpoint = run.checkpoint
         learner = VLALearner.build(
             clone,
-            None if checkpoint is None else checkpoint.folder / "policy",
+            run.checkpoint,
             log_std=config.log_std,
             learn_std=config.learn_std,
             critic=True,
@@ -99,26 +98,14 @@ def train(config: TrainVLAPPOConfig, *, resume: Path | None = None) -> RunResult
         with ChunkCollector(
             config.environment, learner.policy, chunks=config.horizon, seed=config.run.seed
         ) as collector:
-            first = 1
-            if checkpoint is not None:
-                first = checkpoint.step + 1
-                learner.load_state_dict(checkpoint.state["learner"])
-                continue_environments(collector.workers, checkpoint.state["environments"])
-            run.begin_loop(updates)
-            if checkpoint is None:
-                save(run, learner, collector, global_step=0)
+            first = begin(run, learner, collector, updates)
             for update in range(first, updates + 1):
                 started = time.perf_counter()
                 experience = collector.collect(learner.policy)
                 collected = time.perf_counter()
                 with torch_threads(config.update_threads):
                     metrics = improve(learner, experience, config, update=update, progress=(update - 1) / updates)
-                metrics |= timing(
-                    started=started,
-                    collected=collected,
-                    finished=time.perf_counter(),
-                    control_steps=experience.control_steps,
-                )
+                metrics |= timing(started, collected, time.perf_counter(), experience.control_steps)
                 record(
                     run,
                     learner,
@@ -170,10 +157,7 @@ def improve(
             kl_coef=learner.controller.coef,
             train_policy=update > config.ppo.critic_warmup,
         )
-    if kl_metrics:
-        learner.controller.update(kl_metrics["objective/kl"], episodes=max(1, len(experience.episodes)))
     assert rollout.values is not None
     trained["explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
     trained["learning_rate"] = rates[0]
-    trained["std"] = float(policy.bounded_log_std().detach().exp().mean())
-    return metrics | kl_metrics | {f"train/{name}": value for name, value in trained.items()}
+    return metrics | learner.steer(kl_metrics, experience) | {f"train/{name}": v for name, v in trained.items()}

@@ -7,7 +7,6 @@ import copy
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,12 @@ import torch
 from embodied.chunk_rollout import ChunkCollector, ChunkExperience, log_probs_of
 from embodied.chunk_workers import Play, TableConfig, TableEpisode, make_table
 from embodied.evaluate import VALIDATION_SEEDS, summarize
-from embodied.learning import episode_metrics
+from embodied.learning import continue_environments, episode_metrics
 from embodied.policies.vla import VLAPolicy, image_key
 from envs.stepper import EpisodeRecord
 from envs.table.env import CAMERA_OF
 from envs.table.observations import PROPRIO, STATE
+from experiment.checkpoint import Checkpoint
 from experiment.errors import UserError
 from experiment.run import Run
 from policy_core.kl import KLConfig, KLController
@@ -55,7 +55,7 @@ class VLALearner:
     def build(
         cls,
         clone: VLAPolicy,
-        saved: Path | None,
+        checkpoint: Checkpoint | None,
         *,
         log_std: float | None,
         learn_std: bool,
@@ -70,7 +70,10 @@ class VLALearner:
         """
         if log_std is not None:
             torch.nn.init.constant_(clone.log_std, log_std)
-        policy = VLAPolicy.from_pretrained(saved) if saved is not None else copy.deepcopy(clone)
+        if checkpoint is None:
+            policy = copy.deepcopy(clone)
+        else:
+            policy = VLAPolicy.from_pretrained(checkpoint.folder / "policy")
         policy.log_std.requires_grad_(learn_std)
         groups = [[parameter for parameter in policy.actor_parameters() if parameter.requires_grad]]
         if critic:
@@ -90,6 +93,12 @@ class VLALearner:
         self.control_steps += experience.control_steps
         metrics = episode_metrics([episode.record for episode in self.recent], self.episodes)
         return metrics | success_by_task(self.recent, "env") | {"env_steps": float(self.control_steps)}
+
+    def steer(self, kl_metrics: Mapping[str, float], experience: ChunkExperience) -> dict[str, float]:
+        """Feed the KL that `charge_kl` measured to the controller; returns it, and the deviation of the actions."""
+        if kl_metrics:
+            self.controller.update(kl_metrics["objective/kl"], episodes=max(1, len(experience.episodes)))
+        return {**kl_metrics, "train/std": float(self.policy.bounded_log_std().detach().exp().mean())}
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; the policy has a folder of its own there."""
@@ -166,7 +175,7 @@ def validation_plays(tasks: Sequence[str], episodes: int) -> list[Play]:
     return [(VALIDATION_SEEDS + index, {"task": tasks[index % len(tasks)]}) for index in range(episodes)]
 
 
-def timing(*, started: float, collected: float, finished: float, control_steps: int) -> dict[str, float]:
+def timing(started: float, collected: float, finished: float, control_steps: int) -> dict[str, float]:
     """Seconds of collecting and updating, collecting's share, and control steps a second."""
     total = finished - started
     return {
@@ -175,6 +184,19 @@ def timing(*, started: float, collected: float, finished: float, control_steps: 
         "time/rollout_share": (collected - started) / total,
         "time/fps": control_steps / total,
     }
+
+
+def begin(run: Run, learner: VLALearner, collector: ChunkCollector, updates: int) -> int:
+    """Continue from the run's checkpoint, or keep a first one; returns the update to go on with."""
+    checkpoint = run.checkpoint
+    if checkpoint is not None:
+        learner.load_state_dict(checkpoint.state["learner"])
+        continue_environments(collector.workers, checkpoint.state["environments"])
+    run.begin_loop(updates)
+    if checkpoint is not None:
+        return checkpoint.step + 1
+    save(run, learner, collector, global_step=0)
+    return 1
 
 
 def record(

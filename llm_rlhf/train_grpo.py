@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.experience import (
@@ -30,10 +29,9 @@ from llm_rlhf.learner import (
 from llm_rlhf.models import ModelConfig
 from llm_rlhf.self_imitation import SelfImitationConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
-from policy_core.grpo import GRPOConfig, group_advantages
+from policy_core.grpo import GRPOConfig, group_advantages, with_signal
 from policy_core.kl import KLConfig, kl_in_unit
 from policy_core.ppo import PPOConfig, update
-from policy_core.rollout import Rollout
 from policy_core.schedules import scheduled, set_learning_rate
 
 RECIPE = "llm/grpo"
@@ -181,11 +179,3 @@ def iterate(config: TrainGRPOConfig, learner: Learner) -> dict[str, float]:
     learner.counters.samples += len(scores.total)
     learner.counters.tokens += int(samples.mask.sum())
     return metrics
-
-
-def with_signal(rollout: Rollout, advantages: Tensor) -> tuple[Rollout, Tensor]:
-    """The rows whose group did not earn one and the same reward; all of them if there is none."""
-    rows = (advantages != 0).any(1).nonzero().squeeze(1)
-    if rows.numel() == 0:
-        return rollout, advantages
-    return rollout.select(rows), advantages[rows]

@@ -83,3 +83,11 @@ def group_advantages(rollout: Rollout, *, config: GRPOConfig) -> tuple[Tensor, d
     size, _, squares = _group_sums(returns, group)
     std = (squares / (size - 1).clamp(min=1)).sqrt()
     return spread, {"frac_reward_zero_std": (std < 1e-8).float().mean(), "reward_std": std.mean()}
+
+
+def with_signal(rollout: Rollout, advantages: Tensor) -> tuple[Rollout, Tensor]:
+    """The rows whose group did not earn one and the same reward; all of them if there is none."""
+    rows = (advantages != 0).any(1).nonzero().squeeze(1)
+    if rows.numel() == 0:
+        return rollout, advantages
+    return rollout.select(rows), advantages[rows]

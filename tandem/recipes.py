@@ -20,6 +20,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "embodied/bc": ("embodied.train_bc", "TrainBCConfig"),
     "embodied/ppo": ("embodied.train_ppo", "TrainPPOConfig"),
     "embodied/vla_ppo": ("embodied.train_vla_ppo", "TrainVLAPPOConfig"),
+    "embodied/vla_grpo": ("embodied.train_vla_grpo", "TrainVLAGRPOConfig"),
     "llm/sft": ("llm_rlhf.train_sft", "TrainSFTConfig"),
     "llm/ppo": ("llm_rlhf.train_ppo", "TrainPPOConfig"),
     "llm/grpo": ("llm_rlhf.train_grpo", "TrainGRPOConfig"),

@@ -6,8 +6,6 @@ from llm_rlhf.learner import Counters, progress_of
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
 from llm_rlhf.rewards import Scores
 from llm_rlhf.self_imitation import GoodAnswers, SelfImitationConfig
-from llm_rlhf.train_grpo import with_signal
-from policy_core.rollout import Rollout
 
 
 def samples(ids: list[list[int]], attention: list[list[int]], mask: list[list[int]]) -> Samples:
@@ -91,31 +89,6 @@ def test_memory_resumes(policy: LanguagePolicy) -> None:
     again = memory()
     again.load_state_dict(state)
     assert [float(again.loss(policy)[0].detach()) for _ in range(4)] == expected
-
-
-def rollout(rows: int) -> Rollout:
-    shape = (rows, 2)
-    no = torch.zeros(shape, dtype=torch.bool)
-    return Rollout(
-        observations=torch.zeros(shape),
-        actions=torch.arange(2 * rows).view(shape),
-        rewards=torch.zeros(shape),
-        terminated=no,
-        truncated=no,
-        mask=~no,
-        discount=torch.ones(shape),
-        old_log_probs=torch.zeros(shape),
-        episode=torch.zeros(shape, dtype=torch.long),
-    )
-
-
-def test_groups_without_signal_are_left_out() -> None:
-    advantages = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [-1.0, 0.0]])
-    trained, left = with_signal(rollout(4), advantages)
-    assert trained.actions.tolist() == [[2, 3], [6, 7]]  # type: ignore[union-attr]
-    assert left.tolist() == [[1.0, 1.0], [-1.0, 0.0]]
-    everything, _ = with_signal(rollout(4), torch.zeros(4, 2))
-    assert everything.shape == (4, 2)
 
 
 def test_progress_is_by_updates_or_by_time() -> None:

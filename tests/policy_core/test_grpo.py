@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import torch
 
-from policy_core.grpo import ADVANTAGES, GRPOConfig, dr_grpo, group_advantages, grpo, rloo
+from policy_core.grpo import ADVANTAGES, GRPOConfig, dr_grpo, group_advantages, grpo, rloo, with_signal
 from policy_core.rollout import Rollout
 from tests.policy_core.helpers import NAN, close, flags, make_rollout
 
@@ -87,6 +87,16 @@ def test_group_metrics() -> None:
     advantages, metrics = group_advantages(equal, config=GRPOConfig())
     close(metrics["frac_reward_zero_std"].double(), 0.5)
     close(advantages[0, 3:], [0.0, 0.0])
+
+
+def test_rows_without_signal_are_left_out() -> None:
+    rollout = make_rollout([[2.0, 3.0], [4.0, 5.0], [6.0, 7.0], [8.0, 9.0]])
+    trained, left = with_signal(rollout, torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [-1.0, 0.0]]))
+    close(trained.rewards, [[4.0, 5.0], [8.0, 9.0]])
+    close(left, [[1.0, 1.0], [-1.0, 0.0]])
+    everything, nothing = with_signal(rollout, torch.zeros(4, 2))  # an empty update would be none at all
+    assert everything is rollout
+    close(nothing, torch.zeros(4, 2))
 
 
 def test_errors() -> None:
