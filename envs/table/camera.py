@@ -14,6 +14,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.randomization import upload_textures
 from envs.rendering import choose_backend
 
 Image = NDArray[np.uint8]
@@ -57,9 +58,8 @@ def picture(model: mujoco.MjModel, data: mujoco.MjData, camera: str, height: int
         names = ", ".join(model.camera(i).name for i in range(model.ncam))
         raise ValueError(f"there is no camera {camera!r}; the scene has {names}")
     drawer = renderer(model, height, width)
-    mujoco.mjv_updateScene(
-        model, data, _OPTION, None, _fixed(index), mujoco.mjtCatBit.mjCAT_ALL, drawer.scene
-    )
+    upload_textures(drawer, model)
+    mujoco.mjv_updateScene(model, data, _OPTION, None, _fixed(index), mujoco.mjtCatBit.mjCAT_ALL, drawer.scene)
     image: Image = drawer.render()
     return image
 

@@ -11,16 +11,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import gymnasium
+import mujoco
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from envs.table import camera, scene, tasks
+from envs.randomization import Randomization, Randomizer
+from envs.table import scene
+from envs.table.camera import Image
 from envs.table.language import LONGEST, PHRASINGS, TASKS, Goal, Phrasing, instruct, parse
 from envs.table.layout import Combinations, draw_goal, draw_layout, other_goal
-from envs.table.observations import PROPRIO, STATE, proprio, state
+from envs.table.observations import PROPRIO, STATE, state
+from envs.table.randomization import specs_of
+from envs.table.senses import Senses
 from envs.table.tasks import TASK, Slots, destination, locate
-from envs.table.world import TableWorld
+from envs.table.world import Layout, TableWorld
 
 SUCCESS_REWARD = 1.0
 ENTRIES = ("image", "wrist_image", "proprio", "instruction", "state")
@@ -38,15 +43,16 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
     observe           the entries of an observation: image, wrist_image, proprio, instruction, state (privileged)
     image_size        pixels, square
     reward            "dense": the change of the task's progress, and 1 at success; "sparse": 1 at success
-    end_on_success    terminate there; else go on to the time limit, so that success_at_end differs from success_once
+    end_on_success    terminate there; else go on to the time limit: success_at_end may differ from success_once
+    randomization     a preset of `envs.table.randomization`, or randomizations of your own
 
     Actions [4] in [-1, 1]: the tool's way (times 3 cm) in x, y and z, and the gripper (> 0 closes). `info` holds
-    success (now), and at reset the instruction, task and goal. A named object beyond reach terminates without success.
-    Time limits are the wrapper's (truncation). Raises ValueError for unknown tasks, entries or goals and for actions
-    that are not finite.
+    success (now), and at reset the instruction, task and goal. A named object beyond reach terminates without
+    success. Time limits are the wrapper's (truncation). Raises ValueError for unknown tasks, entries or goals and
+    for actions that are not finite.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (Gymnasium declares it so)
 
     def __init__(
         self,
@@ -58,6 +64,7 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         image_size: int = 64,
         reward: Literal["dense", "sparse"] = "dense",
         end_on_success: bool = True,
+        randomization: str | Sequence[Randomization | Mapping[str, Any]] | None = None,
         render_mode: str | None = None,
     ) -> None:
         self._tasks = tuple(_known("task", name, TASKS) for name in ([tasks] if isinstance(tasks, str) else tasks))
@@ -71,6 +78,9 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         self.image_size, self._reward, self._end_on_success = image_size, reward, end_on_success
         self.render_mode = render_mode
         self.world = TableWorld()
+        specs = specs_of(randomization)
+        self.randomizer = Randomizer(self.world.model, specs, np.random.default_rng(0)) if specs else None
+        self.senses = Senses(self.world, self.randomizer)
         self.goal = Goal("reach", _ANY_THING)
         self.slots = Slots(0)
         self.other: Goal | None = None
@@ -119,18 +129,31 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         swapped = other_goal(rng, goal, layout, self._combinations)  # drawn always: the scene stays the same
         self.other = goal if asked.get("swap") else None
         self.goal = swapped if asked.get("swap") else goal
-        self.world.place(layout, rng)
+        self._begin(layout)
         self.slots = locate(self.goal, self.world)
         self._other_slots = None if self.other is None else locate(self.other, self.world)
         self.instruction = sentence or instruct(self.goal, rng, phrasing=self._phrasing)
         self.elapsed, self._streak, self._other_streak = 0, 0, 0
         self._progress = TASK[self.goal.task].progress(self.world, self.slots)
+        self.senses.begin()
         info = {"instruction": self.instruction, "task": self.goal.task, "goal": self.goal.key}
         return self.observe(self._observe), info
 
-    def step(
-        self, action: NDArray[np.floating]
-    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def _begin(self, layout: Layout) -> None:
+        """Place the scene, under new random circumstances."""
+        randomizer, rng = self.randomizer, self.np_random
+        if randomizer is None:
+            self.world.place(layout, rng)
+            return
+        randomizer.restore()
+        self.world.place(layout, rng)
+        randomizer.rebase()  # the shapes and colours of this scene are what is varied
+        randomizer.seed(rng)
+        randomizer.reset(self.world.data)
+        randomizer.actions.reset(np.array([0.0, 0.0, 0.0, -1.0]))
+        mujoco.mj_forward(self.world.model, self.world.data)
+
+    def step(self, action: NDArray[np.floating]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """0.1 s."""
         chosen = np.asarray(action, np.float64)
         if chosen.shape != (4,):
@@ -138,8 +161,14 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         if not np.isfinite(chosen).all():
             raise ValueError(f"the action is not finite: {chosen.tolist()}")
         world = self.world
-        world.step(np.minimum(np.maximum(chosen, -1.0), 1.0))
+        chosen = np.minimum(np.maximum(chosen, -1.0), 1.0)
+        if self.randomizer is not None:
+            chosen = self.randomizer.actions.push(chosen)
+        world.step(chosen)
         self.elapsed += 1
+        if self.randomizer is not None:
+            self.randomizer.interval(world.data, self.elapsed * scene.CONTROL_STEP)
+            self.senses.tick()
         task = TASK[self.goal.task]
         self._streak = self._streak + 1 if task.done(world, self.slots) else 0
         success = self.judged and self._streak >= task.hold
@@ -167,22 +196,21 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
                 case "instruction":
                     entries[name] = self.instruction
                 case "proprio":
-                    entries[name] = proprio(self.world)
+                    entries[name] = self.senses.proprio()
                 case "state":
                     held = self._streak / TASK[self.goal.task].hold
                     entries[name] = state(self.world, self.goal.task, self.slots, held, self.elapsed / TIME_LIMIT)
                 case _:
-                    entries[name] = self.picture(CAMERA_OF[name])
+                    entries[name] = self.senses.picture(CAMERA_OF[name], self.image_size)
         return entries
 
-    def picture(self, name: str = "front", size: int | None = None) -> camera.Image:
-        """[H, W, 3] uint8 from a camera of the scene."""
-        size = size or self.image_size
-        return camera.picture(self.world.model, self.world.data, name, size, size)
+    def picture(self, name: str = "front", size: int = 256) -> Image:
+        """[size, size, 3] uint8 of the scene as it is, for people."""
+        return self.senses.clear_picture(name, size)
 
     def render(self) -> Any:
         """The front camera, 256 pixels."""
-        return self.picture("front", 256) if self.render_mode == "rgb_array" else None
+        return self.picture() if self.render_mode == "rgb_array" else None
 
     @property
     def destination(self) -> NDArray[np.floating]:
@@ -208,7 +236,7 @@ class TableStateEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.floating]]):
             tasks=names, observe=("state",), reward=reward, end_on_success=end_on_success, render_mode=render_mode
         )
         self.render_mode = render_mode
-        self.observation_space = self.table.observation_space["state"]
+        self.observation_space = spaces.Box(-np.inf, np.inf, (STATE,), np.float32)
         self.action_space = self.table.action_space
 
     def reset(
@@ -219,9 +247,7 @@ class TableStateEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.floating]]):
         observation, info = self.table.reset(seed=seed, options=options)
         return observation["state"], info
 
-    def step(
-        self, action: NDArray[np.floating]
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.floating]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """As TableEnv."""
         observation, reward, terminated, truncated, info = self.table.step(action)
         return observation["state"], reward, terminated, truncated, info

@@ -18,7 +18,7 @@ APART = 0.10
 """Metres between two objects, and between an object and a pad."""
 PADS_APART = 0.14
 SAME_COLOUR = 0.25
-"""Share of the scenes in which another object has the named one's colour, so that only the shape tells them apart."""
+"""Share of the scenes in which another object has the named one's colour, so that only the shape tells which."""
 YAW = np.deg2rad(14.0)
 """Largest turn of an object at the start: the gripper keeps its own."""
 
@@ -83,7 +83,7 @@ def _draw_things(rng: np.random.Generator, goal: Goal) -> list[Thing]:
 
 
 def _draw_places(rng: np.random.Generator) -> Array:
-    """[2 + 4, 2]: pads, then objects, none too near another; drawn again from the start where the last do not fit."""
+    """[2 + 4, 2]: pads, then objects, none too near another; drawn again where the last do not fit."""
     half = np.array(scene.WORKSPACE)
     while True:
         places: list[Array] = []

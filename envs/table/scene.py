@@ -1,8 +1,8 @@
 """The scene in MJCF, from primitives: a 7-joint arm with a parallel gripper, a table, four objects, two pads.
 
 Every scene of every task is this one model. An object is a body with three geoms, one a shape; `wear` shows one of
-them and hides the others. A pad is a mocap body without collisions. Lengths in metres, the table's top at z = 0, the
-workspace's centre at the origin, the robot's base behind it on the negative x axis, the front camera opposite.
+them and hides the others. A pad is a mocap body without collisions. Lengths in metres, the table's top at z = 0,
+the workspace's centre at the origin, the robot's base behind it on the negative x axis, the front camera opposite.
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ def _actuators() -> str:
     for joint in range(1, JOINTS + 1):
         kp, kv, force = (2000, 120, 200) if joint < 5 else (800, 50, 60)
         lines.append(
-            f'<position name="joint{joint}" joint="joint{joint}" kp="{kp}" kv="{kv}" forcerange="-{force} {force}"/>'
+            f'<position name="joint{joint}" joint="joint{joint}" kp="{kp}" kv="{kv}"'
+            f' forcerange="-{force} {force}"/>'
         )
     lines += [
         f'<position name="{side}_finger" joint="{side}_finger" kp="400" kv="30" forcerange="-8 8"'

@@ -122,7 +122,7 @@ def push_done(world: TableWorld, slots: Slots) -> bool:
 
 
 def push_progress(world: TableWorld, slots: Slots) -> float:
-    """Nearness of the tool to the object, and of the object to the pad; what was lifted cannot be pushed any more."""
+    """Nearness of the tool to the object, and of the object to the pad; what was lifted cannot be pushed."""
     if world.lifted[slots.thing] >= PUSHED_AT_MOST:
         return 0.0
     near = _near(float(np.linalg.norm(world.tool - world.positions[slots.thing])))

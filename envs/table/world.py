@@ -1,9 +1,9 @@
 """The physics of one table: place a scene, move the tool, look. Knows no task and no words.
 
-    world = TableWorld()
-    world.place(layout, rng)
-    world.step(action)          # 0.1 s
-    world.tool, world.positions, world.gripped(0)
+world = TableWorld()
+world.place(layout, rng)
+world.step(action)          # 0.1 s
+world.tool, world.positions, world.gripped(0)
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class TableWorld:
         mujoco.mj_forward(model, data)
 
     def step(self, action: NDArray[np.floating]) -> None:
-        """One control step of 0.1 s. action: [4] in [-1, 1]: the tool's way in x, y, z, and the gripper (> 0 closes)."""
+        """One control step. action: [4] in [-1, 1], the tool's way in x, y and z, and the gripper (> 0 closes)."""
         before = self.tool.copy()
         target = np.minimum(np.maximum(before + STEP_LENGTH * action[:3], LOWEST), HIGHEST)
         data = self.data

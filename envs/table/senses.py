@@ -1,0 +1,61 @@
+"""What reaches the robot of the table: pictures and proprioception, late and noisy where randomization says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.randomization import Randomizer
+from envs.table import camera
+from envs.table.observations import proprio
+from envs.table.world import TableWorld
+
+
+class Senses:
+    """Looks at a world. Late pictures are drawn only when they are asked for, from the poses of back then."""
+
+    def __init__(self, world: TableWorld, randomizer: Randomizer | None) -> None:
+        self.world, self.randomizer = world, randomizer
+        self._late: dict[str, Any] | None = None
+        self._then: mujoco.MjData | None = None
+
+    def begin(self) -> None:
+        """At the start of an episode, after the randomizer's draws."""
+        self._late = None
+        if self.randomizer is not None and self.randomizer.observation_latency:
+            self._late = self.randomizer.observations.reset(self._snapshot())
+
+    def tick(self) -> None:
+        """After each control step."""
+        if self.randomizer is not None and self.randomizer.observation_latency:
+            self._late = self.randomizer.observations.push(self._snapshot())
+
+    def _snapshot(self) -> dict[str, Any]:
+        data = self.world.data
+        return {"proprio": proprio(self.world), "qpos": data.qpos.copy(), "mocap_pos": data.mocap_pos.copy()}
+
+    def proprio(self) -> NDArray[np.float32]:
+        """[17], see `observations.proprio`."""
+        felt: NDArray[np.float32] = proprio(self.world) if self._late is None else self._late["proprio"]
+        return felt if self.randomizer is None else self.randomizer.noisy(felt)
+
+    def picture(self, name: str, size: int) -> camera.Image:
+        """[size, size, 3] uint8 as the robot's camera `name` gives it."""
+        seen = self.clear_picture(name, size, self._late)
+        return seen if self.randomizer is None else self.randomizer.image(seen)
+
+    def clear_picture(self, name: str, size: int, late: dict[str, Any] | None = None) -> camera.Image:
+        """The same without lateness and noise, for people."""
+        model, data = self.world.model, self.world.data
+        if late is not None:
+            if self._then is None:
+                self._then = mujoco.MjData(model)
+            data = self._then
+            data.qpos[:], data.mocap_pos[:] = late["qpos"], late["mocap_pos"]
+            mujoco.mj_kinematics(model, data)
+            mujoco.mj_comPos(model, data)
+            mujoco.mj_camlight(model, data)
+        return camera.picture(model, data, name, size, size)
