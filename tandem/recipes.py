@@ -19,6 +19,7 @@ from experiment.errors import UserError
 RECIPES: dict[str, tuple[str, str]] = {
     "embodied/bc": ("embodied.train_bc", "TrainBCConfig"),
     "embodied/ppo": ("embodied.train_ppo", "TrainPPOConfig"),
+    "embodied/vla_bc": ("embodied.train_vla_bc", "TrainVLABCConfig"),
     "embodied/vla_ppo": ("embodied.train_vla_ppo", "TrainVLAPPOConfig"),
     "embodied/vla_grpo": ("embodied.train_vla_grpo", "TrainVLAGRPOConfig"),
     "llm/sft": ("llm_rlhf.train_sft", "TrainSFTConfig"),

@@ -11,26 +11,25 @@ from torch import Tensor, nn
 
 from embodied.policies.words import PADDING
 
+HEADS = 4
+"""Parts of an instruction's features, each of which attends to words of its own."""
+
 
 class InstructionEncoder(nn.Module):
     """Words int64 [N, L] -> features [N, width].
 
     Every word is read together with its neighbours ("on the green" is not "the green cube") and its position, and
-    each of `heads` parts of the features is a mean over the words that this head attends to. In a comparison on the
+    each of HEADS parts of the features is a mean over the words that this head attends to. In a comparison on the
     table's sentences a self-attention layer under a plain mean needed twice the updates to tell what goes on what.
     """
 
-    def __init__(
-        self, vocabulary: int, *, length: int, width: int, heads: int = 4, embedding: int = 32, hidden: int = 64
-    ) -> None:
-        """Raises ValueError if `width` is not a multiple of `heads`."""
+    def __init__(self, vocabulary: int, *, length: int, width: int, embedding: int = 32, hidden: int = 64) -> None:
+        """width: a multiple of HEADS."""
         super().__init__()
-        if width % heads:
-            raise ValueError(f"the instruction's width must be a multiple of {heads}, got {width}")
         self.embedding = nn.Embedding(vocabulary, embedding, padding_idx=PADDING)
         self.positions = nn.Parameter(torch.randn(length, embedding) * 0.5)
         self.near = nn.Linear(3 * embedding, hidden)
-        self.scores = nn.Linear(hidden, heads)
+        self.scores = nn.Linear(hidden, HEADS)
         self.values = nn.Linear(hidden, width)
         self.norm = nn.LayerNorm(width)
 
@@ -40,8 +39,8 @@ class InstructionEncoder(nn.Module):
         each = F.pad((self.embedding(words) + self.positions) * present, (0, 0, 1, 1))
         hidden = F.relu(self.near(torch.cat([each[:, :-2], each[:, 1:-1], each[:, 2:]], -1)))  # [N, L, hidden]
         scores = self.scores(hidden).masked_fill(~present, torch.finfo(hidden.dtype).min)
-        weights = scores.softmax(1).transpose(1, 2).unsqueeze(2)  # [N, heads, 1, L]
-        values = self.values(hidden).unflatten(-1, (scores.shape[-1], -1)).transpose(1, 2)  # [N, heads, L, -1]
+        weights = scores.softmax(1).transpose(1, 2).unsqueeze(2)  # [N, HEADS, 1, L]
+        values = self.values(hidden).unflatten(-1, (HEADS, -1)).transpose(1, 2)  # [N, HEADS, L, -1]
         return self.norm((weights @ values).flatten(1))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from embodied.normalization import ObservationNormalizer
-from embodied.policies.encoders import ImageEncoder, InstructionEncoder
+from embodied.policies.encoders import HEADS, ImageEncoder, InstructionEncoder
 from embodied.policies.words import Words
 from experiment.errors import UserError
 from policy_core.distributions import DiagonalGaussian
@@ -65,6 +65,8 @@ class VLAConfig:
         for name in ("chunk", "blocks", "queries", "words", "length", "localized"):
             if getattr(self, name) < 1:
                 raise ValueError(f"policy.{name} must be at least 1, got {getattr(self, name)}")
+        if self.words % HEADS:
+            raise ValueError(f"policy.words must be a multiple of {HEADS}, got {self.words}")
         if not self.min_log_std <= self.log_std <= self.max_log_std:
             raise ValueError(
                 f"policy.log_std must be within [{self.min_log_std}, {self.max_log_std}], got {self.log_std}"
@@ -96,10 +98,10 @@ class VLAPolicy(nn.Module):
     """
 
     def __init__(self, spaces: VLASpaces, config: VLAConfig, words: Words) -> None:
-        """Raises ValueError if more numbers are to be localised than the state has."""
+        """Raises UserError if more numbers are to be localised than the state has."""
         super().__init__()
         if config.localized > spaces.state_size:
-            raise ValueError(
+            raise UserError(
                 f"policy.localized is {config.localized}, but the state has {spaces.state_size} numbers"
             )
         self.spaces, self.config, self.words = spaces, config, words

@@ -235,5 +235,7 @@ def test_impossible_configurations_are_refused() -> None:
         VLAConfig(chunk=0)
     with pytest.raises(ValueError, match=r"policy\.log_std must be within"):
         VLAConfig(log_std=-4.0)
-    with pytest.raises(ValueError, match=r"policy\.localized is 9, but the state has 8"):
+    with pytest.raises(ValueError, match=r"policy\.words must be a multiple of 4, got 6"):
+        VLAConfig(words=6)
+    with pytest.raises(UserError, match=r"policy\.localized is 9, but the state has 8"):
         VLAPolicy(SPACES, replace(CONFIG, localized=9), WORDS)
