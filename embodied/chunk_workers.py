@@ -333,6 +333,7 @@ class ChunkWorker:
             if play is not None:
                 seed, options = plays[play]
                 playing[index], generators[index] = play, np.random.default_rng([seed, 2])
+                table.seats[index].number = -1  # every one of them is its seed's first
                 table.begin(index, episode_seed(seed, 0), options)
 
         for index in range(len(table.seats)):

@@ -1,0 +1,245 @@
+"""Online fine-tuning at the table, tiny: what moves, what stays, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from embodied import train_vla_grpo, train_vla_ppo
+from embodied.chunk_workers import TableConfig
+from embodied.policies.vla import VLAPolicy
+from embodied.train_vla_grpo import TrainVLAGRPOConfig
+from embodied.train_vla_ppo import TrainVLAPPOConfig
+from embodied.vla_learner import TableEvaluationConfig, success_by_task, validation_plays
+from envs.stepper import EpisodeRecord
+from experiment.errors import UserError
+from experiment.run import RunConfig
+from policy_core.grpo import GRPOConfig
+from policy_core.kl import KLConfig
+from policy_core.ppo import PPOConfig
+from tests.embodied.tables import tiny_policy
+
+Rows = Callable[[Path], list[dict[str, Any]]]
+STEPS = 2 * 3 * 4  # two tables, three chunks of four
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    policy = tiny_policy()
+    policy.state_normalizer.update(torch.randn(30, 49))
+    policy.save_pretrained(tmp_path / "clone")
+    return tmp_path / "clone"
+
+
+def ppo_config(clone: Path | None, folder: Path, **changes: Any) -> TrainVLAPPOConfig:
+    ppo = PPOConfig(learning_rate=1e-3, epochs=1, minibatch_size=4, auxiliary_coef=0.5, critic_warmup=0)
+    fields: dict[str, Any] = {
+        "run": RunConfig(folder=str(folder), wandb="disabled", checkpoint_every=1, seed=4),
+        "environment": TableConfig(count=2, workers=0, tasks=("reach", "push")),
+        "ppo": ppo,
+        "init": None if clone is None else str(clone),
+        "log_std": -1.0,
+        "total_steps": 2 * STEPS,
+        "horizon": 3,
+        "update_threads": 1,
+        **changes,
+    }
+    return TrainVLAPPOConfig(**fields)
+
+
+def grpo_config(clone: Path, folder: Path, **changes: Any) -> TrainVLAGRPOConfig:
+    fields: dict[str, Any] = {
+        "run": RunConfig(folder=str(folder), wandb="disabled", checkpoint_every=1, seed=4),
+        "environment": TableConfig(count=2, workers=0, tasks=("reach",)),
+        "grpo": GRPOConfig(group_size=2),
+        "ppo": PPOConfig(learning_rate=1e-3, epochs=1, minibatch_size=16, gamma=1.0, normalize_advantages=False),
+        "init": str(clone),
+        "log_std": -1.0,
+        "updates": 2,
+        "update_threads": 1,
+        **changes,
+    }
+    return TrainVLAGRPOConfig(**fields)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in VLAPolicy.from_pretrained(folder).state_dict().items()}
+
+
+def moved(before: Path, run: Path) -> set[str]:
+    """First parts of the names of what changed, but for the deviation that the configuration sets."""
+    old, new = weights(before), weights(run / "checkpoints" / "last" / "policy")
+    return {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])} - {"log_std"}
+
+
+# ------------------------------------------------------------------ ppo
+
+
+def test_two_updates(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
+    config = ppo_config(clone, tmp_path / "run", evaluation=TableEvaluationConfig(every=2, episodes=3))
+    result = train_vla_ppo.train(config)
+    first, second = rows_of(result.folder)
+    assert first["train/rollout_logprob_gap"] < 1e-4
+    assert "train/rollout_logprob_gap" not in second
+    assert (first["env_steps"], second["env_steps"]) == (STEPS, 2 * STEPS)
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert second["objective/kl"] != 0.0
+    assert first["train/std"] == pytest.approx(math.exp(-1.0))
+    assert first["train/auxiliary_loss"] > 0
+    assert {"eval/success_once", "eval/success_once/reach", "eval/success_once/push"} <= second.keys()
+    assert second["eval/episodes"] == 3
+    assert {"vision", "actor", "locator", "critic"} <= moved(clone, result.folder)
+    assert "state_normalizer" not in moved(clone, result.folder)
+    kept = weights(result.folder / "checkpoints" / "last" / "policy")["log_std"]
+    assert torch.equal(kept, torch.full((4,), -1.0))  # not learned unless asked for
+
+
+def test_learning_rate_0_leaves_the_weights(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
+    config = ppo_config(clone, tmp_path / "run", critic_learning_rate=0.0)
+    config = replace(config, ppo=replace(config.ppo, learning_rate=0.0, epochs=3))
+    result = train_vla_ppo.train(config)
+    assert moved(clone, result.folder) == set()
+    for row in rows_of(result.folder):  # every ratio of every pass is 1
+        assert row["train/approx_kl"] == pytest.approx(0.0, abs=1e-6)
+        assert row["train/clip_fraction"] == 0.0
+
+
+def test_warm_up_moves_the_critic_only(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
+    config = ppo_config(clone, tmp_path / "run")
+    result = train_vla_ppo.train(replace(config, ppo=replace(config.ppo, critic_warmup=2)))
+    assert moved(clone, result.folder) == {"critic"}
+    assert "train/policy_loss" not in rows_of(result.folder)[1]
+
+
+def test_rates_of_their_own(clone: Path, tmp_path: Path) -> None:
+    config = ppo_config(clone, tmp_path / "run", critic_learning_rate=0.0)
+    assert "critic" not in moved(clone, train_vla_ppo.train(config).folder)
+
+
+def test_the_kl_in_the_loss_and_a_learned_deviation(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
+    config = ppo_config(
+        clone,
+        tmp_path / "run",
+        kl=KLConfig(coef=0.1, placement="loss", estimator="k2", target=0.01, unit="decision", horizon=1.0),
+        learn_std=True,
+        total_steps=STEPS * 2,
+    )
+    result = train_vla_ppo.train(config)
+    first, second = rows_of(result.folder)
+    assert second["train/reference_kl"] > 0
+    assert second["objective/kl_coef"] != first["objective/kl_coef"]
+    kept = weights(result.folder / "checkpoints" / "last" / "policy")["log_std"]
+    assert not torch.equal(kept, torch.full((4,), -1.0))
+
+
+def test_a_clone_that_never_saw_states_learns_their_scale(tmp_path: Path) -> None:
+    tiny_policy().save_pretrained(tmp_path / "blind")
+    config = ppo_config(tmp_path / "blind", tmp_path / "run", kl=KLConfig())
+    result = train_vla_ppo.train(config)
+    kept = VLAPolicy.from_pretrained(result.folder / "checkpoints" / "last" / "policy")
+    assert float(kept.state_normalizer.count) == 6  # the first rollout's decisions, once
+
+
+def assert_resumes(
+    train: Callable[..., Any],
+    config: Any,
+    tmp_path: Path,
+    rows_of: Rows,
+    interrupt_at: Callable[..., None],
+) -> None:
+    """Stopped before its last row and resumed: the same metrics and weights as in one go."""
+    whole = train(config)
+    broken = replace(config, run=replace(config.run, folder=str(tmp_path / "broken")))
+    interrupt_at(2, train, broken)
+    again = train(broken, resume=tmp_path / "broken")
+    assert rows_of(again.folder) == rows_of(whole.folder)
+    expected = weights(whole.folder / "checkpoints" / "last" / "policy")
+    found = weights(again.folder / "checkpoints" / "last" / "policy")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_resumed_to_the_bit(clone: Path, tmp_path: Path, rows_of: Rows, interrupt_at: Callable[..., None]) -> None:
+    config = ppo_config(clone, tmp_path / "whole", horizon=17, total_steps=2 * 2 * 17 * 4)
+    assert_resumes(train_vla_ppo.train, config, tmp_path, rows_of, interrupt_at)
+
+
+# ------------------------------------------------------------------ grpo
+
+
+def test_groups_resumed_to_the_bit(
+    clone: Path, tmp_path: Path, rows_of: Rows, interrupt_at: Callable[..., None]
+) -> None:
+    config = grpo_config(clone, tmp_path / "whole", environment=TableConfig(count=2, workers=0, tasks=("reach",)))
+    assert_resumes(train_vla_grpo.train, config, tmp_path, rows_of, interrupt_at)
+    first, second = rows_of(tmp_path / "whole")
+    assert (first["episodes"], second["episodes"]) == (2, 4)
+    assert first["objective/frac_reward_zero_std"] == 0.0
+    assert {"vision", "actor"} <= moved(clone, tmp_path / "whole")
+    assert "critic" not in moved(clone, tmp_path / "whole")
+
+
+def test_groups_that_all_fail_teach_nothing(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
+    sparse = TableConfig(count=2, workers=0, tasks=("stack",), reward="sparse")
+    config = grpo_config(clone, tmp_path / "run", environment=sparse, kl=KLConfig())
+    result = train_vla_grpo.train(config)
+    assert [row["objective/frac_reward_zero_std"] for row in rows_of(result.folder)] == [1.0, 1.0]
+    assert moved(clone, result.folder) == set()
+
+
+def test_groups_must_fill_the_tables() -> None:
+    with pytest.raises(ValueError, match=r"multiple of grpo\.group_size, got 6 and 4"):
+        TrainVLAGRPOConfig(environment=TableConfig(count=6), grpo=GRPOConfig(group_size=4))
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+def test_there_must_be_a_clone_that_fits(clone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"^there is no policy to start from: give init="):
+        train_vla_ppo.train(ppo_config(None, run))
+    with pytest.raises(UserError, match=r"policy\.json is missing"):
+        train_vla_ppo.train(ppo_config(tmp_path, run))
+    with pytest.raises(UserError, match=r"^log_std -9.0 is outside the policy's -3.0\.\.0.0$"):
+        train_vla_ppo.train(ppo_config(clone, run, log_std=-9.0))
+    with pytest.raises(UserError, match="there is no task 'lift'"):
+        train_vla_ppo.train(ppo_config(clone, run, environment=TableConfig(count=2, tasks=("lift",))))
+    description = (clone / "policy.json").read_text()
+    (clone / "policy.json").write_text(description.replace('"front"', '"ceiling"'))
+    with pytest.raises(UserError, match="the cameras front, wrist"):
+        train_vla_ppo.train(ppo_config(clone, run))
+    assert not run.exists()
+
+
+def test_configurations_that_cannot_be_meant() -> None:
+    for config in (TrainVLAPPOConfig, TrainVLAGRPOConfig):
+        with pytest.raises(ValueError, match=r"ppo\.aggregation must be 'decision'"):
+            config(ppo=PPOConfig(aggregation="episode"))
+        with pytest.raises(ValueError, match="must be at least 1"):
+            config(update_threads=0)
+
+
+# ------------------------------------------------------------------ what is told
+
+
+def test_tasks_take_turns_and_are_told_apart() -> None:
+    from embodied.chunk_workers import TableEpisode
+
+    plays = validation_plays(("reach", "push"), 3)
+    assert plays == [
+        (10_000_000, {"task": "reach"}),
+        (10_000_001, {"task": "push"}),
+        (10_000_002, {"task": "reach"}),
+    ]
+
+    def episode(task: str, won: bool) -> TableEpisode:
+        return TableEpisode(EpisodeRecord(1.0, 5, won, won, won, False, 0, 0), task, "", "", None)
+
+    told = success_by_task([episode("push", True), episode("reach", False), episode("push", False)], "env")
+    assert told == {"env/success_once/push": 0.5, "env/success_once/reach": 0.0}
