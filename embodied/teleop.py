@@ -25,42 +25,51 @@ from embodied.datasets.lerobot_layout import (
     PROPRIO,
     STATE,
     TRUNCATED,
+    Feature,
     demonstration_features,
     outcome,
 )
 from embodied.datasets.lerobot_writer import LeRobotWriter, OpenEpisode
+from envs.table import observations
 from envs.table.camera import close_renderers
-from envs.table.env import TableEnv
+from envs.table.env import CAMERA_OF, TableEnv
 from envs.table.gamepad import PAD_HELP, Gamepad
 from envs.table.language import TASKS
-from envs.table.observations import PROPRIO as PROPRIO_SIZE
-from envs.table.observations import STATE as STATE_SIZE
 from envs.table.scene import CONTROL_STEP
 from envs.table.steering import KEYBOARD_HELP, Command, Steering
 from envs.table.window import KeyEvent, Lines, Window, require_screen
 from experiment.errors import UserError
 
+ROBOT = "tandem-table"
 FPS = round(1 / CONTROL_STEP)
 DRAWINGS = 3
 """Pictures of the window in a control step, so that it moves smoothly."""
-_OBSERVED = ("image", "proprio", "state")
+_ENTRIES = {camera: entry for entry, camera in CAMERA_OF.items()}
+_SEEDS = 9_999_991
+"""Scenes that are trained on have smaller seeds than those that evaluation plays."""
 
 
 @dataclass(frozen=True)
 class TeleopConfig:
     """out: the data set's folder, new or one recorded by hand before.
 
-    episodes: how many to save, None until the user ends. time_limit: control steps of an episode.
-    seed: of the scenes; None draws new ones every time.
+    episodes: how many it holds in the end; None: until the user ends. time_limit: control steps of an episode.
+    seed: of the scenes; None draws new ones at every sitting. cameras: of "front" and "wrist".
+
+    The rest is what `TableEnv` takes.
     """
 
     out: str | Path
     tasks: tuple[str, ...] = TASKS
     episodes: int | None = None
     device: Literal["keyboard", "gamepad"] = "keyboard"
-    image_size: int = 64
     time_limit: int = 300
     seed: int | None = None
+    image_size: int = 64
+    cameras: tuple[str, ...] = ("front",)
+    combinations: Literal["train", "held_out", "all"] = "train"
+    phrasing: Literal["train", "synonyms"] = "train"
+    randomization: str | None = None
 
 
 class Screen(Protocol):
@@ -119,13 +128,9 @@ def record_by_hand(
             pad = Gamepad() if config.device == "gamepad" else None
             if open_screen is None:
                 require_screen()
-            env = TableEnv(tasks=config.tasks, observe=_OBSERVED, image_size=config.image_size)
+            env = _table(config)
             env.reset(seed=0)  # draws a picture, which must come before the window
-        size = (config.image_size, config.image_size)
-        features = demonstration_features(
-            cameras={"front": size}, fps=FPS, proprio=PROPRIO_SIZE, action=4, state=STATE_SIZE, expert=False
-        )
-        with LeRobotWriter(config.out, fps=FPS, features=features, robot_type="table") as writer:
+        with LeRobotWriter(config.out, fps=FPS, features=_features(config), robot_type=ROBOT) as writer:
             with _mistakes():
                 screen = (open_screen or Window)(env.world.model, env.world.data)
             return _Session(config, env, screen, writer, pad, clock, say).run()
@@ -135,6 +140,31 @@ def record_by_hand(
         if pad is not None:
             pad.close()
         close_renderers()  # a context that GLFW made must go before GLFW does
+
+
+def _table(config: TeleopConfig) -> TableEnv:
+    if not config.cameras or (unknown := sorted(set(config.cameras) - set(_ENTRIES))):
+        named = ", ".join(unknown) if config.cameras else "none"
+        raise UserError(f"cameras must be of {', '.join(_ENTRIES)}, got {named}")
+    return TableEnv(
+        tasks=config.tasks,
+        combinations=config.combinations,
+        phrasing=config.phrasing,
+        observe=(*(_ENTRIES[camera] for camera in config.cameras), "proprio", "state"),
+        image_size=config.image_size,
+        randomization=config.randomization,
+    )
+
+
+def _features(config: TeleopConfig) -> dict[str, Feature]:
+    return demonstration_features(
+        cameras=dict.fromkeys(config.cameras, (config.image_size, config.image_size)),
+        fps=FPS,
+        proprio=observations.PROPRIO,
+        action=4,
+        state=observations.STATE,
+        expert=False,
+    )
 
 
 @contextmanager
@@ -172,7 +202,8 @@ class _Session:
         for key, meaning in self._keys:
             self._tell(f"  {key:<24}{meaning}")
         scene = len(self._writer)
-        while self._saved != self._config.episodes:
+        wanted = self._config.episodes
+        while wanted is None or len(self._writer) < wanted:
             end = self._episode(scene)
             if end is _End.QUIT:
                 break
@@ -183,8 +214,9 @@ class _Session:
 
     def _episode(self, scene: int) -> _End:
         env, steering = self._env, self._steering
-        seed = int(np.random.SeedSequence((self._seed, scene)).generate_state(1)[0])
-        observation, _ = env.reset(seed=seed)
+        seed = int(np.random.default_rng([self._seed, scene]).integers(_SEEDS))
+        task = self._config.tasks[scene % len(self._config.tasks)]
+        observation, _ = env.reset(seed=seed, options={"task": task})
         self._screen.show(env.world.data)
         steering.begin()
         self._tell(f"scene {scene}: {env.instruction}")
@@ -271,7 +303,7 @@ class _Session:
             ("now", doing),
             ("gripper", "closed" if self._steering.closed else "open"),
             ("pace", "slow" if self._steering.slow else "fast"),
-            ("saved", f"{self._saved}{wanted}"),
+            ("saved", f"{len(self._writer)}{wanted}"),
             ("", self._note),
         )
         for drawing in range(1, DRAWINGS + 1):
@@ -283,7 +315,7 @@ class _Session:
 def _frame(observation: dict[str, Any], action: np.ndarray) -> dict[str, Any]:
     """What was seen before an action, and the action."""
     return {
-        f"{CAMERA}front": observation["image"],
+        **{CAMERA + camera: observation[entry] for camera, entry in _ENTRIES.items() if entry in observation},
         PROPRIO: observation["proprio"],
         STATE: observation["state"],
         ACTION: action,

@@ -13,6 +13,7 @@ from embodied.datasets.lerobot import LeRobotDataset
 from embodied.teleop import TeleopConfig, record_by_hand
 from envs.table.env import TableEnv
 from envs.table.expert import Expert
+from envs.table.language import parse
 from envs.table.steering import BACKSPACE, ENTER, ESCAPE, RIGHT, SPACE, Steering
 from envs.table.window import KeyEvent, Lines
 from experiment.errors import UserError
@@ -187,8 +188,26 @@ def test_closing_the_window_ends_and_forgets(play: Callable[..., Any], at: int) 
 
 
 def test_enough_episodes_end_the_sitting(play: Callable[..., Any]) -> None:
-    _, _, data = play({poll: [RIGHT, -RIGHT] if poll % 3 == 0 else [ENTER] for poll in range(99)}, episodes=3)
-    assert len(data) == 3
+    keys = {poll: [RIGHT, -RIGHT] if poll % 3 == 0 else [ENTER] for poll in range(99)}
+    _, told, data = play(keys, episodes=2)
+    assert len(data) == 2
+    assert told[-1].startswith("2 episodes saved")
+    script, told, _ = play(keys, episodes=2)  # it holds them already
+    assert script.polls == 0
+    assert told[-1].startswith("0 episodes saved")
+
+
+def test_tasks_take_turns_and_all_cameras_are_recorded(play: Callable[..., Any]) -> None:
+    _, told, data = play(
+        {0: [RIGHT], 2: [ENTER], 3: [NEXT], 4: [ESCAPE]}, tasks=("pick", "push"), cameras=("wrist", "front")
+    )
+    asked = [parse(line.partition(": ")[2]) for line in told if line.startswith("scene")]
+    assert [goal.task for goal in asked if goal] == ["pick", "push", "pick"]
+    images = data.read(0).images
+    assert {name: pictures.shape for name, pictures in images.items()} == dict.fromkeys(
+        ("wrist", "front"), (2, 16, 16, 3)
+    )
+    assert not np.array_equal(images["wrist"], images["front"])
 
 
 def test_a_second_sitting_goes_on_with_new_scenes(play: Callable[..., Any]) -> None:
@@ -234,6 +253,8 @@ def test_the_window_tells_what_is_going_on(play: Callable[..., Any]) -> None:
     [
         ({"tasks": ("reech",)}, "did you mean 'reach'"),
         ({"device": "gamepad"}, "no gamepad at /nowhere/js0"),
+        ({"cameras": ("front", "side")}, "cameras must be of front, wrist, got side"),
+        ({"cameras": ()}, "got none"),
         ({"time_limit": 0}, "must be at least 1"),
         ({"episodes": 0}, "must be at least 1"),
     ],
