@@ -128,7 +128,7 @@ def caption(frame: Picture, instruction: str, task: str, status: str, colour: tu
     pen.rectangle((0, 0, width, _MARGIN + line * len(lines)), fill=(0, 0, 0, 150))
     for index, text in enumerate(lines):
         pen.text((_MARGIN, 2 + line * index), text, font=font, fill=(255, 255, 255))
-    below = " - ".join(filter(None, (task, status)))
+    below = ": ".join(filter(None, (task, status)))
     if below:
         pen.rectangle(
             (0, height - line - 3, 2 * _MARGIN + pen.textlength(below, font), height), fill=(0, 0, 0, 150)

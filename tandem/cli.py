@@ -166,6 +166,13 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="FILE", default="compare.png", help="where the curves go (compare.png)")
 
 
+def _watch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder, its name under runs/, or a saved policy's folder")
+    parser.add_argument("--say", metavar="TEXT", help="the instruction; left out, one of training's is drawn")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another scene (0)")
+    parser.add_argument("--out", metavar="FILE.mp4", help="where the video goes (RUN/videos)")
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from tandem.doctor import examine
 
@@ -196,6 +203,12 @@ def _eval(arguments: argparse.Namespace) -> int:
     from tandem.verbs import evaluate
 
     return evaluate(arguments.run, arguments.overrides)
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from tandem.watch import watch
+
+    return watch(arguments.run, say=arguments.say, seed=arguments.seed, out=arguments.out)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -237,10 +250,18 @@ VERBS: dict[str, Verb] = {
     "resume": Verb("RUN", "continue a run from its last checkpoint", "", _run_arguments, _resume),
     "eval": Verb(
         "RUN [key=value ...]",
-        "evaluate a run's checkpoint; writes RUN/eval.json",
-        "The settings are those of the room's EvaluateConfig, such as seed=1 or checkpoint=best.",
+        "evaluate a run's checkpoint, with intervals",
+        "The settings are those of the recipe's EvaluateConfig, such as checkpoint=last. Writes RUN/eval.json, or\n"
+        "RUN/eval_info.json for vision-language-action policies.",
         _eval_arguments,
         _eval,
+    ),
+    "watch": Verb(
+        "RUN [--say TEXT] [--seed N] [--out FILE.mp4]",
+        "tell a robot something and film what it does",
+        "The scene has the things that TEXT names, where it is understood. For vision-language-action policies.",
+        _watch_arguments,
+        _watch,
     ),
     "compare": Verb(
         "RUN RUN ... [--metric PATTERN]",

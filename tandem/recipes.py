@@ -28,8 +28,15 @@ RECIPES: dict[str, tuple[str, str]] = {
     "llm/rejection": ("llm_rlhf.train_rejection", "TrainRejectionConfig"),
 }
 
-# First part of a recipe's name -> module with `EvaluateConfig` and `evaluate_run(run_folder, config)`.
-EVALUATORS: dict[str, str] = {"embodied": "embodied.evaluate", "llm": "llm_rlhf.evaluate"}
+# Recipe, or the first part of its name -> module with `EvaluateConfig` and `evaluate_run(run_folder, config)`. It
+# may have `REPORT`, the file that is written instead of eval.json, and its own `print_results(results)`.
+EVALUATORS: dict[str, str] = {
+    "embodied": "embodied.evaluate",
+    "embodied/vla_bc": "embodied.evaluate_vla",
+    "embodied/vla_grpo": "embodied.evaluate_vla",
+    "embodied/vla_ppo": "embodied.evaluate_vla",
+    "llm": "llm_rlhf.evaluate",
+}
 
 
 @dataclass(frozen=True)
@@ -72,10 +79,10 @@ def evaluator_for(recipe: str) -> ModuleType:
     Raises:
         UserError: the recipe belongs to no known room (a run folder made by hand, or by a newer version).
     """
-    room = recipe.partition("/")[0]
-    if room not in EVALUATORS:
+    module = EVALUATORS.get(recipe) or EVALUATORS.get(recipe.partition("/")[0])
+    if module is None:
         raise UserError(f"there is no evaluation for recipe {recipe!r}; the recipes are {', '.join(RECIPES)}")
-    return importlib.import_module(EVALUATORS[room])
+    return importlib.import_module(module)
 
 
 def configs_folder() -> Path:

@@ -48,8 +48,8 @@ def evaluate(run: str, overrides: Sequence[str]) -> int:
     room = evaluator_for(str(read_tree(folder / "config.yaml").pop("recipe")))
     settings = dataclasses.replace(read_tree(os.devnull, overrides), source="command line")
     results = room.evaluate_run(folder, build(settings, room.EvaluateConfig))
-    print_results(results)
-    print(f"written to {folder / 'eval.json'}")
+    getattr(room, "print_results", print_results)(results)
+    print(f"written to {folder / getattr(room, 'REPORT', 'eval.json')}")
     return 0
 
 

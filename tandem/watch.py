@@ -1,0 +1,89 @@
+"""`tandem watch RUN --say "push the red cube to the white pad"`: tell a robot something, and see what it does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from embodied.evaluate_vla import tasks_of
+from embodied.policies.vla import VLAPolicy
+from embodied.policies.words import split_words
+from embodied.vla_judge import JudgedTable, check_policy, make_judged_table, unknown_words
+from embodied.vla_video import Studio, write_film
+from envs.table.language import TASKS, parse
+from experiment.config import read_tree
+from experiment.errors import UserError
+from tandem.verbs import find_run
+
+MOST_SEED = 2**31
+
+
+def watch(run: str, *, say: str | None = None, seed: int = 0, out: str | None = None) -> int:
+    """Play one episode, write it as a video, print what happened.
+
+    run     a run of a vision-language-action policy, or the folder of a saved one
+    say     what the robot is told; the scene has the named things where the sentence is understood. None: one of
+            training's instructions
+
+    Raises UserError if there is no such policy, or nothing can be drawn here.
+    """
+    if say is not None and not split_words(say):
+        raise UserError('--say: there is no word in it; say something like --say "pick up the red cube"')
+    if not 0 <= seed < MOST_SEED:
+        raise UserError(f"--seed must be within 0..{MOST_SEED - 1}, got {seed}")
+    folder, tasks, videos = find_policy(run)
+    policy = VLAPolicy.from_pretrained(folder)
+    check_policy(policy, folder)
+    table = JudgedTable(tasks=tasks)
+    make_judged_table(table, policy.spaces.image_size).close()
+    if say is not None:
+        for note in notes(policy, say):
+            print(f"note: {note}")
+    with Studio(policy) as studio:
+        film = studio.film((seed, None if say is None else {"instruction": say}), table=table)
+    episode = film.episode
+    path = Path(out) if out is not None else videos / f"watch-{slug(episode.instruction)}-{seed}.mp4"
+    write_film(film, path)
+    success = episode.record.success_once
+    print(f"told      {episode.instruction}")
+    if success is None:
+        print("success   not judged")
+    else:
+        print(f"meant     {episode.goal}")
+        print(f"success   {'yes' if success else 'no'}, {episode.record.length} control steps")
+    print(f"video     {path}")
+    return 0
+
+
+def find_policy(run: str) -> tuple[Path, tuple[str, ...], Path]:
+    """A policy's folder, the tasks it was trained on, and where its videos go.
+
+    Raises:
+        UserError: there is no such run or policy, or it has no checkpoint yet.
+    """
+    if (Path(run) / "policy.json").is_file():
+        return Path(run), TASKS, Path()
+    folder = find_run(run)
+    for name in ("best", "last"):
+        policy = folder / "checkpoints" / name / "policy"
+        if policy.is_dir():
+            return policy, tasks_of(read_tree(folder / "config.yaml").values), folder / "videos"
+    raise UserError(f"{folder}: there is no checkpoint with a policy to watch")
+
+
+def notes(policy: VLAPolicy, say: str) -> list[str]:
+    """What the user should know about a sentence before judging the robot by it."""
+    found = []
+    if parse(say) is None:
+        found.append("the table does not understand the sentence: the scene is random and success is not judged")
+    unknown = unknown_words(policy, [say])
+    if unknown:
+        found.append(f"the policy never met {', '.join(map(repr, unknown))}")
+    if len(split_words(say)) > policy.config.length:
+        found.append(f"the policy reads the first {policy.config.length} words only")
+    return found
+
+
+def slug(text: str) -> str:
+    """A part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].rstrip("-") or "said"
