@@ -81,6 +81,11 @@ def _dispatch(words: list[str]) -> int:
         print(f"tandem {__version__}")
         return 0
     name, rest = words[0], words[1:]
+    if any(verb.startswith(f"{name} ") for verb in VERBS):  # a family of verbs, as `tandem data ...`
+        if not rest or rest[0] in ("-h", "--help"):
+            print(_overview(f"{name} "))
+            return 0
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in VERBS:
         known = ("--help", "--version") if name.startswith("-") else tuple(VERBS)
         raise UserError(f"unknown {'option' if name.startswith('-') else 'verb'} {name!r}; {suggest(name, known)}")
@@ -104,14 +109,15 @@ def _dispatch(words: list[str]) -> int:
     return verb.act(arguments)
 
 
-def _overview() -> str:
-    width = max(len(f"{name} {verb.usage}") for name, verb in VERBS.items()) + 3
-    lines = [f"  {f'{name} {verb.usage}'.ljust(width)}{verb.help}" for name, verb in VERBS.items()]
+def _overview(family: str = "") -> str:
+    verbs = {name: verb for name, verb in VERBS.items() if name.startswith(family)}
+    width = max(len(f"{name} {verb.usage}") for name, verb in verbs.items()) + 3
+    lines = [f"  {f'{name} {verb.usage}'.ljust(width)}{verb.help}" for name, verb in verbs.items()]
     return "\n".join(
         [
             "Tandem trains robots and language models with one policy-optimization core.",
             "",
-            "usage: tandem VERB ...",
+            f"usage: tandem {family}VERB ...",
             "",
             *lines,
             "",
@@ -217,6 +223,24 @@ def _compare(arguments: argparse.Namespace) -> int:
     return compare(arguments.runs, arguments.metric, arguments.over, arguments.save)
 
 
+def _data_arguments(action: str) -> Callable[[argparse.ArgumentParser], None]:
+    def add(parser: argparse.ArgumentParser) -> None:
+        from tandem import data
+
+        data.ARGUMENTS[action](parser)
+
+    return add
+
+
+def _data(action: str) -> Callable[[argparse.Namespace], int]:
+    def act(arguments: argparse.Namespace) -> int:
+        from tandem import data
+
+        return data.ACTIONS[action](arguments)
+
+    return act
+
+
 def _config(arguments: argparse.Namespace) -> int:
     from tandem.verbs import show_config
 
@@ -269,6 +293,34 @@ VERBS: dict[str, Verb] = {
         "",
         _compare_arguments,
         _compare,
+    ),
+    "data inspect": Verb(
+        "FOLDER",
+        "demonstrations: counts, features, instructions, success, actions",
+        "Reads meta/ only, so it answers at once.",
+        _data_arguments("inspect"),
+        _data("inspect"),
+    ),
+    "data validate": Verb(
+        "FOLDER",
+        "check demonstrations; a line for every problem",
+        "Opens every file, decodes every picture, computes every statistic. Exit code 1 if something is wrong.",
+        _data_arguments("validate"),
+        _data("validate"),
+    ),
+    "data view": Verb(
+        "FOLDER [--episode N]",
+        "write an episode as a video, or as one picture",
+        "",
+        _data_arguments("view"),
+        _data("view"),
+    ),
+    "data record": Verb(
+        "--expert --out FOLDER",
+        "record demonstrations at the table",
+        "Every finished episode is on the disk at once; the same command goes on where it was interrupted.",
+        _data_arguments("record"),
+        _data("record"),
     ),
     "config": Verb(
         "show CONFIG [key=value ...]",

@@ -37,6 +37,7 @@ from embodied.datasets.lerobot_layout import (
 from embodied.datasets.lerobot_stats import read_stats
 from embodied.datasets.lerobot_tables import (
     EpisodeEntry,
+    episode_files,
     open_parquet,
     read_entries,
     read_tasks,
@@ -77,6 +78,17 @@ class LeRobotDataset:
     def frames(self) -> int:
         """Of all episodes."""
         return sum(entry.length for entry in self.episodes)
+
+    def successes(self) -> list[bool | None]:
+        """Whether each episode succeeded, from the statistics in `meta/` alone; None where they do not say."""
+        column = f"stats/{SUCCESS}/max"
+        found: list[bool | None] = []
+        for path in episode_files(self.folder):
+            with open_parquet(path) as file:
+                known = column in file.schema_arrow.names
+                rows = file.read(columns=[column])[column].to_pylist() if known else [None] * file.metadata.num_rows
+            found += [None if row is None else bool(row[0]) for row in rows]
+        return found[: len(self)]
 
     def read(self, index: int, *, images: bool = True) -> RecordedEpisode:
         """One episode, by its number from 0.

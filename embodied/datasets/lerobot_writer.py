@@ -101,10 +101,8 @@ class LeRobotWriter:
         """Begin an episode in which the robot is told `instruction`."""
         return OpenEpisode(self, instruction)
 
-    def append(self, episode: EncodedEpisode, extra: Mapping[str, int | float | str] | None = None) -> int:
+    def append(self, episode: EncodedEpisode) -> int:
         """Write a finished episode; returns its index. When this returns, it is on the disk.
-
-        extra: more columns of its row in `meta/episodes`; the same ones for every episode.
 
         Raises:
             UserError: the disk is full or read-only. The episodes before it are untouched.
@@ -117,7 +115,7 @@ class LeRobotWriter:
             tasks = {**tasks, episode.instruction: len(tasks)}
         counted = _index_columns(episode.length, info, tasks[episode.instruction])
         stats = episode.stats | {name: vector_stats(values) for name, values in counted.items()}
-        rows, rows_number = self._with_row(_row(state, episode, stats, dict(extra or {})))
+        rows, rows_number = self._with_row(_row(state, episode, stats))
         with storage_errors(self.folder):
             for name, content in episode.videos.items():
                 self._write_bytes(state.video_name(name), content)
@@ -184,11 +182,11 @@ class OpenEpisode:
         """One more frame: a value for every feature. Raises UserError when one does not fit."""
         self._open_encoder().add(frame)
 
-    def save(self, extra: Mapping[str, int | float | str] | None = None) -> int:
-        """Write the episode; returns its index. `extra`: as of `LeRobotWriter.append`."""
+    def save(self) -> int:
+        """Write the episode; returns its index. Raises UserError as `LeRobotWriter.append`."""
         episode = self._open_encoder().finish(self.instruction)
         self._encoder = None
-        return self._writer.append(episode, extra)
+        return self._writer.append(episode)
 
     def _open_encoder(self) -> EpisodeEncoder:
         if self._encoder is None:
@@ -243,7 +241,7 @@ def _write_data(path: Path, table: pa.Table, episode: EncodedEpisode) -> None:
     pq.write_table(table, path, compression="snappy", use_dictionary=plain, write_statistics=plain)
 
 
-def _row(state: State, episode: EncodedEpisode, stats: Stats, extra: Mapping[str, Any]) -> pa.Table:
+def _row(state: State, episode: EncodedEpisode, stats: Stats) -> pa.Table:
     """A row of `meta/episodes`, but for its place among the files of `meta/episodes`."""
     info, whole = state.info, pa.int64()
     columns: dict[str, pa.Array] = {
@@ -260,8 +258,6 @@ def _row(state: State, episode: EncodedEpisode, stats: Stats, extra: Mapping[str
             columns[f"videos/{video}/{name}"] = pa.array([number], whole)
         columns[f"videos/{video}/from_timestamp"] = pa.array([0.0])
         columns[f"videos/{video}/to_timestamp"] = pa.array([episode.length / info.fps])
-    for name, value in extra.items():
-        columns[name] = pa.array([value])
     for feature, one in stats.items():
         for statistic in NAMES:
             value, kind = one[statistic], whole if statistic == "count" else pa.float64()

@@ -111,14 +111,16 @@ def test_pictures_are_left_out_on_request(filled: Path) -> None:
 
 def wrong(folder: Path, index: int = 0) -> str:
     """What opening or reading says."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
+
+    def read() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             LeRobotDataset(folder).read(index)
-        except UserError as error:
-            assert "\n" not in str(error)
-            return str(error)
-    raise AssertionError("nothing was said")
+
+    with pytest.raises(UserError) as raised:
+        read()
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 def change_info(folder: Path, **keys: object) -> None:

@@ -321,14 +321,13 @@ def test_strings_and_whole_numbers(tmp_path: Path) -> None:
     with LeRobotWriter(tmp_path, fps=5, features=own) as writer, writer.episode("go") as episode:
         for step in range(3):
             episode.add({"action": [step / 2], "stage": step, "note": f"step {step}"})
-        episode.save({"seed": 7})
+        episode.save()
     read = LeRobotDataset(tmp_path).read(0)
     assert read.actions.tolist() == [[0.0], [0.5], [1.0]]
     assert read.others["stage"].tolist() == [0, 1, 2]
     assert read.proprio.shape == (3, 0)
     assert read.rewards is None
     assert read.success is None
-    assert pq.read_table(tmp_path / "meta/episodes/chunk-000/file-000.parquet")["seed"].to_pylist() == [7]
 
 
 # ---------------------------------------------------------------- killed

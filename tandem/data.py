@@ -1,0 +1,260 @@
+"""`tandem data`: look at demonstrations, check them, watch them, record them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiment.errors import UserError
+
+if TYPE_CHECKING:
+    from embodied.datasets.lerobot import LeRobotDataset
+    from embodied.record import RecordReport
+
+_MOST_TASKS = 20
+_MOST_PROBLEMS = 100
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="a data set in the LeRobot v3 layout")
+
+
+def view_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `tandem data view`."""
+    _folder(parser)
+    parser.add_argument("--episode", type=int, default=0, metavar="N", help="which one, from 0 (0)")
+    parser.add_argument("--camera", action="append", default=[], metavar="NAME", help="only this one; repeatable")
+    parser.add_argument("--sheet", action="store_true", help="one picture instead of a video")
+    parser.add_argument("--out", metavar="FILE", help="FOLDER_episode_N.mp4, or .png, in this folder")
+
+
+def record_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `tandem data record`."""
+    parser.add_argument("--expert", action="store_true", help="the scripted expert acts")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, or one to go on with")
+    parser.add_argument("--episodes", type=int, default=200, metavar="N", help="how many it holds in the end (200)")
+    parser.add_argument("--tasks", default="", metavar="A,B", help="reach, push, pick, place, stack (all)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed records the same episodes (0)")
+    parser.add_argument(
+        "--noise", type=float, default=0.2, help="highest level of noise in an episode, 0 to 0.5 (0.2)"
+    )
+    parser.add_argument("--image-size", type=int, default=64, metavar="PIXELS", help="above 128: videos (64)")
+    parser.add_argument("--cameras", default="front", metavar="A,B", help="front, wrist (front)")
+    parser.add_argument("--combinations", default="train", help="of colours and shapes: train, held_out, all")
+    parser.add_argument("--phrasing", default="train", help="of the instructions: train, synonyms")
+    parser.add_argument("--randomization", metavar="PRESET", help="of pictures and physics (none)")
+    parser.add_argument("--keep-failures", action="store_true", help="do not play again what failed")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that play (2)")
+
+
+# ---------------------------------------------------------------- what the verbs do
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Counts, features, instructions, success rate, ranges of the actions."""
+    from embodied.datasets.lerobot import LeRobotDataset
+
+    dataset = _told(lambda: LeRobotDataset(arguments.folder))
+    lengths = [entry.length for entry in dataset.episodes]
+    minutes = sum(lengths) / dataset.fps / 60
+    spread = f"; {min(lengths)} to {max(lengths)} frames" if lengths else ""
+    print(f"data set   {dataset.folder}" + (f" (robot {dataset.robot_type})" if dataset.robot_type else ""))
+    print(f"episodes   {len(lengths):,} ({sum(lengths):,} frames, {minutes:.1f} min at {dataset.fps} fps{spread})")
+    print(f"success    {_success(dataset)}")
+    _print_features(dataset)
+    _print_tasks(dataset)
+    return 0
+
+
+def validate(arguments: argparse.Namespace) -> int:
+    """Every problem on a line; exit code 1 if there is one."""
+    from embodied.datasets.lerobot_check import problems
+
+    said, looked_at = time.monotonic(), 0
+
+    def progress(index: int) -> None:
+        nonlocal said, looked_at
+        looked_at = index + 1
+        if time.monotonic() - said > 5:
+            said = time.monotonic()
+            print(f"{looked_at} episodes checked", file=sys.stderr)
+
+    found = 0
+    for problem in problems(arguments.folder, progress):
+        found += 1
+        if found <= _MOST_PROBLEMS:
+            print(problem)
+    if found > _MOST_PROBLEMS:
+        print(f"and {found - _MOST_PROBLEMS} more")
+    print(f"{looked_at} episodes checked: {found or 'no'} problem{'' if found == 1 else 's'}")
+    return 1 if found else 0
+
+
+def view(arguments: argparse.Namespace) -> int:
+    """Write an episode as a video, or as one picture, and say where."""
+    from PIL import Image
+
+    from embodied.datasets.drawing import film, sheet
+    from embodied.datasets.lerobot import LeRobotDataset
+    from experiment.errors import storage_errors
+    from experiment.video import write_mp4
+
+    kind = Path(arguments.out).suffix if arguments.out else (".png" if arguments.sheet else ".mp4")
+    if kind not in (".mp4", ".png") or (kind == ".mp4" and arguments.sheet):
+        raise UserError(f"--out {arguments.out}: a video ends in .mp4, a sheet (--sheet) in .png")
+    dataset = _told(lambda: LeRobotDataset(arguments.folder))
+    episode = dataset.read(arguments.episode)
+    cameras = tuple(arguments.camera)
+    name = f"{dataset.folder.resolve().name}_episode_{arguments.episode:03d}{kind}"
+    path = Path(arguments.out or name)
+    if kind == ".mp4":
+        write_mp4(film(episode, cameras), path, dataset.fps)
+    else:
+        picture = sheet(episode, cameras)
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
+    print(f"{episode.instruction!r}, {len(episode)} frames")
+    print(path)
+    return 0
+
+
+def record(arguments: argparse.Namespace) -> int:
+    """Record demonstrations; the same command goes on where it was interrupted."""
+    if not arguments.expert:
+        raise UserError("tandem data record: say who acts: --expert")
+    from embodied.record import RecordConfig, record_expert
+    from envs.table.language import TASKS
+
+    config = RecordConfig(
+        tasks=tuple(_listed(arguments.tasks)) or TASKS,
+        episodes=arguments.episodes,
+        seed=arguments.seed,
+        noise=arguments.noise,
+        image_size=arguments.image_size,
+        cameras=tuple(_listed(arguments.cameras)),
+        combinations=arguments.combinations,
+        phrasing=arguments.phrasing,
+        randomization=arguments.randomization,
+        keep_failures=arguments.keep_failures,
+        workers=arguments.workers,
+    )
+    began = said = time.monotonic()
+
+    def progress(held: int, report: RecordReport) -> None:
+        nonlocal said
+        if time.monotonic() - said > 5:
+            said = time.monotonic()
+            left = (config.episodes - held) * (said - began) / report.written
+            print(f"{held} of {config.episodes} episodes, {left / 60:.1f} min left", file=sys.stderr)
+
+    report = record_expert(arguments.out, config, progress)
+    if report.written:
+        _print_played(report)
+        seconds = time.monotonic() - began
+        print(f"wrote {report.written} episodes ({report.frames:,} frames) in {seconds:.0f} s")
+    else:
+        print(f"{arguments.out} holds {config.episodes} episodes or more already; --episodes asks for more")
+    print(f"look at them: tandem data inspect {arguments.out}; tandem data view {arguments.out}")
+    return 0
+
+
+ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "inspect": inspect,
+    "validate": validate,
+    "view": view,
+    "record": record,
+}
+ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "inspect": _folder,
+    "validate": _folder,
+    "view": view_arguments,
+    "record": record_arguments,
+}
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _told(open_it: Callable[[], LeRobotDataset]) -> LeRobotDataset:
+    """Warnings as lines on stderr, without where in the source they came from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dataset = open_it()
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return dataset
+
+
+def _listed(words: str) -> list[str]:
+    return [word.strip() for word in words.split(",") if word.strip()]
+
+
+def _rate(successes: int, attempts: int) -> str:
+    from experiment.statistics import wilson_interval
+
+    low, high = wilson_interval(successes, attempts)
+    return f"{successes} of {attempts} ({successes / attempts:.1%}, 95% interval {low:.1%} to {high:.1%})"
+
+
+def _success(dataset: LeRobotDataset) -> str:
+    known = [success for success in dataset.successes() if success is not None]
+    return _rate(sum(known), len(known)) if known else "not recorded"
+
+
+def _show(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*headings, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _print_features(dataset: LeRobotDataset) -> None:
+    rows: list[tuple[str, ...]] = []
+    for name, feature in dataset.features.items():
+        stats = dataset.stats.get(name, {})
+        known = {"min", "max"} <= stats.keys()
+        span = f"{stats['min'].min():.3g} to {stats['max'].max():.3g}" if known else ""
+        rows.append((name, feature.dtype, "x".join(map(str, feature.shape)), span))
+    _show(("feature", "type", "shape", "range"), rows)
+    stats, keys = dataset.stats.get("action", {}), ("min", "max", "mean", "std")
+    if stats.keys() >= set(keys):
+        columns = [stats[key].ravel() for key in keys]
+        rows = [
+            (str(number), *(f"{value:.3f}" for value in row))
+            for number, row in enumerate(zip(*columns, strict=True))
+        ]
+        _show(("action", *keys), rows)
+
+
+def _print_tasks(dataset: LeRobotDataset) -> None:
+    counts: dict[str, int] = {}
+    for entry in dataset.episodes:
+        for task in entry.tasks:
+            counts[task] = counts.get(task, 0) + 1
+    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    rows = [(task, str(count)) for task, count in most[:_MOST_TASKS]]
+    _show(("instruction", "episodes"), rows)
+    if len(most) > _MOST_TASKS:
+        print(f"and {len(most) - _MOST_TASKS} more instructions")
+
+
+def _print_played(report: RecordReport) -> None:
+    rows = [
+        (task, _rate(report.successes.get(task, 0), attempts)) for task, attempts in sorted(report.attempts.items())
+    ]
+    if len(rows) > 1:
+        rows.append(("all", _rate(sum(report.successes.values()), sum(report.attempts.values()))))
+    _show(("task", "the expert's success"), rows)
