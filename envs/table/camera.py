@@ -8,7 +8,9 @@ and textures live in the context.
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
+import sys
 
 import mujoco
 import numpy as np
@@ -28,6 +30,8 @@ def renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
     if key not in _renderers:
         choose_backend()
         try:
+            if not _renderers:  # mujoco chose its graphics library when it was imported, before that choice
+                importlib.reload(sys.modules[mujoco.Renderer.__module__].gl_context)
             made = mujoco.Renderer(model, height, width)
         except Exception as error:  # each graphics library fails in its own way
             raise ValueError(

@@ -72,8 +72,10 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         _known("combinations", combinations, ("train", "held_out", "all"))
         _known("phrasing", phrasing, PHRASINGS)
         _known("reward", reward, ("dense", "sparse"))
-        if not self._tasks or image_size < 16:
-            raise ValueError(f"tasks must name one at least and image_size be 16 or more, got {image_size}")
+        if not self._tasks:
+            raise ValueError("tasks must name one at least")
+        if not 16 <= image_size <= scene.LARGEST_PICTURE:
+            raise ValueError(f"image_size must be from 16 to {scene.LARGEST_PICTURE} pixels, got {image_size}")
         self._combinations, self._phrasing = combinations, phrasing
         self.image_size, self._reward, self._end_on_success = image_size, reward, end_on_success
         self.render_mode = render_mode
@@ -110,7 +112,8 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
 
         options: "task": a task's name instead of a drawn one; "goal": a Goal; "instruction": a sentence, whose goal
         is understood where it can be (else success is never reported); "swap": True to name another object of the
-        same scene instead, and report `success_of_original` beside.
+        same scene instead, and report `success_of_original` beside. Raises ValueError for other options, and for
+        an instruction to swap: it would go on naming the first object.
         """
         super().reset(seed=seed)
         asked = dict(options or {})
@@ -118,6 +121,10 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
             _known("reset option", name, ("task", "goal", "instruction", "swap"))
         rng = self.np_random
         goal, sentence = asked.get("goal"), asked.get("instruction")
+        if goal is not None and not isinstance(goal, Goal):
+            raise ValueError(f"the reset option 'goal' must be a Goal, got {goal!r}")
+        if sentence is not None and asked.get("swap"):
+            raise ValueError("the reset option 'swap' draws its own instruction, so none can be given")
         self.judged = True
         if sentence is not None and goal is None:
             goal = parse(sentence)
@@ -132,7 +139,7 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         self._begin(layout)
         self.slots = locate(self.goal, self.world)
         self._other_slots = None if self.other is None else locate(self.other, self.world)
-        self.instruction = sentence or instruct(self.goal, rng, phrasing=self._phrasing)
+        self.instruction = instruct(self.goal, rng, phrasing=self._phrasing) if sentence is None else sentence
         self.elapsed, self._streak, self._other_streak = 0, 0, 0
         self._progress = TASK[self.goal.task].progress(self.world, self.slots)
         self.senses.begin()

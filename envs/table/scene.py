@@ -49,6 +49,9 @@ FINGER_GAP = 0.015
 TIP = 0.015
 """The tool point is this far above the fingertips."""
 
+LARGEST_PICTURE = 640
+"""Pixels of a side."""
+
 TIMESTEP = 0.005
 CONTROL_STEP = 0.1
 
@@ -76,7 +79,7 @@ def scene_xml() -> str:
   <compiler angle="degree"/>
   <option timestep="{TIMESTEP}" integrator="implicitfast" cone="elliptic" impratio="10"/>
   <visual>
-    <global fovy="35" offwidth="640" offheight="640"/>
+    <global fovy="35" offwidth="{LARGEST_PICTURE}" offheight="{LARGEST_PICTURE}"/>
     <quality shadowsize="1024" offsamples="0" numslices="12" numstacks="6" numquads="1"/>
     <headlight ambient="0.35 0.35 0.35" diffuse="0.25 0.25 0.25" specular="0 0 0"/>
     <map znear="0.05" zfar="10"/>
@@ -205,6 +208,9 @@ def wear(model: mujoco.MjModel, index: int, shape: str, colour: str) -> None:
             # a full box of half extents a, b, c: m/3 * (b^2 + c^2, ...)
             model.body_mass[body] = MASS
             model.body_inertia[body] = MASS / 3 * (squared.sum() - squared)
+            # the compiler sorted the axes of the three shapes together; these are the body's own
+            model.body_iquat[body] = (1.0, 0.0, 0.0, 0.0)
+            model.body_sameframe[body] = mujoco.mjtSameFrame.mjSAMEFRAME_BODY
 
 
 def paint_pad(model: mujoco.MjModel, index: int, colour: str) -> None:

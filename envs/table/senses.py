@@ -20,7 +20,6 @@ class Senses:
     def __init__(self, world: TableWorld, randomizer: Randomizer | None) -> None:
         self.world, self.randomizer = world, randomizer
         self._late: dict[str, Any] | None = None
-        self._then: mujoco.MjData | None = None
 
     def begin(self) -> None:
         """At the start of an episode, after the randomizer's draws."""
@@ -34,8 +33,8 @@ class Senses:
             self._late = self.randomizer.observations.push(self._snapshot())
 
     def _snapshot(self) -> dict[str, Any]:
-        data = self.world.data
-        return {"proprio": proprio(self.world), "qpos": data.qpos.copy(), "mocap_pos": data.mocap_pos.copy()}
+        seen = {name: getattr(self.world.data, name).copy() for name in _DRAWN}
+        return {"proprio": proprio(self.world), **seen}
 
     def proprio(self) -> NDArray[np.float32]:
         """[17], see `observations.proprio`."""
@@ -50,12 +49,20 @@ class Senses:
     def clear_picture(self, name: str, size: int, late: dict[str, Any] | None = None) -> camera.Image:
         """The same without lateness and noise, for people."""
         model, data = self.world.model, self.world.data
-        if late is not None:
-            if self._then is None:
-                self._then = mujoco.MjData(model)
-            data = self._then
-            data.qpos[:], data.mocap_pos[:] = late["qpos"], late["mocap_pos"]
-            mujoco.mj_kinematics(model, data)
-            mujoco.mj_comPos(model, data)
-            mujoco.mj_camlight(model, data)
-        return camera.picture(model, data, name, size, size)
+        if late is None:
+            return camera.picture(model, data, name, size, size)
+        present = {entry: getattr(data, entry).copy() for entry in _DRAWN}
+        try:
+            _write(data, late)
+            return camera.picture(model, data, name, size, size)
+        finally:
+            _write(data, present)
+
+
+_DRAWN = ("geom_xpos", "geom_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir")
+"""All of the data that a picture depends on. Not qpos: after a step, these are still those of its last substep."""
+
+
+def _write(data: mujoco.MjData, poses: dict[str, Any]) -> None:
+    for name in _DRAWN:
+        getattr(data, name)[:] = poses[name]

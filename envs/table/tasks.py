@@ -114,7 +114,7 @@ def reach_progress(world: TableWorld, slots: Slots) -> float:
 
 def push_done(world: TableWorld, slots: Slots) -> bool:
     """The object lies on the pad and was never lifted."""
-    return (
+    return bool(
         _flat(_offset(world, slots)) < ON_PAD
         and air(world, slots.thing) < ON_TABLE
         and world.lifted[slots.thing] < PUSHED_AT_MOST
@@ -145,7 +145,7 @@ def pick_progress(world: TableWorld, slots: Slots) -> float:
 def put_done(world: TableWorld, slots: Slots) -> bool:
     """The object was carried, lies at its destination, is let go and still."""
     offset = _offset(world, slots)
-    return (
+    return bool(
         world.lifted[slots.thing] > CARRIED
         and _flat(offset) < (ON_PAD if slots.base is None else ON_BASE)
         and abs(offset[2]) < ON_TABLE
