@@ -61,10 +61,10 @@ class TrainVLABCConfig:
     init: str | None = None
     updates: int = 5_000
     batch_size: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     schedule: Schedule = "cosine"
     warmup: float = 0.02
-    auxiliary_coef: float = 10.0
+    auxiliary_coef: float = 30.0
     learn_std: bool = False
     word_dropout: float = 0.03
     evaluate_every: int = 500

@@ -48,8 +48,8 @@ class VLAConfig:
 
     chunk: int = 4
     channels: tuple[int, int] = (16, 32)
-    blocks: int = 2
-    queries: int = 8
+    blocks: int = 1
+    queries: int = 16
     words: int = 48
     length: int = 16
     hidden: tuple[int, ...] = (256, 256)
