@@ -34,14 +34,18 @@ Play = tuple[int, Mapping[str, Any] | None]
 class TableConfig:
     """The table that is played at; what is seen of it (cameras, picture size) is the policy's affair.
 
-    tasks, combinations, phrasing, reward   as `TableEnv`'s
-    count       environments played together; workers: processes to share them (0 = this one; at most `count`)
+    tasks, combinations, phrasing, reward, end_on_success   as `TableEnv`'s
+    randomization   a preset of `envs.table.randomization`; None for the plain table
+    count           environments played together
+    workers         processes to share them (0 = this one; at most `count`)
     """
 
     tasks: tuple[str, ...] = TASKS
     combinations: Literal["train", "held_out", "all"] = "train"
     phrasing: Literal["train", "synonyms"] = "train"
     reward: Literal["dense", "sparse"] = "dense"
+    end_on_success: bool = True
+    randomization: str | None = None
     count: int = 32
     workers: int = 2
 
@@ -58,6 +62,8 @@ def make_table(config: TableConfig, image_size: int) -> TableEnv:
             combinations=config.combinations,
             phrasing=config.phrasing,
             reward=config.reward,
+            end_on_success=config.end_on_success,
+            randomization=config.randomization,
             observe=(),
             image_size=image_size,
         )

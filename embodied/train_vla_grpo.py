@@ -19,9 +19,9 @@ from embodied.vla_learner import (
     TableEvaluationConfig,
     VLALearner,
     begin,
-    log_prob_gap,
     read_clone,
     record,
+    settle_log_probs,
     timing,
     torch_threads,
 )
@@ -55,6 +55,7 @@ class TrainVLAGRPOConfig:
     updates             rollouts in all
     episodes            of each environment in a rollout
     skip_flat_groups    leave groups whose episodes all earned the same out of the update, its KL term included
+    recompute_log_probs where a worker's forward pass gives other numbers than the update's
     update_threads      torch's during an update, when the workers are idle
     """
 
@@ -70,6 +71,7 @@ class TrainVLAGRPOConfig:
     updates: int = 200
     episodes: int = 1
     skip_flat_groups: bool = True
+    recompute_log_probs: bool = False
     update_threads: int = 2
 
     def __post_init__(self) -> None:
@@ -138,6 +140,7 @@ def improve(
     """One update on one experience; returns the metrics to log."""
     policy = learner.policy
     metrics = learner.remember(experience)
+    experience, gap = settle_log_probs(experience, policy, recompute=config.recompute_log_probs, check=update == 1)
     rollout = judge_chunks(
         experience,
         gamma=config.ppo.gamma,
@@ -146,7 +149,6 @@ def improve(
     )
     if update == 1:
         rollout.validate()
-        metrics["train/rollout_logprob_gap"] = log_prob_gap(policy, experience)
     rollout, kl_metrics = charge_kl(rollout, config.kl, learner.controller.coef)
     advantages, group_metrics = group_advantages(rollout, config=config.grpo)
     metrics |= {f"objective/{name}": float(value) for name, value in group_metrics.items()}
@@ -170,4 +172,5 @@ def improve(
             kl_coef=learner.controller.coef,
         )
     trained["learning_rate"] = rate
-    return metrics | learner.steer(kl_metrics, experience) | {f"train/{name}": v for name, v in trained.items()}
+    metrics |= gap | learner.steer(kl_metrics, experience)
+    return metrics | {f"train/{name}": v for name, v in trained.items()}

@@ -20,9 +20,9 @@ from embodied.vla_learner import (
     TableEvaluationConfig,
     VLALearner,
     begin,
-    log_prob_gap,
     read_clone,
     record,
+    settle_log_probs,
     timing,
     torch_threads,
 )
@@ -57,6 +57,7 @@ class TrainVLAPPOConfig:
     total_steps             control steps over all environments
     horizon                 chunks of each environment per update
     critic_learning_rate    of the critic, which starts from nothing; ppo.learning_rate is the rest's
+    recompute_log_probs     where a worker's forward pass gives other numbers than the update's
     update_threads          torch's during an update, when the workers are idle
     """
 
@@ -71,6 +72,7 @@ class TrainVLAPPOConfig:
     total_steps: int = 500_000
     horizon: int = 16
     critic_learning_rate: float = 1e-3
+    recompute_log_probs: bool = False
     update_threads: int = 2
 
     def __post_init__(self) -> None:
@@ -130,12 +132,12 @@ def improve(
     """One update of everything that learns, on one experience; returns the metrics to log."""
     policy = learner.policy
     metrics = learner.remember(experience)
+    experience, gap = settle_log_probs(experience, policy, recompute=config.recompute_log_probs, check=update == 1)
     if update == 1 and policy.state_normalizer.count == 0:  # cloned from data without the simulator's state
         policy.state_normalizer.update(experience.observations["state"].flatten(0, 1))
     rollout = judge_chunks(experience, gamma=config.ppo.gamma, critic=policy, reference=learner.reference)
     if update == 1:
         rollout.validate()
-        metrics["train/rollout_logprob_gap"] = log_prob_gap(policy, experience)
     rollout, kl_metrics = charge_kl(rollout, config.kl, learner.controller.coef)
     advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
     rates = [
@@ -160,4 +162,5 @@ def improve(
     assert rollout.values is not None
     trained["explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
     trained["learning_rate"] = rates[0]
-    return metrics | learner.steer(kl_metrics, experience) | {f"train/{name}": v for name, v in trained.items()}
+    metrics |= gap | learner.steer(kl_metrics, experience)
+    return metrics | {f"train/{name}": v for name, v in trained.items()}

@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,9 @@ from embodied.chunk_rollout import ChunkCollector, ChunkExperience, log_probs_of
 from embodied.chunk_workers import Play, TableConfig, TableEpisode, make_table
 from embodied.evaluate import VALIDATION_SEEDS, summarize
 from embodied.learning import continue_environments, episode_metrics
-from embodied.policies.vla import VLAPolicy, image_key
+from embodied.policies.vla import VLAPolicy
+from embodied.vla_judge import check_policy
 from envs.stepper import EpisodeRecord
-from envs.table.env import CAMERA_OF
-from envs.table.observations import PROPRIO, STATE
 from experiment.checkpoint import Checkpoint
 from experiment.errors import UserError
 from experiment.run import Run
@@ -125,15 +124,9 @@ def read_clone(init: str | None, environment: TableConfig, log_std: float | None
     if init is None:
         raise UserError("there is no policy to start from: give init=CLONE_RUN/checkpoints/best/policy")
     clone = VLAPolicy.from_pretrained(init)
-    spaces, limits = clone.spaces, clone.config
-    make_table(environment, spaces.image_size).close()  # a mistake in `environment` is told before the run begins
-    sizes = (spaces.proprio_size, spaces.state_size, spaces.action_size)
-    unknown = [camera for camera in spaces.cameras if image_key(camera) not in CAMERA_OF]
-    if sizes != (PROPRIO, STATE, 4) or unknown:
-        raise UserError(
-            f"init: {init} is a policy for {spaces}; the table has proprio {PROPRIO}, state {STATE}, actions of 4"
-            f" and the cameras {', '.join(CAMERA_OF.values())}"
-        )
+    check_policy(clone, f"init: {init}")
+    make_table(environment, clone.spaces.image_size).close()  # a mistake there is told before the run has a folder
+    limits = clone.config
     if log_std is not None and not limits.min_log_std <= log_std <= limits.max_log_std:
         raise UserError(f"log_std {log_std} is outside the policy's {limits.min_log_std}..{limits.max_log_std}")
     return clone
@@ -150,16 +143,25 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def log_prob_gap(policy: VLAPolicy, experience: ChunkExperience) -> float:
-    """Largest difference, in nats, between the workers' log-probs and this process's.
+def settle_log_probs(
+    experience: ChunkExperience, policy: VLAPolicy, *, recompute: bool, check: bool
+) -> tuple[ChunkExperience, dict[str, float]]:
+    """The experience with the log-probs that the update starts from; and train/rollout_logprob_gap where known.
 
-    Raises RuntimeError if it is so large that the first ratios would not be 1.
+    recompute   take this process's, at the cost of a forward pass, instead of the workers'
+    check       compare them. UserError if they differ so much that the first ratios would not be 1
     """
-    played = experience.executed > 0
-    gap = float((log_probs_of(policy, experience) - experience.log_probs)[played].abs().max())
-    if gap > LARGEST_GAP:
-        raise RuntimeError(f"the workers' log-probs differ from the update's by up to {gap:g} nats")
-    return gap
+    if not recompute and not check:
+        return experience, {}
+    own = log_probs_of(policy, experience)
+    gap = float((own - experience.log_probs)[experience.executed > 0].abs().max())
+    if gap > LARGEST_GAP and not recompute:
+        raise UserError(
+            f"on this machine the workers' log-probs differ from the update's by up to {gap:.2g} nats (another size"
+            " of batch, another kernel): set recompute_log_probs=true"
+        )
+    settled = replace(experience, log_probs=own) if recompute else experience
+    return settled, {"train/rollout_logprob_gap": gap}
 
 
 def success_by_task(episodes: Sequence[TableEpisode], prefix: str) -> dict[str, float]:

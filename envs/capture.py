@@ -345,7 +345,9 @@ def _write_generator(current: np.random.Generator | None, state: dict[str, Any])
     return current
 
 
-def _write_data(data: mujoco.MjData, node: Mapping[str, Any]) -> mujoco.MjData:
+def _write_data(data: mujoco.MjData | None, node: Mapping[str, Any]) -> mujoco.MjData | None:
+    if data is None:  # not made yet: what is made only when it is needed is for scratch
+        return None
     model, integration = data.model, node["integration"]
     if integration.shape != (mujoco.mj_stateSize(model, _INTEGRATION),):
         raise ValueError(f"the MuJoCo state has {integration.size} numbers, which is not this model's size")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from embodied.chunk_rollout import ChunkExperience, judge_chunks, log_probs_of
-from embodied.vla_learner import log_prob_gap
+from embodied.vla_learner import settle_log_probs
+from experiment.errors import UserError
 from policy_core.grpo import GRPOConfig, group_advantages
 from policy_core.returns import gae
 from tests.embodied.tables import tiny_policy
@@ -145,11 +146,17 @@ def test_the_references_log_probs_are_those_of_its_own_judgement() -> None:
 def test_workers_that_judge_differently_are_found_out() -> None:
     policy = tiny_policy(3, chunk=3)
     seen = experience()
-    seen = replace(seen, log_probs=log_probs_of(policy, seen))
-    assert log_prob_gap(policy, seen) == 0.0
-    beyond = seen.log_probs.clone()
+    own = log_probs_of(policy, seen)
+    beyond = own.clone()
     beyond[1, 3] += 9.0  # nothing was played there
-    assert log_prob_gap(policy, replace(seen, log_probs=beyond)) == 0.0
+    seen = replace(seen, log_probs=beyond)
+    assert settle_log_probs(seen, policy, recompute=False, check=False) == (seen, {})
+    settled, gap = settle_log_probs(seen, policy, recompute=False, check=True)
+    assert settled is seen
+    assert gap == {"train/rollout_logprob_gap": 0.0}
     beyond[1, 2, 0] += 0.5
-    with pytest.raises(RuntimeError, match=r"differ from the update's by up to 0\.5"):
-        log_prob_gap(policy, replace(seen, log_probs=beyond))
+    with pytest.raises(UserError, match=r"by up to 0\.5 nats .*: set recompute_log_probs=true$"):
+        settle_log_probs(seen, policy, recompute=False, check=True)
+    settled, gap = settle_log_probs(seen, policy, recompute=True, check=False)
+    assert torch.equal(settled.log_probs, own)
+    assert gap["train/rollout_logprob_gap"] == pytest.approx(0.5, abs=1e-5)

@@ -275,9 +275,10 @@ def test_evaluation_does_not_touch_training() -> None:
 # ------------------------------------------------------------------ state
 
 
-def test_it_continues_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("randomization", [None, "full"])
+def test_it_continues_bit_for_bit(randomization: str | None, tmp_path: Path) -> None:
     policy = tiny_policy()
-    config = table(count=2)
+    config = table(randomization=randomization)
     with ChunkCollector(config, policy, chunks=9, seed=3) as collector:
         assert collector.workers.capture_obstacle() is None
         for _ in range(2):
