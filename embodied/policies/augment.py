@@ -68,8 +68,8 @@ def random_colours(images: Tensor, config: AugmentConfig, generator: torch.Gener
     draws = torch.rand(5, len(images), generator=generator).mul_(2).sub_(1)
     brightness, contrast, tint = 255.0 * config.brightness * draws[0], config.contrast * draws[1], draws[2:]
     factor = (1.0 + contrast)[:, None] * (1.0 + config.tint * tint.t())  # [N, 3]
-    pixels = images.to(torch.float32)
-    mean = pixels.mean((1, 2, 3))
-    offset = brightness - contrast * mean
-    changed = torch.addcmul(offset[:, None, None, None], pixels, factor[:, None, None, :])
-    return changed.round_().clamp_(0, 255).to(torch.uint8)
+    width = images.shape[2]
+    pixels = images.flatten(2).to(torch.float32)  # [N, H, 3 W]: whole rows at once are several times as fast
+    offset = brightness - contrast * pixels.mean((1, 2)) + 0.5  # 0.5: the conversion to integers rounds down
+    pixels.mul_(factor.repeat(1, width).unsqueeze(1)).add_(offset[:, None, None])
+    return pixels.clamp_(0, 255).to(torch.uint8).view(images.shape)

@@ -80,7 +80,7 @@ class ImageEncoder(nn.Module):
 
     Two strided convolutions (to a quarter of the size), FiLM blocks, then attention: each of `queries`, made from
     the instruction, looks for one thing, and all that comes out is where it is. With the features found there too,
-    the policy learnt the recorded scenes by heart: on new ones its squared error in positions was 1.6 times as large.
+    it learnt the recorded scenes by heart: the squared error of positions in new ones was 1.6 times as large.
     The convolutions compute in `dtype`; everything after them in float32.
     """
 
