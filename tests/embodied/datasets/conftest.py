@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,12 @@ def fill(folder: Path, episodes: range = range(3), size: tuple[int, int] = (8, 1
                     episode.add(frame(number, step, 4 + number, size))
                 assert episode.save() == number
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killing a process does not lose what it wrote, only a power cut would: waiting for the disk shows nothing."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

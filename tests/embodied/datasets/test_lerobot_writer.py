@@ -423,6 +423,36 @@ def test_killed_at_any_time(tmp_path: Path, filler: Callable[..., Path]) -> None
         check_after_kill(folder, 1, filler, False)
 
 
+def test_files_reach_the_disk_before_their_names_do(
+    tmp_path: Path, filler: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut, too, a file with its final name is whole: contents, name, folder, in this order."""
+    events: list[tuple[str, str]] = []
+    replace = Path.replace
+
+    def named(self: Path, target: Path) -> Path:
+        events.append(("renamed", Path(target).name))
+        return replace(self, target)
+
+    def flushed(descriptor: int) -> None:
+        events.append(("flushed", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+
+    folder = filler(tmp_path / "set", range(2))
+    monkeypatch.setattr(Path, "replace", named)
+    monkeypatch.setattr(os, "fsync", flushed)
+    filler(folder, range(2, 3))
+    part = f".{os.getpid()}.part"
+    expected = []
+    for name, inside in (
+        ("file-002.parquet", "chunk-000"),
+        ("file-000.parquet", "chunk-000"),
+        ("stats.json", "meta"),
+        ("info.json", "meta"),
+    ):
+        expected += [("flushed", name + part), ("renamed", name), ("flushed", inside)]
+    assert events == expected
+
+
 def test_a_full_disk_leaves_the_episodes_before(
     filled: Path, filler: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
