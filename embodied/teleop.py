@@ -252,7 +252,7 @@ class _Session:
                 return self._save(episode, row, "success")
             if terminated:
                 return self._ask(episode, row, "out of reach")
-            self._pass_step(f"recording {(step + 1) / FPS:.1f} s of {limit / FPS:.0f} s", help_shown=False)
+            self._pass_step(f"recording {step // FPS} s of {limit / FPS:.0f} s", help_shown=False)
         return self._ask(episode, row | {DONE: True, TRUNCATED: True}, "time is up")
 
     def _ask(self, episode: OpenEpisode, row: dict[str, Any], why: str) -> _End:

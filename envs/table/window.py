@@ -12,6 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -40,7 +41,8 @@ class Window:
 
     MuJoCo tells a program of presses only, and answers many letters itself (W: wireframe). From the first press on,
     which comes that way, the window's keys are therefore taken over: releases are reported, and the viewer's own
-    keys are off. The mouse turns the view.
+    keys are off. So is the window's button that closes it: the viewer's thread must not end while it is spoken to.
+    The mouse turns the view.
 
     Call `require_screen` first. Make the first picture of a camera before the window too: both may use GLFW, which
     wants its windows made in turn.
@@ -49,6 +51,8 @@ class Window:
     def __init__(self, model: mujoco.MjModel, data: mujoco.MjData) -> None:
         self._model, self._shown = model, mujoco.MjData(model)
         self._events: deque[KeyEvent] = deque()
+        self._closing = False
+        self._texts: list[tuple[int, int, str, str]] = []
         self._speed = np.zeros(model.nv)
         self._start = data.qpos.copy()
         self.show(data)
@@ -73,7 +77,7 @@ class Window:
     @property
     def open(self) -> bool:
         """False once the user has closed it."""
-        return bool(self._handle.is_running())
+        return not self._closing and bool(self._handle.is_running())
 
     @property
     def azimuth(self) -> float:
@@ -101,7 +105,7 @@ class Window:
     def draw(self, share: float, headline: str, left: Lines, keys: Lines) -> None:
         """Show the table after a share in [0, 1] of the way, with texts.
 
-        headline: large, at the top. left: what is going on, at the bottom. keys: the key map, beside it; may be empty.
+        headline: large, at the top. left: what is going on, at the bottom. keys: the key map beside it, or nothing.
         """
         qpos = self._start.copy()
         mujoco.mj_integratePos(self._model, qpos, self._speed, share)
@@ -114,7 +118,11 @@ class Window:
             if lines:
                 names, values = ("\n".join(column) for column in zip(*lines, strict=True))
                 texts.append((size.mjFONTSCALE_100, place, names, values))
-        self._handle.set_texts(texts)
+        if not self.open:
+            return
+        if texts != self._texts:  # to set them waits for the viewer's next picture
+            self._handle.set_texts(texts)
+            self._texts = texts
         with self._handle.lock():
             # The first key reached the viewer too.
             self._handle.opt.flags[:], self._handle.user_scn.flags[:] = self._plain
@@ -142,12 +150,20 @@ class Window:
         window = glfw.get_current_context()
         if window:
             glfw.set_key_callback(window, self._any_key)
+            glfw.set_window_close_callback(window, self._close_asked)
         self._events.append(KeyEvent(key, down=True, released_later=bool(window)))
 
     def _any_key(self, window: object, key: int, code: int, action: int, modifiers: int) -> None:
         """GLFW's key callback, in the viewer's thread. Repeats say nothing new: the key is still down."""
         if action in (0, 1):
             self._events.append(KeyEvent(key, down=action == 1, released_later=True))
+
+    def _close_asked(self, window: Any) -> None:
+        """GLFW's callback for the window's close button, in the viewer's thread: `close` will follow."""
+        import glfw
+
+        glfw.set_window_should_close(window, False)
+        self._closing = True
 
 
 _ON_MACOS = (

@@ -241,7 +241,7 @@ def test_the_window_tells_what_is_going_on(play: Callable[..., Any]) -> None:
     waiting, refused, recording, saved = (dict(script.drawn[step * teleop.DRAWINGS][2]) for step in (0, 1, 2, 5))
     assert (waiting["now"], waiting["gripper"], waiting["pace"]) == ("move to begin", "open", "fast")
     assert refused[""] == "nothing to save yet"
-    assert (recording["now"], recording["gripper"]) == ("recording 0.1 s of 2 s", "closed")
+    assert (recording["now"], recording["gripper"]) == ("recording 0 s of 2 s", "closed")
     assert recording["pace"] == "slow"
     assert (saved["saved"], saved[""]) == ("1 of 4", "episode 0 saved: saved by hand")
     help_shown = [bool(keys) for _, _, _, keys in script.drawn[:: teleop.DRAWINGS]]
