@@ -106,7 +106,7 @@ def train(config: TrainVLAPPOConfig, *, resume: Path | None = None) -> RunResult
                 experience = collector.collect(learner.policy)
                 collected = time.perf_counter()
                 with torch_threads(config.update_threads):
-                    metrics = improve(learner, experience, config, update=update, progress=(update - 1) / updates)
+                    metrics = improve(learner, experience, config, update=update, updates=updates)
                 metrics |= timing(started, collected, time.perf_counter(), experience.control_steps)
                 record(
                     run,
@@ -127,7 +127,7 @@ def improve(
     config: TrainVLAPPOConfig,
     *,
     update: int,
-    progress: float,
+    updates: int,
 ) -> dict[str, float]:
     """One update of everything that learns, on one experience; returns the metrics to log."""
     policy = learner.policy
@@ -140,11 +140,8 @@ def improve(
         rollout.validate()
     rollout, kl_metrics = charge_kl(rollout, config.kl, learner.controller.coef)
     advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
-    rates = [
-        scheduled(rate, schedule=config.ppo.schedule, progress=progress, warmup=config.ppo.warmup)
-        for rate in (config.ppo.learning_rate, config.critic_learning_rate)
-    ]
-    for group, rate in zip(learner.optimizer.param_groups, rates, strict=True):
+    actor_rate, critic_rate = rates(config, update=update, updates=updates)
+    for group, rate in zip(learner.optimizer.param_groups, (actor_rate, critic_rate), strict=True):
         group["lr"] = rate
     with stopping_on_nan(update):
         trained = ppo.update(
@@ -161,6 +158,23 @@ def improve(
         )
     assert rollout.values is not None
     trained["explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
-    trained["learning_rate"] = rates[0]
+    trained["learning_rate"] = actor_rate
     metrics |= gap | learner.steer(kl_metrics, experience)
     return metrics | {f"train/{name}": v for name, v in trained.items()}
+
+
+def rates(config: TrainVLAPPOConfig, *, update: int, updates: int) -> tuple[float, float]:
+    """Learning rates of the actor, whose schedule and warm-up begin when the critic's warm-up ends, and the critic.
+
+    The actor's Adam knows nothing of its gradients then: without ppo.warmup its first steps are its largest.
+    """
+    numbers = config.ppo
+
+    def rate(initial: float, done: int, of: int) -> float:
+        return scheduled(initial, schedule=numbers.schedule, progress=done / of, warmup=numbers.warmup)
+
+    late = min(numbers.critic_warmup, updates - 1)
+    return (
+        rate(numbers.learning_rate, max(0, update - 1 - late), updates - late),
+        rate(config.critic_learning_rate, update - 1, updates),
+    )

@@ -15,7 +15,7 @@ from embodied import train_vla_grpo, train_vla_ppo
 from embodied.chunk_workers import TableConfig
 from embodied.policies.vla import VLAPolicy
 from embodied.train_vla_grpo import TrainVLAGRPOConfig
-from embodied.train_vla_ppo import TrainVLAPPOConfig
+from embodied.train_vla_ppo import TrainVLAPPOConfig, rates
 from embodied.vla_learner import TableEvaluationConfig, success_by_task, validation_plays
 from envs.stepper import EpisodeRecord
 from experiment.errors import UserError
@@ -120,6 +120,16 @@ def test_warm_up_moves_the_critic_only(clone: Path, tmp_path: Path, rows_of: Row
 def test_rates_of_their_own(clone: Path, tmp_path: Path) -> None:
     config = ppo_config(clone, tmp_path / "run", critic_learning_rate=0.0)
     assert "critic" not in moved(clone, train_vla_ppo.train(config).folder)
+
+
+def test_the_actors_schedule_begins_after_the_critics_warm_up() -> None:
+    ppo = PPOConfig(learning_rate=1.0, schedule="linear", warmup=0.5, critic_warmup=4)
+    config = TrainVLAPPOConfig(ppo=ppo, critic_learning_rate=10.0)
+    told = [rates(config, update=update, updates=12) for update in range(1, 13)]
+    assert [actor for actor, _ in told] == [0.0] * 5 + [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]
+    assert [critic for _, critic in told[:7]] == pytest.approx([0, 10 / 6, 20 / 6, 5, 40 / 6, 50 / 6, 10])
+    constant = TrainVLAPPOConfig(ppo=PPOConfig(learning_rate=2.0, critic_warmup=9), critic_learning_rate=3.0)
+    assert {rates(constant, update=update, updates=5) for update in range(1, 6)} == {(2.0, 3.0)}
 
 
 def test_the_kl_in_the_loss_and_a_learned_deviation(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
