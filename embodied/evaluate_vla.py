@@ -3,7 +3,8 @@
     tandem eval RUN episodes=200 suites=[normal,held_out,synonyms,swapped] videos=2
 
 Initial state i of task t is reset(episode_seed(TEST_SEEDS + i, 0), {"task": t}), the same for every policy, so that
-two policies can be compared state by state.
+two policies can be compared state by state. State i of one task and state i of another come from the same seed and
+resemble each other, so the interval over all tasks is a little too narrow; those of single tasks are not.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from embodied.chunk_workers import Play, TableConfig, TableEpisode
+from embodied.chunk_workers import Play, TableConfig, TableEpisode, make_table
 from embodied.evaluate import TEST_SEEDS, VALIDATION_SEEDS, summarize
 from embodied.policies.vla import VLAPolicy
-from embodied.vla_judge import Judge, JudgedTable, check_policy, make_judged_table, unknown_words
+from embodied.vla_judge import Judge, check_policy, unknown_words
 from embodied.vla_learner import success_by_task
 from embodied.vla_report import describe, suite_figures
 from embodied.vla_video import Film, Studio, contact_sheet, write_film
@@ -85,9 +86,9 @@ class Tables(Protocol):
         ...
 
 
-def suite_table(suite: Suite, tasks: Sequence[str], config: EvaluateVLAConfig) -> JudgedTable:
+def suite_table(suite: Suite, tasks: Sequence[str], config: EvaluateVLAConfig) -> TableConfig:
     """The table of a suite."""
-    return JudgedTable(
+    return TableConfig(
         tasks=tuple(tasks),
         combinations="held_out" if suite == "held_out" else "train",
         phrasing="synonyms" if suite == "synonyms" else "train",
@@ -129,7 +130,7 @@ def evaluate_policy(
     tasks = config.tasks or tasks
     tables = {suite: suite_table(suite, tasks, config) for suite in config.suites}
     for table in tables.values():  # a mistake is told before the first minutes of play
-        make_judged_table(table, policy.spaces.image_size).close()
+        make_table(table, policy.spaces.image_size).close()
     found: dict[str, Any] = {}
     unknown: set[str] = set()
     with Judge(policy, workers=config.workers, count=config.count) as judge:

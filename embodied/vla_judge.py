@@ -1,7 +1,7 @@
-"""Tables to judge a policy at: training's workers and loop, with tables that training does not have.
+"""Tables to judge a policy at: the loop of training's workers, without training.
 
 with Judge(policy, workers=2) as judge:
-    played = judge.evaluate(policy, plays, environment=JudgedTable(combinations="held_out"))
+    played = judge.evaluate(policy, plays, environment=TableConfig(combinations="held_out"))
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import contextlib
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from embodied.chunk_workers import (
     ChunkWorker,
     Play,
-    Seats,
     TableConfig,
     TableEpisode,
     export_weights,
@@ -25,41 +23,11 @@ from embodied.chunk_workers import (
 from embodied.policies.vla import VLAPolicy, image_key
 from embodied.policies.words import split_words
 from embodied.processes import SharedArrays, Workers
-from envs.table.env import CAMERA_OF, TableEnv
+from envs.table.env import CAMERA_OF
 from envs.table.observations import PROPRIO, STATE
 from experiment.errors import UserError
 
 ACTION = 4
-
-
-@dataclass(frozen=True)
-class JudgedTable(TableConfig):
-    """A table of training's kind, or one that is harder.
-
-    randomization       a preset of envs.table.randomization, None for the plain table
-    end_on_success      False: play on to the time limit, so that success at the end can differ from success once
-    """
-
-    randomization: str | None = None
-    end_on_success: bool = True
-
-
-def make_judged_table(config: TableConfig, image_size: int, kind: type[TableEnv] = TableEnv) -> TableEnv:
-    """A table that draws nothing unless asked. UserError if the configuration names what is not there."""
-    judged = config if isinstance(config, JudgedTable) else JudgedTable(**vars(config))
-    try:
-        return kind(
-            tasks=judged.tasks,
-            combinations=judged.combinations,
-            phrasing=judged.phrasing,
-            reward=judged.reward,
-            observe=(),
-            image_size=image_size,
-            end_on_success=judged.end_on_success,
-            randomization=judged.randomization,
-        )
-    except ValueError as error:
-        raise UserError(f"environment: {error}") from error
 
 
 def check_policy(policy: VLAPolicy, source: object) -> None:
@@ -83,9 +51,7 @@ def unknown_words(policy: VLAPolicy, texts: Sequence[str]) -> list[str]:
 
 
 class JudgeWorker(ChunkWorker):
-    """Plays what it is given, on the tables of `JudgedTable`; it never collects."""
-
-    environment_class: type[TableEnv] = TableEnv
+    """Plays what it is given; it never collects. What the environment complains of reaches the user in one line."""
 
     def __init__(self, rows: range, environment: TableConfig, policy_folder: Path, arrays: SharedArrays) -> None:
         with _for_the_user():
@@ -97,16 +63,6 @@ class JudgeWorker(ChunkWorker):
         """As `ChunkWorker.evaluate`. UserError where nothing can be drawn or an action is not finite."""
         with _for_the_user():
             return super().evaluate(plays, environment, deterministic)
-
-    def _evaluation_seats(self, environment: TableConfig, plays: int) -> Seats:
-        key = (environment, min(plays, max(1, len(self.rows))))
-        if key not in self._evaluation:
-            table = Seats(environment, self.policy, key[1])
-            for seat in table.seats:
-                seat.env.close()
-                seat.env = make_judged_table(environment, self.policy.spaces.image_size, self.environment_class)
-            self._evaluation[key] = table
-        return self._evaluation[key]
 
 
 class Judge:

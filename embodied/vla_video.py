@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from embodied.chunk_workers import Play, TableConfig, TableEpisode, export_weights, layout_of
+from embodied.chunk_workers import Play, Seats, TableConfig, TableEpisode, export_weights, layout_of
 from embodied.policies.vla import VLAPolicy
 from embodied.processes import SharedArrays
 from embodied.vla_judge import JudgeWorker
@@ -37,6 +37,20 @@ _DONE, _OPEN, _FAILED = (120, 240, 140), (235, 235, 235), (255, 140, 120)
 class FilmedTable(TableEnv):
     """Keeps a picture of every control step of the episode, and whether the goal had been met by then."""
 
+    @classmethod
+    def of(cls, config: TableConfig, image_size: int) -> FilmedTable:
+        """As `make_table`."""
+        return cls(
+            tasks=config.tasks,
+            combinations=config.combinations,
+            phrasing=config.phrasing,
+            reward=config.reward,
+            end_on_success=config.end_on_success,
+            randomization=config.randomization,
+            observe=(),
+            image_size=image_size,
+        )
+
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -51,12 +65,6 @@ class FilmedTable(TableEnv):
         self.frames.append(self.picture("front", SIZE))
         self.met.append(bool(answer[-1]["success"]) or self.met[-1])
         return answer
-
-
-class FilmWorker(JudgeWorker):
-    """A judge's worker that films."""
-
-    environment_class = FilmedTable
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,25 @@ class Film:
         return pictures
 
 
+class FilmWorker(JudgeWorker):
+    """A judge's worker that films."""
+
+    def film(self, play: Play, table: TableConfig, deterministic: bool) -> Film:
+        """Play it."""
+        (episode,) = self.evaluate([play], table, deterministic)
+        env = self._evaluation_seats(table, 1).seats[0].env
+        assert isinstance(env, FilmedTable)
+        return Film(episode, env.frames, env.met)
+
+    def _evaluation_seats(self, environment: TableConfig, plays: int) -> Seats:
+        table = super()._evaluation_seats(environment, plays)
+        for seat in table.seats:
+            if not isinstance(seat.env, FilmedTable):
+                seat.env.close()
+                seat.env = FilmedTable.of(environment, self.policy.spaces.image_size)
+        return table
+
+
 class Studio:
     """Films a policy, one episode at a time, in this process."""
 
@@ -99,10 +126,7 @@ class Studio:
 
     def film(self, play: Play, *, table: TableConfig | None = None, deterministic: bool = True) -> Film:
         """Play it. UserError where nothing can be drawn."""
-        (episode,) = self._worker.evaluate([play], table, deterministic)
-        (seat,) = self._worker._evaluation_seats(table or self._worker.environment, 1).seats
-        assert isinstance(seat.env, FilmedTable)
-        return Film(episode, seat.env.frames, seat.env.met)
+        return self._worker.film(play, table or self._worker.environment, deterministic)
 
     def __enter__(self) -> Studio:
         return self

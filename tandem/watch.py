@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from embodied.chunk_workers import TableConfig, make_table
 from embodied.evaluate_vla import tasks_of
 from embodied.policies.vla import VLAPolicy
 from embodied.policies.words import split_words
-from embodied.vla_judge import JudgedTable, check_policy, make_judged_table, unknown_words
+from embodied.vla_judge import check_policy, unknown_words
 from embodied.vla_video import Studio, write_film
 from envs.table.language import TASKS, parse
 from experiment.config import read_tree
@@ -34,8 +35,8 @@ def watch(run: str, *, say: str | None = None, seed: int = 0, out: str | None = 
     folder, tasks, videos = find_policy(run)
     policy = VLAPolicy.from_pretrained(folder)
     check_policy(policy, folder)
-    table = JudgedTable(tasks=tasks)
-    make_judged_table(table, policy.spaces.image_size).close()
+    table = TableConfig(tasks=tasks)
+    make_table(table, policy.spaces.image_size).close()
     if say is not None:
         for note in notes(policy, say):
             print(f"note: {note}")

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from embodied import evaluate_vla
-from embodied.chunk_workers import Play, Seats, TableConfig, TableEpisode, layout_of
+from embodied.chunk_workers import Play, Seats, TableConfig, TableEpisode, layout_of, make_table
 from embodied.evaluate import TEST_SEEDS, VALIDATION_SEEDS
 from embodied.evaluate_vla import EvaluateVLAConfig, evaluate_policy, quick_evaluation, suite_plays, suite_table
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
 from embodied.processes import SharedArrays
-from embodied.vla_judge import Judge, JudgeWorker, make_judged_table
+from embodied.vla_judge import Judge, JudgeWorker
 from embodied.vla_report import describe, figures, suite_figures, table
 from embodied.vla_video import Film, caption, contact_sheet, wrap
 from envs.stepper import EpisodeRecord, episode_seed
@@ -165,8 +165,8 @@ def test_the_table_shows_every_suite_and_what_is_to_be_known() -> None:
 
 def test_normal_and_swapped_have_the_same_scenes_and_other_words() -> None:
     config = EvaluateVLAConfig()
-    plain = make_judged_table(suite_table("normal", TASKS, config), 16)
-    swapped = make_judged_table(suite_table("swapped", TASKS, config), 16)
+    plain = make_table(suite_table("normal", TASKS, config), 16)
+    swapped = make_table(suite_table("swapped", TASKS, config), 16)
     normal_plays, swapped_plays = (suite_plays(suite, TASKS, 2) for suite in ("normal", "swapped"))
     assert [seed for seed, _ in normal_plays] == [TEST_SEEDS, TEST_SEEDS + 1] * 5
     for (seed, options), (same_seed, swap) in zip(normal_plays, swapped_plays, strict=True):
@@ -183,12 +183,12 @@ def test_normal_and_swapped_have_the_same_scenes_and_other_words() -> None:
 def test_suites_keep_what_they_promise() -> None:
     config = EvaluateVLAConfig()
     for suite in ("normal", "held_out", "synonyms"):
-        env = make_judged_table(suite_table(suite, TASKS, config), 16)
+        env = make_table(suite_table(suite, TASKS, config), 16)
         for seed, options in suite_plays(suite, TASKS, 3):
             env.reset(seed=seed, options=options)
             assert held_out(env.goal) == (suite == "held_out")
             assert (env.instruction in phrases(env.goal, "train")) == (suite != "synonyms")
-    assert make_judged_table(suite_table("randomized", TASKS, config), 16).randomizer is not None
+    assert make_table(suite_table("randomized", TASKS, config), 16).randomizer is not None
     assert suite_table("normal", TASKS, EvaluateVLAConfig(until_time_limit=True)).end_on_success is False
 
 
