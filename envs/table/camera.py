@@ -26,8 +26,12 @@ _renderers: dict[tuple[int, int, int], mujoco.Renderer] = {}
 
 def renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
     """The process's renderer for pictures of this size. Raises ValueError when the machine cannot draw."""
-    key = (os.getpid(), height, width)  # a forked child must make its own
+    key = (os.getpid(), height, width)
     if key not in _renderers:
+        if any(pid != os.getpid() for pid, _, _ in _renderers):  # graphics libraries hang here
+            raise ValueError(
+                "a process that was forked from one that draws cannot draw; start it with multiprocessing's 'spawn'"
+            )
         choose_backend()
         try:
             if not _renderers:  # mujoco chose its graphics library when it was imported, before that choice
