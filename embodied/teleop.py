@@ -6,6 +6,7 @@ user's time. What is recorded is what the user did: `action` is the label.
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from embodied.datasets.lerobot_layout import (
     outcome,
 )
 from embodied.datasets.lerobot_writer import LeRobotWriter, OpenEpisode
+from embodied.record import FPS, HOW, ROBOT
 from envs.table import observations
 from envs.table.camera import close_renderers
 from envs.table.env import CAMERA_OF, TableEnv
@@ -38,10 +40,9 @@ from envs.table.language import TASKS
 from envs.table.scene import CONTROL_STEP
 from envs.table.steering import KEYBOARD_HELP, Command, Steering
 from envs.table.window import KeyEvent, Lines, Window, require_screen
+from experiment.checkpoint import write_atomically
 from experiment.errors import UserError
 
-ROBOT = "tandem-table"
-FPS = round(1 / CONTROL_STEP)
 DRAWINGS = 3
 """Pictures of the window in a control step, so that it moves smoothly."""
 _ENTRIES = {camera: entry for entry, camera in CAMERA_OF.items()}
@@ -131,6 +132,8 @@ def record_by_hand(
             env = _table(config)
             env.reset(seed=0)  # draws a picture, which must come before the window
         with LeRobotWriter(config.out, fps=FPS, features=_features(config), robot_type=ROBOT) as writer:
+            if not len(writer):
+                write_atomically(Path(config.out) / HOW, json.dumps({"player": "user"}, indent=1))
             with _mistakes():
                 screen = (open_screen or Window)(env.world.model, env.world.data)
             return _Session(config, env, screen, writer, pad, clock, say).run()

@@ -316,9 +316,11 @@ VERBS: dict[str, Verb] = {
         _data("view"),
     ),
     "data record": Verb(
-        "--expert --out FOLDER",
-        "record demonstrations at the table",
-        "Every finished episode is on the disk at once; the same command goes on where it was interrupted.",
+        "--expert|--teleop --out FOLDER",
+        "record demonstrations at the table: a scripted expert, or you",
+        "Every finished episode is on the disk at once; the same command goes on where it was interrupted.\n"
+        "--teleop opens a window, prints which key does what, and needs a screen (on macOS type\n"
+        "`mjpython -m tandem.cli` instead of `tandem`).",
         _data_arguments("record"),
         _data("record"),
     ),

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError
 
@@ -38,21 +38,27 @@ def view_arguments(parser: argparse.ArgumentParser) -> None:
 
 def record_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `tandem data record`."""
-    parser.add_argument("--expert", action="store_true", help="the scripted expert acts")
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--expert", action="store_true", help="the scripted expert acts")
+    who.add_argument("--teleop", action="store_true", help="you steer, in a window")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, or one to go on with")
-    parser.add_argument("--episodes", type=int, default=200, metavar="N", help="how many it holds in the end (200)")
-    parser.add_argument("--tasks", default="", metavar="A,B", help="reach, push, pick, place, stack (all)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed records the same episodes (0)")
     parser.add_argument(
-        "--noise", type=float, default=0.2, help="highest level of noise in an episode, 0 to 0.5 (0.2)"
+        "--episodes", type=int, metavar="N", help="how many it holds in the end (200; by hand: until you end)"
     )
+    parser.add_argument("--tasks", default="", metavar="A,B", help="reach, push, pick, place, stack (all)")
+    parser.add_argument("--seed", type=int, help="the same seed, the same scenes (0; by hand: new ones every time)")
     parser.add_argument("--image-size", type=int, default=64, metavar="PIXELS", help="above 128: videos (64)")
     parser.add_argument("--cameras", default="front", metavar="A,B", help="front, wrist (front)")
     parser.add_argument("--combinations", default="train", help="of colours and shapes: train, held_out, all")
     parser.add_argument("--phrasing", default="train", help="of the instructions: train, synonyms")
     parser.add_argument("--randomization", metavar="PRESET", help="of pictures and physics (none)")
-    parser.add_argument("--keep-failures", action="store_true", help="do not play again what failed")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that play (2)")
+    expert = parser.add_argument_group("of the expert")
+    expert.add_argument("--noise", type=float, help="highest level of noise in an episode, 0 to 0.5 (0.2)")
+    expert.add_argument("--keep-failures", action="store_true", help="do not play again what failed")
+    expert.add_argument("--workers", type=int, metavar="N", help="processes that play (2)")
+    hand = parser.add_argument_group("by hand")
+    hand.add_argument("--device", choices=("keyboard", "gamepad"), help="to steer with (keyboard)")
+    hand.add_argument("--time-limit", type=int, metavar="STEPS", help="of an episode; 10 are a second (300)")
 
 
 # ---------------------------------------------------------------- what the verbs do
@@ -129,24 +135,40 @@ def view(arguments: argparse.Namespace) -> int:
 
 def record(arguments: argparse.Namespace) -> int:
     """Record demonstrations; the same command goes on where it was interrupted."""
-    if not arguments.expert:
-        raise UserError("tandem data record: say who acts: --expert")
-    from embodied.record import RecordConfig, record_expert
+    if not (arguments.expert or arguments.teleop):
+        raise UserError("tandem data record: say who acts: --expert or --teleop")
+    of_others = ("device", "time_limit") if arguments.expert else ("noise", "keep_failures", "workers")
+    for name in of_others:
+        given = getattr(arguments, name)
+        if given is not None and given is not False:
+            actor, other = ("--expert", "--teleop") if arguments.expert else ("--teleop", "--expert")
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"tandem data record: {option} is for {other}; leave it out with {actor}")
+    return _record_expert(arguments) if arguments.expert else _record_by_hand(arguments)
+
+
+def _record_settings(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """What both ways to record take, and `names`; what was not given keeps the configuration's default."""
     from envs.table.language import TASKS
 
-    config = RecordConfig(
-        tasks=tuple(_listed(arguments.tasks)) or TASKS,
-        episodes=arguments.episodes,
-        seed=arguments.seed,
-        noise=arguments.noise,
-        image_size=arguments.image_size,
-        cameras=tuple(_listed(arguments.cameras)),
-        combinations=arguments.combinations,
-        phrasing=arguments.phrasing,
-        randomization=arguments.randomization,
-        keep_failures=arguments.keep_failures,
-        workers=arguments.workers,
-    )
+    names = ("episodes", "seed", "image_size", "combinations", "phrasing", "randomization", *names)
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return given | {"tasks": tuple(_listed(arguments.tasks)) or TASKS, "cameras": tuple(_listed(arguments.cameras))}
+
+
+def _record_by_hand(arguments: argparse.Namespace) -> int:
+    from embodied.teleop import TeleopConfig, record_by_hand
+
+    config = TeleopConfig(arguments.out, **_record_settings(arguments, "device", "time_limit"))
+    if record_by_hand(config):
+        print(f"look at them: tandem data inspect {arguments.out}; tandem data view {arguments.out}")
+    return 0
+
+
+def _record_expert(arguments: argparse.Namespace) -> int:
+    from embodied.record import RecordConfig, record_expert
+
+    config = RecordConfig(**_record_settings(arguments, "noise", "keep_failures", "workers"))
     began = said = time.monotonic()
 
     def progress(held: int, report: RecordReport) -> None:

@@ -142,7 +142,7 @@ def test_half_written_episodes_are_a_warning(demonstrations: Path, capsys: pytes
             ["data", "view", "demos", "--out", "x.gif"],
             "--out x.gif: a video ends in .mp4, a sheet",
         ),
-        (["data", "record", "--out", "x"], "tandem data record: say who acts: --expert"),
+        (["data", "record", "--out", "x"], "tandem data record: say who acts: --expert or --teleop"),
         ([*RECORD, "--out", "demos"], "demos: its robot_type is arm, that of the new episodes tandem-table"),
         ([*RECORD, "--out", "x", "--noise", "2"], "noise must be from 0 to 0.5, got 2.0"),
         ([*RECORD, "--out", "x", "--phrasing", "rude"], "there is no phrasing 'rude': choose from train, synonyms"),
