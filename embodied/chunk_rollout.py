@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ class ChunkExperience:
     terminated, truncated   [B, T] the episode ended, or was cut, within this chunk
     final_states            (row, column, [S]) where it did; next_states [B, S] after the last column
     episodes                those that ended
+    step_states             [B, T, k, S] before each control step, where the collector was asked for them
     """
 
     observations: dict[str, Tensor]
@@ -50,6 +51,7 @@ class ChunkExperience:
     final_states: list[tuple[int, int, np.ndarray]]
     next_states: Tensor
     episodes: list[TableEpisode]
+    step_states: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def control_steps(self) -> int:
@@ -62,13 +64,21 @@ class ChunkCollector:
 
     chunks      columns of a rollout
     group_size  neighbouring rows that have the same resets and differ in their noise
+    step_states whether to look at the privileged state before each control step, not each chunk only
     """
 
     def __init__(
-        self, environment: TableConfig, policy: VLAPolicy, *, chunks: int, seed: int, group_size: int = 1
+        self,
+        environment: TableConfig,
+        policy: VLAPolicy,
+        *,
+        chunks: int,
+        seed: int,
+        group_size: int = 1,
+        step_states: bool = False,
     ) -> None:
         self._observed = tuple(observed(policy))
-        self._arrays = SharedArrays(layout_of(policy, environment.count, chunks))
+        self._arrays = SharedArrays(layout_of(policy, environment.count, chunks, step_states=step_states))
         self._weights = self._arrays.view("weights")
         with tempfile.TemporaryDirectory() as folder:  # the workers have read it when they are ready
             policy.save_pretrained(folder)
@@ -94,6 +104,7 @@ class ChunkCollector:
             final_states=[final for report in reports for final in report.final_states],
             next_states=torch.from_numpy(np.concatenate([report.next_states for report in reports])),
             episodes=[episode for report in reports for episode in report.episodes],
+            **({"step_states": taken("step_states")} if "step_states" in self._arrays.names else {}),
         )
 
     def evaluate(
@@ -181,11 +192,7 @@ def judge_chunks(
 def with_values(rollout: Rollout, experience: ChunkExperience, critic: VLAPolicy) -> Rollout:
     """The rollout with the critic's values, bootstrapped from the true next states."""
     values = critic.values(experience.observations)
-    final_values = torch.zeros_like(values)
-    final_values[:, -1] = critic.values({"state": experience.next_states})
-    if experience.final_states:
-        rows, columns, finals = zip(*experience.final_states, strict=True)
-        final_values[list(rows), list(columns)] = critic.values({"state": torch.from_numpy(np.stack(finals))})
+    final_values = final_values_of(experience, critic)
     next_values = next_values_of(
         values=values,
         mask=rollout.mask,
@@ -194,3 +201,14 @@ def with_values(rollout: Rollout, experience: ChunkExperience, critic: VLAPolicy
         final_values=final_values,
     )
     return replace(rollout, values=values, next_values=next_values)
+
+
+@torch.no_grad()
+def final_values_of(experience: ChunkExperience, critic: VLAPolicy) -> Tensor:
+    """[B, T] of the true states after a chunk in which an episode ended or was cut, and after the last column."""
+    values = torch.zeros_like(experience.rewards[..., 0])
+    values[:, -1] = critic.values({"state": experience.next_states})
+    if experience.final_states:
+        rows, columns, finals = zip(*experience.final_states, strict=True)
+        values[list(rows), list(columns)] = critic.values({"state": torch.from_numpy(np.stack(finals))})
+    return values

@@ -98,10 +98,15 @@ class ChunkReport:
     episodes: list[TableEpisode]
 
 
-def layout_of(policy: VLAPolicy, count: int, chunks: int) -> Layout:
-    """The shared arrays [count, chunks, ...] of a rollout, and the policy's flat weights."""
+def layout_of(policy: VLAPolicy, count: int, chunks: int, *, step_states: bool = False) -> Layout:
+    """The shared arrays [count, chunks, ...] of a rollout, and the policy's flat weights.
+
+    step_states: also the privileged state before each control step of a chunk.
+    """
     k, lead = policy.config.chunk, (count, chunks)
+    each_step: Layout = {"step_states": ((*lead, k, policy.spaces.state_size), "float32")} if step_states else {}
     return {
+        **each_step,
         **{name: ((*lead, *shape), kind) for name, (shape, kind) in observed(policy).items()},
         "actions": ((*lead, k, policy.spaces.action_size), "float32"),
         "log_probs": ((*lead, k), "float32"),
@@ -164,13 +169,17 @@ class Seat:
         self.success = self.success_once = False
         self.success_of_original = None
 
-    def execute(self, chunk: NDArray[np.floating], rewards: Array) -> tuple[int, bool, bool]:
-        """Up to k actions [k, A], fewer where the episode ends; writes rewards [k].
+    def execute(
+        self, chunk: NDArray[np.floating], rewards: Array, states: Array | None = None
+    ) -> tuple[int, bool, bool]:
+        """Up to k actions [k, A], fewer where the episode ends; writes rewards [k], and the states [k, S] before.
 
         Returns how many were executed, terminated and truncated (at the time limit).
         """
         step, executed, terminated, truncated = self.env.step, 0, False, False
         for action in chunk:
+            if states is not None:
+                states[executed] = self.env.observe(("state",))["state"]
             _, reward, terminated, truncated, info = step(action)
             rewards[executed] = reward
             executed += 1
@@ -273,8 +282,9 @@ class ChunkWorker:
     ) -> None:
         self.rows, self.environment = rows, environment
         self.policy = VLAPolicy.from_pretrained(policy_folder).requires_grad_(False).eval()
-        names = layout_of(self.policy, 1, 1).keys() - {"weights"}
+        names = arrays.names - {"weights"}
         self.arrays = {name: arrays.view(name)[rows.start : rows.stop] for name in names}
+        self.step_states = self.arrays.get("step_states")
         self.weights = arrays.view("weights")
         self.seeds = [environment_seed(seed, row // group_size) for row in rows]
         self.generators = [np.random.default_rng([environment_seed(seed, row), 1]) for row in rows]
@@ -307,7 +317,8 @@ class ChunkWorker:
             chunks = np.clip(actions, -1.0, 1.0)
             for index, chunk in zip(active, chunks, strict=True):
                 seat, rewards = table.seats[index], arrays["rewards"][index, column]
-                executed, terminated, truncated = seat.execute(chunk, rewards)
+                states = self.step_states[index, column] if self.step_states is not None else None
+                executed, terminated, truncated = seat.execute(chunk, rewards, states)
                 arrays["executed"][index, column] = executed
                 arrays["terminated"][index, column] = terminated
                 arrays["truncated"][index, column] = truncated

@@ -37,6 +37,11 @@ class SharedArrays:
             for name, (shape, kind) in self._layout.items()
         }
 
+    @property
+    def names(self) -> set[str]:
+        """What there is."""
+        return set(self._layout)
+
     def view(self, name: str) -> NDArray[Any]:
         """The named array, in place."""
         shape, kind = self._layout[name]

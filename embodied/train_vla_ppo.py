@@ -12,10 +12,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from embodied.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
 from embodied.chunk_workers import TableConfig
 from embodied.learning import charge_kl, stopping_on_nan
+from embodied.step_credit import step_advantages
 from embodied.vla_learner import (
     TableEvaluationConfig,
     VLALearner,
@@ -38,6 +40,7 @@ def chunk_ppo() -> PPOConfig:
     """PPO's numbers for chunks; gamma is per control step."""
     return PPOConfig(
         learning_rate=1e-4,
+        ratio_level="factor",
         epochs=4,
         minibatch_size=256,
         gamma=0.99,
@@ -53,6 +56,8 @@ class TrainVLAPPOConfig:
 
     init                    folder of the policy to start from (RUN/checkpoints/best/policy); the KL's reference
     log_std                 start exploring at this log standard deviation instead of the clone's
+    credit                  "step": each action of a chunk by the advantage of its own control step, judged by the
+                            critic (see `step_credit`; ppo.ratio_level must be "factor"); "chunk": all by one
     learn_std               fit the deviation too; else it stays
     total_steps             control steps over all environments
     horizon                 chunks of each environment per update
@@ -64,10 +69,11 @@ class TrainVLAPPOConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(name="table-ppo"))
     environment: TableConfig = field(default_factory=TableConfig)
     ppo: PPOConfig = field(default_factory=chunk_ppo)
-    kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01))
+    kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.001, placement="loss", estimator="k2"))
     evaluation: TableEvaluationConfig = field(default_factory=TableEvaluationConfig)
     init: str | None = None
     log_std: float | None = -1.6
+    credit: Literal["step", "chunk"] = "step"
     learn_std: bool = False
     total_steps: int = 500_000
     horizon: int = 16
@@ -78,6 +84,10 @@ class TrainVLAPPOConfig:
     def __post_init__(self) -> None:
         if self.ppo.aggregation != "decision":  # minibatches are of single decisions, from many episodes
             raise ValueError("ppo.aggregation must be 'decision' for a policy that judges chunks one by one")
+        if self.credit == "step" and self.ppo.ratio_level != "factor":
+            raise ValueError("credit 'step' needs ppo.ratio_level 'factor': a ratio for each control step")
+        if self.credit == "step" and self.kl.coef > 0 and self.kl.placement == "reward":
+            raise ValueError("credit 'step' needs kl.placement 'loss': the reward of a control step has no KL")
         if self.horizon < 1 or self.update_threads < 1:
             raise ValueError("horizon and update_threads must be at least 1")
 
@@ -98,7 +108,11 @@ def train(config: TrainVLAPPOConfig, *, resume: Path | None = None) -> RunResult
             seed=config.run.seed,
         )
         with ChunkCollector(
-            config.environment, learner.policy, chunks=config.horizon, seed=config.run.seed
+            config.environment,
+            learner.policy,
+            chunks=config.horizon,
+            seed=config.run.seed,
+            step_states=config.credit == "step",
         ) as collector:
             first = begin(run, learner, collector, updates)
             for update in range(first, updates + 1):
@@ -139,7 +153,12 @@ def improve(
     if update == 1:
         rollout.validate()
     rollout, kl_metrics = charge_kl(rollout, config.kl, learner.controller.coef)
-    advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
+    if config.credit == "step":
+        advantages, returns = step_advantages(
+            experience, gamma=config.ppo.gamma, gae_lambda=config.ppo.gae_lambda, critic=policy
+        )
+    else:
+        advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
     actor_rate, critic_rate = rates(config, update=update, updates=updates)
     for group, rate in zip(learner.optimizer.param_groups, (actor_rate, critic_rate), strict=True):
         group["lr"] = rate

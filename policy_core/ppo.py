@@ -105,7 +105,7 @@ def policy_loss(
     """PPO's clipped surrogate (1707.06347 eq. 7), to be minimised.
 
     log_probs, old_log_probs, weights   [B, T] (a ratio a decision) or [B, T, F] (a ratio a factor)
-    advantages                          [B, T] or [B, T, 1]
+    advantages                          [B, T], or of single factors [B, T, F]
     clip_range_high                     upper half of the band where it differs ("clip-higher", 2503.14476)
     dual_clip                           where the advantage is negative, at least dual_clip * advantage
                                         (Ye 2020, 1912.09729 eq. 5)
@@ -113,6 +113,8 @@ def policy_loss(
     Metrics, under the same weights: approx_kl (k3, nats), clip_fraction (where the clip takes the gradient away).
     """
     high = clip_range if clip_range_high is None else clip_range_high
+    if advantages.dim() < log_probs.dim():
+        advantages = advantages.unsqueeze(-1)
     log_ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = torch.exp(log_ratio)
     unclipped = ratio * advantages
@@ -219,7 +221,7 @@ def ppo_loss(
         loss, metrics = policy_loss(
             log_probs=level(log_probs),
             old_log_probs=batch.old_log_probs,
-            advantages=batch.advantages.unsqueeze(-1) if by_factor else batch.advantages,
+            advantages=batch.advantages,
             weights=batch.weights,
             clip_range=config.clip_range,
             clip_range_high=config.clip_range_high,
@@ -342,23 +344,26 @@ def update(
 ) -> dict[str, float]:
     """Improve the policy on one rollout: `config.epochs` passes of shuffled minibatches.
 
-    advantages, returns     [B, T] as `gae` gives them; returns None for a policy without a critic
+    advantages, returns     [B, T] as `gae` gives them; returns None for a policy without a critic; at ratio level
+                            "factor" advantages may be [B, T, F], say of the control steps of a chunk
     generator               of the shuffling (CPU)
     kl, kl_coef             a KL term in the loss, when kl.placement is "loss"; kl_coef is the controller's
     train_policy            False = critic warm-up: only `policy.critic_parameters()` move
-    auxiliary               a supervised loss, called at every optimizer step and added to it (PPO-ptx,
-                            DAPG's demonstration term); not called during critic warm-up
+    auxiliary               a supervised loss added to every optimizer step but critic warm-up's (PPO-ptx, DAPG)
     traced                  replays the gradient's operations (`traced_gradient(policy)`, kept by the caller)
-                            instead of going through autograd at each step: the same numbers, but faster for small
-                            networks
+                            instead of autograd's: the same numbers, faster for small networks
 
-    Returns metrics averaged over the optimizer steps. Raises NonFiniteLoss before a step that would spoil the
-    weights.
+    Returns metrics averaged over the optimizer steps. Raises NonFiniteLoss before a step that spoils the weights.
     """
     if not train_policy and returns is None:
         raise ValueError("critic warm-up needs returns: without them there is nothing to learn")
+    counts = rollout.mask
+    if advantages.dim() == 3:
+        if config.ratio_level != "factor" or rollout.factor_mask is None:
+            raise ValueError("advantages of single factors need ppo.ratio_level 'factor' and a factor_mask")
+        counts = rollout.factor_mask & rollout.mask.unsqueeze(-1)
     if config.normalize_advantages:
-        advantages = normalize(advantages, rollout.mask)
+        advantages = normalize(advantages, counts)
     with_reference = kl is not None and kl.placement == "loss" and kl_coef != 0.0
     kl = kl if with_reference else None
     history: list[Metrics] = []

@@ -309,8 +309,8 @@ FAULTS = (
     ),
     Fault(
         "ppo",
-        "advantages=batch.advantages.unsqueeze(-1) if by_factor else batch.advantages,",
-        "advantages=batch.advantages.unsqueeze(-1) / batch.weights.shape[-1] if by_factor else batch.advantages,",
+        "advantages = advantages.unsqueeze(-1)",
+        "advantages = advantages.unsqueeze(-1) / log_probs.shape[-1]",
         "an advantage is divided among the factors",
     ),
     # ------------------------------------------------------------ ppo: update
@@ -322,8 +322,8 @@ FAULTS = (
     ),
     Fault(
         "ppo",
-        "advantages = normalize(advantages, rollout.mask)",
-        "advantages = normalize(advantages, torch.ones_like(rollout.mask))",
+        "advantages = normalize(advantages, counts)",
+        "advantages = normalize(advantages, torch.ones_like(counts))",
         "masked columns enter the normalisation",
     ),
     Fault(

@@ -399,6 +399,23 @@ def test_the_two_levels_by_hand() -> None:
     close(metrics["entropy"], 0.375)
 
 
+def test_an_advantage_for_each_factor_by_hand() -> None:
+    # ratios 2 and 0.5 with advantages 1 and -2: min(2, 1.2) and min(-1, -1.6)
+    evaluation = Evaluation(
+        log_probs=torch.tensor([[[math.log(2.0), -math.log(2.0)]]]), entropy=torch.zeros(1, 1, 2)
+    )
+    loss, _ = ppo_loss(
+        evaluation=evaluation,
+        batch=one_decision(
+            old_log_probs=torch.zeros(1, 1, 2),
+            advantages=torch.tensor([[[1.0, -2.0]]]),
+            weights=torch.full((1, 1, 2), 0.5),
+        ),
+        config=PPOConfig(ratio_level="factor"),
+    )
+    close(loss, 0.2)
+
+
 @pytest.mark.parametrize("level", ["decision", "factor"])
 def test_factors_that_were_not_executed_change_nothing(level: Any) -> None:
     policy = TinyPolicy()
