@@ -16,6 +16,7 @@ from embodied.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
 from embodied.chunk_workers import TableConfig
 from embodied.learning import charge_kl, stopping_on_nan
 from embodied.vla_learner import (
+    Perception,
     TableEvaluationConfig,
     VLALearner,
     begin,
@@ -52,6 +53,7 @@ class TrainVLAGRPOConfig:
 
     init                folder of the policy to start from (RUN/checkpoints/best/policy); the KL's reference
     log_std, learn_std  explore at this log standard deviation instead of the clone's; whether it is fitted too
+    perception          what trains the part that says where things are, see `vla_learner.Perception`
     updates             rollouts in all
     episodes            of each environment in a rollout
     skip_flat_groups    leave groups whose episodes all earned the same out of the update, its KL term included
@@ -67,6 +69,7 @@ class TrainVLAGRPOConfig:
     evaluation: TableEvaluationConfig = field(default_factory=TableEvaluationConfig)
     init: str | None = None
     log_std: float | None = -1.6
+    perception: Perception = "all"
     learn_std: bool = False
     updates: int = 200
     episodes: int = 1
@@ -98,6 +101,7 @@ def train(config: TrainVLAGRPOConfig, *, resume: Path | None = None) -> RunResul
             log_std=config.log_std,
             learn_std=config.learn_std,
             critic=False,
+            perception=config.perception,
             kl=config.kl,
             seed=config.run.seed,
         )

@@ -19,6 +19,7 @@ from embodied.chunk_workers import TableConfig
 from embodied.learning import charge_kl, stopping_on_nan
 from embodied.step_credit import step_advantages
 from embodied.vla_learner import (
+    Perception,
     TableEvaluationConfig,
     VLALearner,
     begin,
@@ -40,7 +41,6 @@ def chunk_ppo() -> PPOConfig:
     """PPO's numbers for chunks; gamma is per control step."""
     return PPOConfig(
         learning_rate=1e-4,
-        ratio_level="factor",
         epochs=4,
         minibatch_size=256,
         gamma=0.99,
@@ -58,6 +58,8 @@ class TrainVLAPPOConfig:
     log_std                 start exploring at this log standard deviation instead of the clone's
     credit                  "step": each action of a chunk by the advantage of its own control step, judged by the
                             critic (see `step_credit`; ppo.ratio_level must be "factor"); "chunk": all by one
+    perception              "frozen", "auxiliary" (taught by the simulator's state) or "all" (by rewards, too)
+    perception_learning_rate    of it; None = ppo.learning_rate
     learn_std               fit the deviation too; else it stays
     total_steps             control steps over all environments
     horizon                 chunks of each environment per update
@@ -69,11 +71,13 @@ class TrainVLAPPOConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(name="table-ppo"))
     environment: TableConfig = field(default_factory=TableConfig)
     ppo: PPOConfig = field(default_factory=chunk_ppo)
-    kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.001, placement="loss", estimator="k2"))
+    kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01))
     evaluation: TableEvaluationConfig = field(default_factory=TableEvaluationConfig)
     init: str | None = None
     log_std: float | None = -1.6
-    credit: Literal["step", "chunk"] = "step"
+    credit: Literal["step", "chunk"] = "chunk"
+    perception: Perception = "all"
+    perception_learning_rate: float | None = None
     learn_std: bool = False
     total_steps: int = 500_000
     horizon: int = 16
@@ -104,6 +108,7 @@ def train(config: TrainVLAPPOConfig, *, resume: Path | None = None) -> RunResult
             log_std=config.log_std,
             learn_std=config.learn_std,
             critic=True,
+            perception=config.perception,
             kl=config.kl,
             seed=config.run.seed,
         )
@@ -159,8 +164,8 @@ def improve(
         )
     else:
         advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
-    actor_rate, critic_rate = rates(config, update=update, updates=updates)
-    for group, rate in zip(learner.optimizer.param_groups, (actor_rate, critic_rate), strict=True):
+    actor_rate, *others = rates(config, update=update, updates=updates)
+    for group, rate in zip(learner.optimizer.param_groups, (actor_rate, *others), strict=True):
         group["lr"] = rate
     with stopping_on_nan(update):
         trained = ppo.update(
@@ -182,8 +187,10 @@ def improve(
     return metrics | {f"train/{name}": v for name, v in trained.items()}
 
 
-def rates(config: TrainVLAPPOConfig, *, update: int, updates: int) -> tuple[float, float]:
-    """Learning rates of the actor, whose schedule and warm-up begin when the critic's warm-up ends, and the critic.
+def rates(config: TrainVLAPPOConfig, *, update: int, updates: int) -> list[float]:
+    """Learning rates of the actor, the critic and, unless it is frozen, of perception.
+
+    The actor's and perception's schedule and warm-up begin when the critic's warm-up ends.
 
     The actor's Adam knows nothing of its gradients then: without ppo.warmup its first steps are its largest.
     """
@@ -193,7 +200,12 @@ def rates(config: TrainVLAPPOConfig, *, update: int, updates: int) -> tuple[floa
         return scheduled(initial, schedule=numbers.schedule, progress=done / of, warmup=numbers.warmup)
 
     late = min(numbers.critic_warmup, updates - 1)
-    return (
-        rate(numbers.learning_rate, max(0, update - 1 - late), updates - late),
+    begun = max(0, update - 1 - late)
+    found = [
+        rate(numbers.learning_rate, begun, updates - late),
         rate(config.critic_learning_rate, update - 1, updates),
-    )
+    ]
+    if config.perception != "frozen":
+        initial = config.perception_learning_rate
+        found.append(rate(numbers.learning_rate if initial is None else initial, begun, updates - late))
+    return found

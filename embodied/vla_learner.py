@@ -7,7 +7,7 @@ import copy
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ from experiment.checkpoint import Checkpoint
 from experiment.errors import UserError
 from experiment.run import Run
 from policy_core.kl import KLConfig, KLController
+
+Perception = Literal["frozen", "auxiliary", "all"]
+"""What trains the part of a policy that says where things are while it learns to act: nothing, so that noise of the
+policy gradient does not blur it; the auxiliary head's error alone; or that and the policy gradient."""
 
 LARGEST_GAP = 0.01
 """Nats by which a log-probability may differ between a worker and the update."""
@@ -59,13 +63,17 @@ class VLALearner:
         log_std: float | None,
         learn_std: bool,
         critic: bool,
+        perception: Perception,
         kl: KLConfig,
         seed: int,
     ) -> VLALearner:
         """From a clone, which becomes the KL's reference, with the policy of a checkpoint where there is one.
 
         log_std     of both at the start; None keeps the clone's
-        critic      whether one is trained: the optimizer's second group
+        critic      whether one is trained
+        perception  what trains it, see `Perception`
+
+        The optimizer's groups: what acts, the critic if there is one, perception unless it is frozen.
         """
         if log_std is not None:
             torch.nn.init.constant_(clone.log_std, log_std)
@@ -74,9 +82,17 @@ class VLALearner:
         else:
             policy = VLAPolicy.from_pretrained(checkpoint.folder / "policy")
         policy.log_std.requires_grad_(learn_std)
-        groups = [[parameter for parameter in policy.actor_parameters() if parameter.requires_grad]]
+        policy.perception_stops = perception == "auxiliary"
+        eye = list(policy.perception_parameters())
+        known = {id(parameter) for parameter in eye}
+        groups = [[p for p in policy.actor_parameters() if p.requires_grad and id(p) not in known]]
         if critic:
             groups.append(list(policy.critic_parameters()))
+        if perception == "frozen":
+            for parameter in eye:
+                parameter.requires_grad_(False)
+        else:
+            groups.append(eye)
         return cls(
             policy=policy,
             reference=clone.requires_grad_(False) if kl.coef > 0 else None,

@@ -95,6 +95,9 @@ class VLAPolicy(nn.Module):
 
     Sampling and judging go through the same `distribution`: the convolutions' results do not depend on the size
     of the batch, so log-probs taken while acting are those of an update under the same weights.
+
+    perception_stops: the gradient of what is done ends at what is seen, which then learns from the auxiliary head's
+    error alone.
     """
 
     def __init__(self, spaces: VLASpaces, config: VLAConfig, words: Words) -> None:
@@ -123,20 +126,30 @@ class VLAPolicy(nn.Module):
         self.log_std = Parameter(torch.full((spaces.action_size,), config.log_std))
         self.proprio_normalizer = ObservationNormalizer(spaces.proprio_size, limit=5.0, epsilon=1e-4)
         self.state_normalizer = ObservationNormalizer(spaces.state_size, limit=5.0, epsilon=1e-4)
+        self.perception_stops = False
         self._dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
 
     def critic_parameters(self) -> Iterator[Parameter]:
         """Those that only the value depends on."""
         yield from self.critic.parameters()
 
+    def perception_parameters(self) -> Iterator[Parameter]:
+        """Those that tell where things are: all that the auxiliary head's error depends on."""
+        for part in (self.vision, self.instruction, self.locator):
+            yield from part.parameters()
+
     def actor_parameters(self) -> Iterator[Parameter]:
-        """All the others."""
+        """All but the critic's."""
         critic = {id(parameter) for parameter in self.critic_parameters()}
         yield from (parameter for parameter in self.parameters() if id(parameter) not in critic)
 
-    def forward(self, observations: Observations) -> tuple[DiagonalGaussian, Tensor]:
-        """The distribution of actions [..., k, A] and the predicted state [..., localized]."""
+    def locate(self, observations: Observations) -> Tensor:
+        """Where the named things are, [..., localized]: the auxiliary head's answer to image and words alone."""
         leading = observations["words"].shape[:-1]
+        return self._perceive(observations)[1].view(*leading, -1)
+
+    def _perceive(self, observations: Observations) -> tuple[Tensor, Tensor]:
+        """What the instruction makes it see [N, F], and where that puts the named things [N, localized]."""
         words = observations["words"].flatten(0, -2)
         keys = [image_key(camera) for camera in self.spaces.cameras]
         images = [observations[key].flatten(0, -4) for key in keys]
@@ -147,9 +160,17 @@ class VLAPolicy(nn.Module):
             words = torch.zeros_like(words)
         instruction = self.instruction(words)
         seen = torch.cat([self.vision(pixels, instruction, self._dtype), instruction], -1)
-        located = self.locator(seen)
+        return seen, self.locator(seen)
+
+    def forward(self, observations: Observations) -> tuple[DiagonalGaussian, Tensor]:
+        """The distribution of actions [..., k, A] and the predicted state [..., localized]."""
+        leading = observations["words"].shape[:-1]
+        seen, located = self._perceive(observations)
         proprio = self.proprio_normalizer(observations["proprio"].flatten(0, -2))
-        means = self.actor(torch.cat([seen, located, proprio], -1))
+        perceived = torch.cat([seen, located], -1)
+        if self.perception_stops:
+            perceived = perceived.detach()
+        means = self.actor(torch.cat([perceived, proprio], -1))
         chunk = (*leading, self.config.chunk, self.spaces.action_size)
         return DiagonalGaussian(means.view(chunk), self.bounded_log_std()), located.view(*leading, -1)
 

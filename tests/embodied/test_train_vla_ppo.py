@@ -16,7 +16,7 @@ from embodied.chunk_workers import TableConfig
 from embodied.policies.vla import VLAPolicy
 from embodied.train_vla_grpo import TrainVLAGRPOConfig
 from embodied.train_vla_ppo import TrainVLAPPOConfig, rates
-from embodied.vla_learner import TableEvaluationConfig, success_by_task, validation_plays
+from embodied.vla_learner import Perception, TableEvaluationConfig, success_by_task, validation_plays
 from envs.stepper import EpisodeRecord
 from experiment.errors import UserError
 from experiment.run import RunConfig
@@ -126,10 +126,36 @@ def test_the_actors_schedule_begins_after_the_critics_warm_up() -> None:
     ppo = PPOConfig(learning_rate=1.0, schedule="linear", warmup=0.5, critic_warmup=4)
     config = TrainVLAPPOConfig(ppo=ppo, critic_learning_rate=10.0)
     told = [rates(config, update=update, updates=12) for update in range(1, 13)]
-    assert [actor for actor, _ in told] == [0.0] * 5 + [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]
-    assert [critic for _, critic in told[:7]] == pytest.approx([0, 10 / 6, 20 / 6, 5, 40 / 6, 50 / 6, 10])
+    assert [actor for actor, *_ in told] == [0.0] * 5 + [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]
+    assert [critic for _, critic, _ in told[:7]] == pytest.approx([0, 10 / 6, 20 / 6, 5, 40 / 6, 50 / 6, 10])
     constant = TrainVLAPPOConfig(ppo=PPOConfig(learning_rate=2.0, critic_warmup=9), critic_learning_rate=3.0)
-    assert {rates(constant, update=update, updates=5) for update in range(1, 6)} == {(2.0, 3.0)}
+    assert [rates(constant, update=update, updates=5) for update in range(1, 6)] == [[2.0, 3.0, 2.0]] * 5
+    own = replace(constant, perception_learning_rate=0.5)
+    assert rates(own, update=1, updates=5) == [2.0, 3.0, 0.5]
+    assert rates(replace(own, perception="frozen"), update=1, updates=5) == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("perception", ["frozen", "auxiliary", "all"])
+def test_what_trains_perception(clone: Path, tmp_path: Path, perception: Perception) -> None:
+    config = ppo_config(clone, tmp_path / "run", perception=perception)
+    config = replace(config, ppo=replace(config.ppo, auxiliary_coef=0.0))
+    changed = moved(clone, train_vla_ppo.train(config).folder)
+    assert ("vision" in changed) == (perception == "all")
+    assert "actor" in changed
+    taught = replace(config, run=replace(config.run, folder=str(tmp_path / "taught")))
+    taught = replace(taught, ppo=replace(config.ppo, auxiliary_coef=0.5))
+    assert ("vision" in moved(clone, train_vla_ppo.train(taught).folder)) == (perception != "frozen")
+
+
+def test_credit_for_steps_needs_a_ratio_for_each(clone: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"needs ppo\.ratio_level .factor."):
+        ppo_config(clone, tmp_path / "run", credit="step")
+    config = ppo_config(clone, tmp_path / "run")
+    by_step = replace(config, credit="step", kl=KLConfig(), ppo=replace(config.ppo, ratio_level="factor"))
+    metrics = train_vla_ppo.train(by_step).metrics
+    assert metrics["train/policy_loss"] != 0.0
+    with pytest.raises(ValueError, match="the reward of a control step has no KL"):
+        replace(by_step, kl=KLConfig(coef=0.1))
 
 
 def test_the_kl_in_the_loss_and_a_learned_deviation(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
