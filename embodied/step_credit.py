@@ -8,12 +8,17 @@ the policy gradient unbiased and takes from each action the noise of the others'
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embodied.chunk_rollout import ChunkExperience, final_values_of
 from embodied.policies.vla import VLAPolicy
-from policy_core.returns import gae, next_values_of
+from policy_core.ppo import NonFiniteLoss
+from policy_core.returns import explained_variance, gae, next_values_of
 from policy_core.rollout import Rollout
 
 
@@ -57,15 +62,53 @@ def control_steps(experience: ChunkExperience, *, gamma: float, critic: VLAPolic
     )
 
 
-def step_advantages(
-    experience: ChunkExperience,
-    *,
-    gamma: float,
-    gae_lambda: float,
-    critic: VLAPolicy,
-) -> tuple[Tensor, Tensor]:
-    """Advantages [B, T, k] of the control steps of each chunk, and the returns [B, T] from its start on."""
+@dataclass(frozen=True)
+class StepCredit:
+    """advantages [B, T, k] of the control steps of each chunk; and of the N executed ones the states [N, S], the
+    returns [N], and how much of these returns' variance the critic explained."""
+
+    advantages: Tensor
+    states: Tensor
+    returns: Tensor
+    explained: float
+
+
+def credit_steps(experience: ChunkExperience, *, gamma: float, gae_lambda: float, critic: VLAPolicy) -> StepCredit:
+    """Judge every control step. gamma and gae_lambda are per control step."""
     rollout = control_steps(experience, gamma=gamma, critic=critic)
     advantages, returns = gae(rollout, gae_lambda=gae_lambda)
-    shape = experience.rewards.shape
-    return advantages.view(shape), returns.view(shape)[..., 0]
+    assert rollout.values is not None
+    return StepCredit(
+        advantages=advantages.view(experience.rewards.shape),
+        states=experience.step_states.flatten(1, 2)[rollout.mask],
+        returns=returns[rollout.mask],
+        explained=float(explained_variance(rollout.values, returns, rollout.mask)),
+    )
+
+
+def fit_critic(
+    policy: VLAPolicy,
+    optimizer: torch.optim.Optimizer,
+    credit: StepCredit,
+    *,
+    epochs: int,
+    minibatch_size: int,
+    generator: torch.Generator,
+) -> float:
+    """Passes of regression of the critic to the returns of single control steps; returns the last one's mean loss.
+
+    The critic reads numbers, so it can afford more passes than a policy that reads pictures. Raises NonFiniteLoss.
+    """
+    mean = float("nan")
+    for _ in range(epochs):
+        losses = []
+        for rows in torch.randperm(len(credit.returns), generator=generator).split(minibatch_size):
+            loss = F.mse_loss(policy.state_values(credit.states[rows]), credit.returns[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        mean = float(torch.stack(losses).mean())
+        if not math.isfinite(mean):
+            raise NonFiniteLoss(f"NaN or infinity in the critic's loss ({mean})")
+    return mean

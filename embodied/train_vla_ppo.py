@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from embodied.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
 from embodied.chunk_workers import TableConfig
 from embodied.learning import charge_kl, stopping_on_nan
-from embodied.step_credit import step_advantages
+from embodied.step_credit import credit_steps, fit_critic
 from embodied.vla_learner import (
     Perception,
     TableEvaluationConfig,
@@ -34,6 +36,7 @@ from policy_core import ppo
 from policy_core.kl import KLConfig
 from policy_core.ppo import PPOConfig
 from policy_core.returns import explained_variance, gae
+from policy_core.rollout import Rollout
 from policy_core.schedules import scheduled
 
 
@@ -63,6 +66,7 @@ class TrainVLAPPOConfig:
     learn_std               fit the deviation too; else it stays
     total_steps             control steps over all environments
     horizon                 chunks of each environment per update
+    critic_epochs           passes of the critic over the control steps, where credit is by step
     critic_learning_rate    of the critic, which starts from nothing; ppo.learning_rate is the rest's
     recompute_log_probs     where a worker's forward pass gives other numbers than the update's
     update_threads          torch's during an update, when the workers are idle
@@ -81,6 +85,7 @@ class TrainVLAPPOConfig:
     learn_std: bool = False
     total_steps: int = 500_000
     horizon: int = 16
+    critic_epochs: int = 8
     critic_learning_rate: float = 1e-3
     recompute_log_probs: bool = False
     update_threads: int = 2
@@ -92,6 +97,8 @@ class TrainVLAPPOConfig:
             raise ValueError("credit 'step' needs ppo.ratio_level 'factor': a ratio for each control step")
         if self.credit == "step" and self.kl.coef > 0 and self.kl.placement == "reward":
             raise ValueError("credit 'step' needs kl.placement 'loss': the reward of a control step has no KL")
+        if self.critic_epochs < 1:
+            raise ValueError("critic_epochs must be at least 1")
         if self.horizon < 1 or self.update_threads < 1:
             raise ValueError("horizon and update_threads must be at least 1")
 
@@ -158,41 +165,64 @@ def improve(
     if update == 1:
         rollout.validate()
     rollout, kl_metrics = charge_kl(rollout, config.kl, learner.controller.coef)
-    if config.credit == "step":
-        advantages, returns = step_advantages(
-            experience, gamma=config.ppo.gamma, gae_lambda=config.ppo.gae_lambda, critic=policy
-        )
-    else:
-        advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
-    actor_rate, *others = rates(config, update=update, updates=updates)
-    for group, rate in zip(learner.optimizer.param_groups, (actor_rate, *others), strict=True):
+    current = rates(config, update=update, updates=updates)
+    for group, rate in zip(learner.optimizer.param_groups, current, strict=True):
         group["lr"] = rate
     with stopping_on_nan(update):
-        trained = ppo.update(
-            policy=policy,
-            optimizer=learner.optimizer,
-            rollout=rollout.decisions(),
-            advantages=advantages[rollout.mask].unsqueeze(1),
-            returns=returns[rollout.mask].unsqueeze(1),
-            config=config.ppo,
-            generator=learner.generator,
-            kl=config.kl,
-            kl_coef=learner.controller.coef,
-            train_policy=update > config.ppo.critic_warmup,
-        )
-    assert rollout.values is not None
-    trained["explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
-    trained["learning_rate"] = actor_rate
+        trained = learn(learner, experience, rollout, config, train_policy=update > config.ppo.critic_warmup)
+    trained["learning_rate"] = current[0]
     metrics |= gap | learner.steer(kl_metrics, experience)
     return metrics | {f"train/{name}": v for name, v in trained.items()}
+
+
+def learn(
+    learner: VLALearner,
+    experience: ChunkExperience,
+    rollout: Rollout,
+    config: TrainVLAPPOConfig,
+    *,
+    train_policy: bool,
+) -> dict[str, float]:
+    """Advantages, then PPO's update; with credit by control step the critic is fitted on its own, on every step."""
+    policy, numbers = learner.policy, config.ppo
+    trained: dict[str, float] = {}
+    returns: Tensor | None = None
+    if config.credit == "step":
+        credit = credit_steps(experience, gamma=numbers.gamma, gae_lambda=numbers.gae_lambda, critic=policy)
+        advantages, trained["explained_variance"] = credit.advantages, credit.explained
+        trained["value_loss"] = fit_critic(
+            policy,
+            learner.optimizer,
+            credit,
+            epochs=config.critic_epochs,
+            minibatch_size=numbers.minibatch_size,
+            generator=learner.generator,
+        )
+        if not train_policy:
+            return trained
+    else:
+        advantages, returns = gae(rollout, gae_lambda=numbers.gae_lambda)
+        assert rollout.values is not None
+        trained["explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
+    return trained | ppo.update(
+        policy=policy,
+        optimizer=learner.optimizer,
+        rollout=rollout.decisions(),
+        advantages=advantages[rollout.mask].unsqueeze(1),
+        returns=None if returns is None else returns[rollout.mask].unsqueeze(1),
+        config=numbers,
+        generator=learner.generator,
+        kl=config.kl,
+        kl_coef=learner.controller.coef,
+        train_policy=train_policy,
+    )
 
 
 def rates(config: TrainVLAPPOConfig, *, update: int, updates: int) -> list[float]:
     """Learning rates of the actor, the critic and, unless it is frozen, of perception.
 
     The actor's and perception's schedule and warm-up begin when the critic's warm-up ends.
-
-    The actor's Adam knows nothing of its gradients then: without ppo.warmup its first steps are its largest.
+    Their Adam knows nothing of its gradients then: without ppo.warmup its first steps are its largest.
     """
     numbers = config.ppo
 

@@ -200,17 +200,18 @@ class VLAPolicy(nn.Module):
         return Evaluation(
             log_probs=distribution.log_prob(actions).sum(-1),
             entropy=distribution.entropy().sum(-1),
-            values=self._values(state),
+            values=self.state_values(state),
             auxiliary=(located - state[..., : self.config.localized]).square().mean(-1),
         )
 
-    def _values(self, state: Tensor) -> Tensor:
+    def state_values(self, state: Tensor) -> Tensor:
+        """[..., S] -> [...], with gradients."""
         return self.critic(self.state_normalizer(state)).squeeze(-1)
 
     @torch.no_grad()
     def values(self, observations: Observations) -> Tensor:
         """[...]; of the observations only the state is read."""
-        return self._values(observations["state"])
+        return self.state_values(observations["state"])
 
     def learn_normalization(self, *, proprio: Tensor, state: Tensor) -> None:
         """Take raw proprio [N, P] and state [N, S] into the normalisers."""

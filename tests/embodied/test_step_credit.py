@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from embodied.chunk_rollout import ChunkExperience, judge_chunks
-from embodied.step_credit import control_steps, step_advantages
+from embodied.step_credit import control_steps, credit_steps, fit_critic
+from policy_core.ppo import NonFiniteLoss
 from policy_core.returns import gae
+from tests.embodied.tables import tiny_policy
 
 GAMMA, LAMBDA = 0.9, 0.8
 
@@ -46,17 +48,20 @@ def experience(**changes: Any) -> ChunkExperience:
 
 
 def test_by_hand() -> None:
-    advantages, returns = step_advantages(experience(), gamma=GAMMA, gae_lambda=LAMBDA, critic=CRITIC)
+    credit = credit_steps(experience(), gamma=GAMMA, gae_lambda=LAMBDA, critic=CRITIC)
     third = 2.0 - 3.0  # terminated: nothing follows
     second = -1.0 + 0.9 * 3.0 - 2.0 + 0.72 * third
     first = 0.5 + 0.9 * 2.0 - 1.0 + 0.72 * second
-    torch.testing.assert_close(advantages, torch.tensor([[[first, second], [third, 0.0]]]))
-    torch.testing.assert_close(returns, torch.tensor([[first + 1.0, third + 3.0]]))
+    torch.testing.assert_close(credit.advantages, torch.tensor([[[first, second], [third, 0.0]]]))
+    torch.testing.assert_close(credit.returns, torch.tensor([first + 1.0, second + 2.0, third + 3.0]))
+    torch.testing.assert_close(credit.states, torch.tensor([[1.0], [2.0], [3.0]]))
+    residual = torch.tensor([first, second, third]).var(correction=0)
+    assert credit.explained == pytest.approx(float(1 - residual / credit.returns.var(correction=0)))
 
 
 def test_a_truncation_bootstraps_from_the_true_final_state() -> None:
     cut = experience(terminated=torch.tensor([[False, False]]), truncated=torch.tensor([[False, True]]))
-    advantages, _ = step_advantages(cut, gamma=GAMMA, gae_lambda=LAMBDA, critic=CRITIC)
+    advantages = credit_steps(cut, gamma=GAMMA, gae_lambda=LAMBDA, critic=CRITIC).advantages
     assert advantages[0, 1, 0].item() == pytest.approx(2.0 + 0.9 * 50.0 - 3.0)
 
 
@@ -64,15 +69,15 @@ def test_the_rollouts_end_bootstraps_from_the_next_state() -> None:
     going_on = experience(
         executed=torch.tensor([[2, 2]]), terminated=torch.tensor([[False, False]]), final_states=[]
     )
-    advantages, _ = step_advantages(going_on, gamma=GAMMA, gae_lambda=LAMBDA, critic=CRITIC)
+    advantages = credit_steps(going_on, gamma=GAMMA, gae_lambda=LAMBDA, critic=CRITIC).advantages
     assert advantages[0, 1, 1].item() == pytest.approx(99.0 + 0.9 * 60.0 - 77.0)
 
 
 def test_an_episode_that_begins_after_the_end_shares_nothing() -> None:
     ended = experience(executed=torch.tensor([[1, 2]]), terminated=torch.tensor([[True, False]]), final_states=[])
-    before, _ = step_advantages(ended, gamma=GAMMA, gae_lambda=LAMBDA, critic=CRITIC)
+    before = credit_steps(ended, gamma=GAMMA, gae_lambda=LAMBDA, critic=CRITIC).advantages
     richer = replace(ended, rewards=ended.rewards + torch.tensor([[[0.0, 0.0], [10.0, 10.0]]]))
-    after, _ = step_advantages(richer, gamma=GAMMA, gae_lambda=LAMBDA, critic=CRITIC)
+    after = credit_steps(richer, gamma=GAMMA, gae_lambda=LAMBDA, critic=CRITIC).advantages
     assert before[0, 0, 0].item() == pytest.approx(0.5 - 1.0)
     torch.testing.assert_close(before[0, 0], after[0, 0])
     assert not torch.equal(before[0, 1], after[0, 1])
@@ -102,7 +107,25 @@ def test_chunks_of_one_step_are_steps() -> None:
         episodes=[],
         step_states=states.unsqueeze(2),
     )
-    of_steps = step_advantages(single, gamma=GAMMA, gae_lambda=LAMBDA, critic=CRITIC)
-    of_chunks = gae(judge_chunks(single, gamma=GAMMA, critic=CRITIC), gae_lambda=LAMBDA)
-    torch.testing.assert_close(of_steps[0].squeeze(-1), of_chunks[0])
-    torch.testing.assert_close(of_steps[1], of_chunks[1])
+    of_steps = credit_steps(single, gamma=GAMMA, gae_lambda=LAMBDA, critic=CRITIC)
+    advantages, returns = gae(judge_chunks(single, gamma=GAMMA, critic=CRITIC), gae_lambda=LAMBDA)
+    torch.testing.assert_close(of_steps.advantages.squeeze(-1), advantages)
+    torch.testing.assert_close(of_steps.returns, returns.flatten())
+
+
+def test_the_critic_learns_the_returns_and_nothing_else_moves() -> None:
+    policy = tiny_policy()
+    credit = credit_steps(experience(), gamma=GAMMA, gae_lambda=LAMBDA, critic=CRITIC)
+    states = torch.randn(64, policy.spaces.state_size, generator=torch.Generator().manual_seed(1))
+    credit = replace(credit, states=states, returns=states[:, 0])
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
+    options: dict[str, Any] = {"minibatch_size": 16, "generator": torch.Generator().manual_seed(0)}
+    first = fit_critic(policy, optimizer, credit, epochs=1, **options)
+    assert fit_critic(policy, optimizer, credit, epochs=30, **options) < 0.2 * first
+    changed = {
+        name.partition(".")[0] for name, tensor in policy.state_dict().items() if not tensor.equal(before[name])
+    }
+    assert changed == {"critic"}
+    with pytest.raises(NonFiniteLoss, match="critic's loss"):
+        fit_critic(policy, optimizer, replace(credit, returns=credit.returns * torch.inf), epochs=1, **options)
