@@ -35,14 +35,14 @@ class TableConfig:
     """The table that is played at; what is seen of it (cameras, picture size) is the policy's affair.
 
     tasks, combinations, phrasing, reward, end_on_success   as `TableEnv`'s
-    randomization   a preset of `envs.table.randomization`; None for the plain table
+    randomization   a preset of `envs.table.randomization` or a file.yaml; None for the plain table
     count           environments played together
     workers         processes to share them (0 = this one; at most `count`)
     """
 
     tasks: tuple[str, ...] = TASKS
     combinations: Literal["train", "held_out", "all"] = "train"
-    phrasing: Literal["train", "synonyms"] = "train"
+    phrasing: str = "train"
     reward: Literal["dense", "sparse"] = "dense"
     end_on_success: bool = True
     randomization: str | None = None

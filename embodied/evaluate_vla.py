@@ -44,7 +44,8 @@ class EvaluateVLAConfig:
                         asks for; synonyms: words that it never uses; randomized: another look and other physics;
                         swapped: the scenes of normal, but the words name another object
     tasks               None: those of the run, all five where it does not say
-    randomization       the preset of suite "randomized"
+    phrasing            of all suites but synonyms; your own sentences: FILE.py:FUNCTION
+    randomization       the preset of suite "randomized", or a FILE.yaml
     deterministic       the mode of the policy instead of samples
     until_time_limit    go on after success, to tell success at the end from success once
     videos              episodes of each task to film, of the first suite
@@ -55,6 +56,7 @@ class EvaluateVLAConfig:
     episodes: int = 200
     suites: tuple[Suite, ...] = ("normal", "held_out", "synonyms", "swapped")
     tasks: tuple[str, ...] | None = None
+    phrasing: str = "train"
     randomization: str = "full"
     deterministic: bool = True
     until_time_limit: bool = False
@@ -91,7 +93,7 @@ def suite_table(suite: Suite, tasks: Sequence[str], config: EvaluateVLAConfig) -
     return TableConfig(
         tasks=tuple(tasks),
         combinations="held_out" if suite == "held_out" else "train",
-        phrasing="synonyms" if suite == "synonyms" else "train",
+        phrasing="synonyms" if suite == "synonyms" else config.phrasing,
         randomization=config.randomization if suite == "randomized" else None,
         end_on_success=not config.until_time_limit,
     )
@@ -202,7 +204,7 @@ def film_tasks(policy: VLAPolicy, config: EvaluateVLAConfig, tasks: Sequence[str
         for task in tasks:
             for index, play in enumerate(suite_plays(suite, [task], config.videos)):
                 films.append(studio.film(play, table=table, deterministic=config.deterministic))
-                written.append(write_film(films[-1], folder / f"eval-{task}-{index}.mp4"))
+                written.append(write_film(films[-1], folder / f"eval-{films[-1].episode.task}-{index}.mp4"))
     return [*written, contact_sheet(films, folder / "eval.png")]
 
 

@@ -72,7 +72,7 @@ class RecordConfig:
     image_size: int = 64
     cameras: tuple[str, ...] = ("front",)
     combinations: Literal["train", "held_out", "all"] = "train"
-    phrasing: Literal["train", "synonyms"] = "train"
+    phrasing: str = "train"
     randomization: str | None = None
     keep_failures: bool = False
     workers: int = 2

@@ -69,7 +69,7 @@ class TeleopConfig:
     image_size: int = 64
     cameras: tuple[str, ...] = ("front",)
     combinations: Literal["train", "held_out", "all"] = "train"
-    phrasing: Literal["train", "synonyms"] = "train"
+    phrasing: str = "train"
     randomization: str | None = None
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from embodied.chunk_workers import TableEpisode
-from envs.table.language import Goal, combinations
 from experiment.statistics import bootstrap_interval, wilson_interval
 
 
@@ -60,19 +59,18 @@ def suite_figures(episodes: Sequence[TableEpisode], *, at_end: bool = False) -> 
 
     outcomes: task -> "1" or "0" for each initial state in turn, to compare two policies state by state.
     """
-    goals = {goal.key: goal for goal in combinations()}
     tasks = _groups(episodes, lambda episode: episode.task)
 
-    def by(name: Callable[[Goal], str]) -> dict[str, Any]:
-        groups = _groups(episodes, lambda episode: name(goals[episode.goal]))
+    def by(name: Callable[[str], str]) -> dict[str, Any]:
+        groups = _groups(episodes, lambda episode: name(episode.goal))
         return {key: outcome(groups[key]) for key in sorted(groups)}
 
     return {
         **figures(episodes, at_end=at_end),
         "tasks": {task: figures(played, at_end=at_end) for task, played in tasks.items()},
-        "goals": by(lambda goal: goal.key),
-        "shapes": by(lambda goal: goal.thing.shape),
-        "colours": by(lambda goal: goal.thing.colour),
+        "goals": by(lambda goal: goal),
+        "shapes": by(lambda goal: goal.split()[2]),  # "TASK COLOUR SHAPE ..."
+        "colours": by(lambda goal: goal.split()[1]),
         "outcomes": {task: "".join(str(int(won)) for won in once(played)) for task, played in tasks.items()},
     }
 

@@ -11,19 +11,17 @@ completions the run had drawn before this one.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 import random
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from envs.own import is_own, load_own
 from experiment.errors import UserError
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -111,7 +109,7 @@ def resolve(
             raise UserError(f"rewards.{name}: the weight must be a finite number, got {weight}")
         if name in built_in:
             functions[name] = built_in[name]
-        elif ".py:" in name:
+        elif is_own(name):
             functions[name] = _import(name)
         else:
             raise UserError(
@@ -123,25 +121,12 @@ def resolve(
 
 def _import(name: str) -> RewardFunction:
     """`file.py:function` -> the function."""
-    path, _, attribute = name.rpartition(":")
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"rewards.{name}: there is no file {path}")
-    module_name = f"tandem_user_reward_{file.stem}_{abs(hash(str(file.resolve())))}"
-    specification = importlib.util.spec_from_file_location(module_name, file)
-    if specification is None or specification.loader is None:
-        raise UserError(f"rewards.{name}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[module_name] = module
     try:
-        specification.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(
-            f"rewards.{name}: importing {path} failed: {type(error).__name__}: {_one_line(error)}"
-        ) from error
-    function = getattr(module, attribute, None)
+        function = load_own(name)
+    except ValueError as error:
+        raise UserError(f"rewards.{error}") from error
     if not callable(function):
-        raise UserError(f"rewards.{name}: {path} has no function {attribute}")
+        raise UserError(f"rewards.{name}: a function is needed, got {type(function).__name__}")
     found: RewardFunction = function
     return found
 

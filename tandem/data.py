@@ -45,13 +45,17 @@ def record_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--episodes", type=int, metavar="N", help="how many it holds in the end (200; by hand: until you end)"
     )
-    parser.add_argument("--tasks", default="", metavar="A,B", help="reach, push, pick, place, stack (all)")
+    parser.add_argument(
+        "--tasks", default="", metavar="A,B", help="reach, push, pick, place, stack (all); your own: FILE.py:NAME"
+    )
     parser.add_argument("--seed", type=int, help="the same seed, the same scenes (0; by hand: new ones every time)")
     parser.add_argument("--image-size", type=int, default=64, metavar="PIXELS", help="above 128: videos (64)")
     parser.add_argument("--cameras", default="front", metavar="A,B", help="front, wrist (front)")
     parser.add_argument("--combinations", default="train", help="of colours and shapes: train, held_out, all")
-    parser.add_argument("--phrasing", default="train", help="of the instructions: train, synonyms")
-    parser.add_argument("--randomization", metavar="PRESET", help="of pictures and physics (none)")
+    parser.add_argument("--phrasing", default="train", help="train, synonyms; your own: FILE.py:NAME")
+    parser.add_argument(
+        "--randomization", metavar="PRESET", help="none, mild, full, reality (none); your own: FILE.yaml"
+    )
     expert = parser.add_argument_group("of the expert")
     expert.add_argument("--noise", type=float, help="highest level of noise in an episode, 0 to 0.5 (0.2)")
     expert.add_argument("--keep-failures", action="store_true", help="do not play again what failed")

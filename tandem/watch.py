@@ -11,7 +11,8 @@ from embodied.policies.vla import VLAPolicy
 from embodied.policies.words import split_words
 from embodied.vla_judge import check_policy, unknown_words
 from embodied.vla_video import Studio, write_film
-from envs.table.language import TASKS, parse
+from envs.table.env import TableEnv
+from envs.table.language import TASKS
 from experiment.config import read_tree
 from experiment.errors import UserError
 from tandem.verbs import find_run
@@ -36,9 +37,10 @@ def watch(run: str, *, say: str | None = None, seed: int = 0, out: str | None = 
     policy = VLAPolicy.from_pretrained(folder)
     check_policy(policy, folder)
     table = TableConfig(tasks=tasks)
-    make_table(table, policy.spaces.image_size).close()
+    env = make_table(table, policy.spaces.image_size)
+    env.close()
     if say is not None:
-        for note in notes(policy, say):
+        for note in notes(policy, say, env):
             print(f"note: {note}")
     with Studio(policy) as studio:
         film = studio.film((seed, None if say is None else {"instruction": say}), table=table)
@@ -72,10 +74,10 @@ def find_policy(run: str) -> tuple[Path, tuple[str, ...], Path]:
     raise UserError(f"{folder}: there is no checkpoint with a policy to watch")
 
 
-def notes(policy: VLAPolicy, say: str) -> list[str]:
+def notes(policy: VLAPolicy, say: str, table: TableEnv) -> list[str]:
     """What the user should know about a sentence before judging the robot by it."""
     found = []
-    if parse(say) is None:
+    if table.understand(say) is None:
         found.append("the table does not understand the sentence: the scene is random and success is not judged")
     unknown = unknown_words(policy, [say])
     if unknown:

@@ -7,7 +7,8 @@ among the observations that were asked for.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import gymnasium
@@ -16,15 +17,16 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from envs.own import is_own, load_own
 from envs.randomization import Randomization, Randomizer
 from envs.table import scene
 from envs.table.camera import Image
-from envs.table.language import LONGEST, PHRASINGS, TASKS, Goal, Phrasing, instruct, parse
-from envs.table.layout import Combinations, draw_goal, draw_layout, other_goal
+from envs.table.language import LONGEST, PHRASINGS, TASKS, Goal, instruct, parse
+from envs.table.layout import Combinations, draw_goal, draw_layout, goals, other_goal
 from envs.table.observations import PROPRIO, STATE, state
 from envs.table.randomization import specs_of
 from envs.table.senses import Senses
-from envs.table.tasks import TASK, Slots, destination, locate
+from envs.table.tasks import TASK, OwnTask, Slots, Task, destination, locate
 from envs.table.world import Layout, TableWorld
 
 SUCCESS_REWARD = 1.0
@@ -37,14 +39,15 @@ TIME_LIMIT = 64
 class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
     """An episode: a drawn scene, an instruction, at most 64 control steps of 0.1 s.
 
-    tasks             the tasks to draw from
+    tasks             the tasks to draw from; your own is an `OwnTask`, or `file.py:name` of one
     combinations      of task, thing and target: "train", "held_out" or "all"
-    phrasing          "train", or "synonyms": words that training never uses
+    phrasing          "train"; "synonyms": words that training never uses; or a function of your own, or its
+                      `file.py:name`: from a Goal to every way to ask for it
     observe           the entries of an observation: image, wrist_image, proprio, instruction, state (privileged)
     image_size        pixels, square
     reward            "dense": the change of the task's progress, and 1 at success; "sparse": 1 at success
     end_on_success    terminate there; else go on to the time limit: success_at_end may differ from success_once
-    randomization     a preset of `envs.table.randomization`, or randomizations of your own
+    randomization     a preset of `envs.table.randomization`, or randomizations of your own, or their file.yaml
 
     Actions [4] in [-1, 1]: the tool's way (times 3 cm) in x, y and z, and the gripper (> 0 closes). `info` holds
     success (now), and at reset the instruction, task and goal. A named object beyond reach terminates without
@@ -57,9 +60,9 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
     def __init__(
         self,
         *,
-        tasks: Sequence[str] = TASKS,
+        tasks: str | OwnTask | Sequence[str | OwnTask] = TASKS,
         combinations: Combinations = "train",
-        phrasing: Phrasing = "train",
+        phrasing: str | Callable[[Goal], Sequence[str]] = "train",
         observe: Sequence[str] = ("image", "proprio", "instruction", "state"),
         image_size: int = 64,
         reward: Literal["dense", "sparse"] = "dense",
@@ -67,16 +70,23 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         randomization: str | Sequence[Randomization | Mapping[str, Any]] | None = None,
         render_mode: str | None = None,
     ) -> None:
-        self._tasks = tuple(_known("task", name, TASKS) for name in ([tasks] if isinstance(tasks, str) else tasks))
+        named = [(task, _task(task)) for task in ([tasks] if isinstance(tasks, (str, OwnTask)) else tasks)]
+        own = {task.name: task for _, task in named if isinstance(task, OwnTask)}
+        self._own_task = own.get  # a function, which a capture of the environment takes as constant
+        self._like = {name: task.like for name, task in own.items()}
+        self._names = {
+            asked: task.name for asked, task in named if isinstance(asked, str) and not isinstance(task, str)
+        }
+        self._tasks = tuple(task if isinstance(task, str) else task.name for _, task in named)
         self._observe = tuple(_known("observation", name, ENTRIES) for name in observe)
         _known("combinations", combinations, ("train", "held_out", "all"))
-        _known("phrasing", phrasing, PHRASINGS)
+        self._sentences, self._phrasing = _sentences(phrasing)
         _known("reward", reward, ("dense", "sparse"))
         if not self._tasks:
             raise ValueError("tasks must name one at least")
         if not 16 <= image_size <= scene.LARGEST_PICTURE:
             raise ValueError(f"image_size must be from 16 to {scene.LARGEST_PICTURE} pixels, got {image_size}")
-        self._combinations, self._phrasing = combinations, phrasing
+        self._combinations: Combinations = combinations
         self.image_size, self._reward, self._end_on_success = image_size, reward, end_on_success
         self.render_mode = render_mode
         self.world = TableWorld()
@@ -127,11 +137,11 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
             raise ValueError("the reset option 'swap' draws its own instruction, so none can be given")
         self.judged = True
         if sentence is not None and goal is None:
-            goal = parse(sentence)
+            goal = self.understand(sentence)
             self.judged = goal is not None
         if goal is None:
-            names = self._tasks if asked.get("task") is None else (_known("task", asked["task"], TASKS),)
-            goal = draw_goal(rng, names, self._combinations)
+            names = self._tasks if asked.get("task") is None else (self._asked(asked["task"]),)
+            goal = draw_goal(rng, names, self._combinations, self._like)
         layout = draw_layout(rng, goal)
         swapped = other_goal(rng, goal, layout, self._combinations)  # drawn always: the scene stays the same
         self.other = goal if asked.get("swap") else None
@@ -139,12 +149,53 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         self._begin(layout)
         self.slots = locate(self.goal, self.world)
         self._other_slots = None if self.other is None else locate(self.other, self.world)
-        self.instruction = instruct(self.goal, rng, phrasing=self._phrasing) if sentence is None else sentence
+        self.instruction = self._instruct(rng) if sentence is None else sentence
         self.elapsed, self._streak, self._other_streak = 0, 0, 0
-        self._progress = TASK[self.goal.task].progress(self.world, self.slots)
+        self._progress = self._rule.progress(self.world, self.slots)
         self.senses.begin()
         info = {"instruction": self.instruction, "task": self.goal.task, "goal": self.goal.key}
         return self.observe(self._observe), info
+
+    @property
+    def own_task(self) -> OwnTask | None:
+        """The present task where it is a user's own."""
+        return self._own_task(self.goal.task)
+
+    @property
+    def _rule(self) -> Task:
+        return self.own_task or TASK[self.goal.task]
+
+    def _asked(self, task: str) -> str:
+        """The name in goals of a task that a reset asks for."""
+        return self._names.get(task) or _known("task", task, tuple(dict.fromkeys((*TASKS, *self._tasks))))
+
+    def _instruct(self, rng: np.random.Generator) -> str:
+        """A sentence for the goal."""
+        sentences = self.own_task.sentences if self.own_task is not None else self._sentences
+        if sentences is None:
+            return instruct(self.goal, rng, phrasing="synonyms" if self._phrasing == "synonyms" else "train")
+        ways = sentences(self.goal)
+        if isinstance(ways, str) or not ways:
+            raise ValueError(f"the sentences for {self.goal.key!r} must be a list of one at least, got {ways!r}")
+        chosen = ways[int(rng.integers(len(ways)))]
+        if chosen != _plain(chosen) or not 1 <= len(chosen.split()) <= LONGEST:
+            raise ValueError(f"a sentence is 1 to {LONGEST} words of lower-case letters, got {chosen!r}")
+        return chosen
+
+    def understand(self, sentence: str) -> Goal | None:
+        """The goal that a sentence names, in words of the package's or of the user's own; None for any other.
+
+        Capitals, punctuation and repeated spaces do not matter.
+        """
+        plain = _plain(sentence)
+        for task in self._tasks:
+            own = self._own_task(task)
+            sentences = self._sentences if own is None else own.sentences
+            if sentences is not None:
+                for goal in goals(task, "all", self._like.get(task)):
+                    if plain in sentences(goal):
+                        return goal
+        return parse(sentence)
 
     def _begin(self, layout: Layout) -> None:
         """Place the scene, under new random circumstances."""
@@ -176,7 +227,7 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         if self.randomizer is not None:
             self.randomizer.interval(world.data, self.elapsed * scene.CONTROL_STEP)
             self.senses.tick()
-        task = TASK[self.goal.task]
+        task = self._rule
         self._streak = self._streak + 1 if task.done(world, self.slots) else 0
         success = self.judged and self._streak >= task.hold
         reward = SUCCESS_REWARD * success
@@ -205,8 +256,10 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
                 case "proprio":
                     entries[name] = self.senses.proprio()
                 case "state":
-                    held = self._streak / TASK[self.goal.task].hold
-                    entries[name] = state(self.world, self.goal.task, self.slots, held, self.elapsed / TIME_LIMIT)
+                    held, elapsed = self._streak / self._rule.hold, self.elapsed / TIME_LIMIT
+                    entries[name] = state(
+                        self.world, self.goal.task, self.slots, held, elapsed, destination=self.destination
+                    )
                 case _:
                     entries[name] = self.senses.picture(CAMERA_OF[name], self.image_size)
         return entries
@@ -220,8 +273,10 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         return self.picture() if self.render_mode == "rgb_array" else None
 
     @property
-    def destination(self) -> NDArray[np.floating]:
+    def destination(self) -> NDArray[np.float64]:
         """[3] where the named object's centre is to be."""
+        if self.own_task is not None and self.own_task.destination is not None:
+            return self.own_task.destination(self.world, self.slots)
         return destination(self.world, self.slots)
 
 
@@ -262,6 +317,35 @@ class TableStateEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.floating]]):
     def render(self) -> Any:
         """As TableEnv."""
         return self.table.render()
+
+
+def _task(named: str | OwnTask) -> str | OwnTask:
+    """A task of the package's by its name, or a user's own."""
+    if isinstance(named, OwnTask):
+        return named
+    if not is_own(named):
+        return _known("task", named, TASKS)
+    found = load_own(named)
+    if not isinstance(found, OwnTask):
+        raise ValueError(f"task {named}: an OwnTask is needed, got {type(found).__name__}")
+    return found
+
+
+def _sentences(
+    phrasing: str | Callable[[Goal], Sequence[str]],
+) -> tuple[Callable[[Goal], Sequence[str]] | None, str]:
+    """A user's own sentences, if it is them that the phrasing means, and its name."""
+    if isinstance(phrasing, str) and not is_own(phrasing):
+        return None, _known("phrasing", phrasing, PHRASINGS)
+    found = load_own(phrasing) if isinstance(phrasing, str) else phrasing
+    if not callable(found):
+        raise ValueError(f"phrasing {phrasing}: a function is needed, got {type(found).__name__}")
+    return found, "own"
+
+
+def _plain(text: str) -> str:
+    """The words of a sentence."""
+    return " ".join(re.findall(r"[a-z]+", text.lower()))
 
 
 def _known(what: str, name: str, among: Sequence[str]) -> str:

@@ -30,49 +30,55 @@ class Expert:
         self._push_axis: int | None = None
 
     def act(self) -> NDArray[np.float32]:
-        """[4] in [-1, 1]: the action for the present state."""
+        """[4] in [-1, 1]: the action for the present state. ValueError for a user's own task without an expert."""
         env = self.env
         if env.elapsed == 0:
             self._push_axis = None
+        if env.own_task is not None:
+            if env.own_task.act is None:
+                raise ValueError(f"task {env.own_task.name!r} has no scripted expert: give its OwnTask an `act`")
+            return env.own_task.act(self)
         match env.goal.task:
             case "reach":
-                return self._reach()
+                return self.reach()
             case "push":
-                return self._push()
+                return self.push()
             case "pick":
-                return self._pick()
+                return self.pick()
             case _:
-                return self._put()
+                return self.put()
 
-    def _go(self, target: Array, grip: float) -> NDArray[np.float32]:
+    def go(self, target: Array, grip: float) -> NDArray[np.float32]:
         """Straight towards a point, slowing down within the last step."""
         offset = (np.clip(target, LOWEST, HIGHEST) - self.env.world.tool) / STEP_LENGTH
         longest = np.abs(offset).max()
         return np.array([*(offset / max(1.0, longest)), grip], np.float32)
 
-    def _approach(self, point: Array, grip: float, over: float = OVER) -> NDArray[np.float32]:
+    def approach(self, point: Array, grip: float, over: float = OVER) -> NDArray[np.float32]:
         """To a point from above: over it at travelling height, then down."""
         tool = self.env.world.tool
         away = float(np.abs(point[:2] - tool[:2]).max())
         if away < over:
-            return self._go(point, grip)
+            return self.go(point, grip)
         # what is near may be passed lower, what is far not at all
         height = max(point[2], min(TRAVEL, point[2] + 3.0 * (away - over)))
         if tool[2] < height - 0.02 and away > 0.03:  # up first
-            return self._go(np.array([tool[0], tool[1], TRAVEL]), grip)
-        return self._go(np.array([point[0], point[1], height]), grip)
+            return self.go(np.array([tool[0], tool[1], TRAVEL]), grip)
+        return self.go(np.array([point[0], point[1], height]), grip)
 
-    def _reach(self) -> NDArray[np.float32]:
-        return self._approach(tasks.top(self.env.world, self.env.slots.thing), _OPEN, over=0.02)
+    def reach(self) -> NDArray[np.float32]:
+        """To the top of the named object."""
+        return self.approach(tasks.top(self.env.world, self.env.slots.thing), _OPEN, over=0.02)
 
-    def _grasp(self) -> NDArray[np.float32]:
+    def grasp(self) -> NDArray[np.float32]:
+        """Towards holding the named object, and closing the fingers there."""
         world, thing = self.env.world, self.env.slots.thing
         point = self._hold_point()
         offset = world.tool - point
         if np.abs(offset[:2]).max() < OVER and abs(offset[2]) < 0.01:
-            return self._go(point, _CLOSE)
+            return self.go(point, _CLOSE)
         falling = world.opening < 0.08 and not any(world.touching(thing))
-        return self._approach(point if not falling else point + np.array([0, 0, 0.08]), _OPEN)
+        return self.approach(point if not falling else point + np.array([0, 0, 0.08]), _OPEN)
 
     def _hold_point(self) -> Array:
         """Where fingers hold an object: at its middle, or as high as their length asks for."""
@@ -80,48 +86,51 @@ class Expert:
         centre = world.positions[thing]
         return np.array([centre[0], centre[1], max(centre[2], LOWEST[2])])
 
-    def _pick(self) -> NDArray[np.float32]:
+    def pick(self) -> NDArray[np.float32]:
+        """Grasp the named object and lift it."""
         world, thing = self.env.world, self.env.slots.thing
         if not world.gripped(thing):
-            return self._grasp()
+            return self.grasp()
         x, y, _ = world.tool
-        return self._go(np.array([x, y, tasks.LIFTED + 0.02 + self._hold_height()]), _CLOSE)
+        return self.go(np.array([x, y, tasks.LIFTED + 0.02 + self._hold_height()]), _CLOSE)
 
     def _hold_height(self) -> float:
         """Of the tool over the underside of what it holds."""
         world, thing = self.env.world, self.env.slots.thing
         return float(world.tool[2] - tasks.air(world, thing))
 
-    def _put(self) -> NDArray[np.float32]:
-        world, slots = self.env.world, self.env.slots
+    def put(self) -> NDArray[np.float32]:
+        """Carry the named object to its destination and let go."""
+        env, world, slots = self.env, self.env.world, self.env.slots
         thing = slots.thing
-        target = tasks.destination(world, slots)
+        target = env.destination
         offset = target - world.positions[thing]
         tight = 0.02 if slots.base is None else 0.008
         landed = abs(offset[2]) < 0.008
         if landed and np.abs(offset[:2]).max() < 0.02 and world.lifted[thing] > tasks.CARRIED:
             tool = world.tool
             if any(world.touching(thing)) or world.opening < 0.09:
-                return self._go(tool, _OPEN)
-            return self._go(np.array([tool[0], tool[1], TRAVEL + target[2]]), _OPEN)
+                return self.go(tool, _OPEN)
+            return self.go(np.array([tool[0], tool[1], TRAVEL + target[2]]), _OPEN)
         if not world.gripped(thing):
-            return self._grasp()
+            return self.grasp()
         x, y, z = world.tool
         carry = target[2] - world.half_heights[thing] + 0.025 + self._hold_height()
         carry = max(carry, 0.075 + self._hold_height()) if np.abs(offset[:2]).max() > 0.06 else carry
         if world.lifted[thing] <= tasks.CARRIED:
             carry = max(carry, tasks.CARRIED + 0.02 + self._hold_height())
-            return self._go(np.array([x, y, carry]), _CLOSE)
+            return self.go(np.array([x, y, carry]), _CLOSE)
         if np.abs(offset[:2]).max() > tight:
             if z < carry - 0.02:
-                return self._go(np.array([x, y, carry]), _CLOSE)
-            return self._go(np.array([x + offset[0], y + offset[1], carry]), _CLOSE)
-        return self._go(np.array([x + offset[0], y + offset[1], z + offset[2] - 0.002]), _CLOSE)
+                return self.go(np.array([x, y, carry]), _CLOSE)
+            return self.go(np.array([x + offset[0], y + offset[1], carry]), _CLOSE)
+        return self.go(np.array([x + offset[0], y + offset[1], z + offset[2] - 0.002]), _CLOSE)
 
-    def _push(self) -> NDArray[np.float32]:
-        world, slots = self.env.world, self.env.slots
+    def push(self) -> NDArray[np.float32]:
+        """Push the named object to its destination."""
+        env, world, slots = self.env, self.env.world, self.env.slots
         centre = world.positions[slots.thing]
-        way = (tasks.destination(world, slots) - centre)[:2]
+        way = (env.destination - centre)[:2]
         axis = self._side(way)
         gap = _PADDLE + np.array(scene.HALF_EXTENTS[world.things[slots.thing].shape][:2])
         sign = np.sign(way[axis]) or 1.0
@@ -138,7 +147,7 @@ class Expert:
             return np.array([*np.clip(move / STEP_LENGTH, -1, 1), _CLOSE], np.float32)
         start = np.array([centre[0], centre[1], height])
         start[axis] -= sign * (gap[axis] + 0.02)
-        return self._approach(start, _CLOSE)
+        return self.approach(start, _CLOSE)
 
     def _side(self, way: Array) -> int:
         """The axis along which to push: that of the longer way, kept until the other is clearly longer."""

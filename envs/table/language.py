@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -96,19 +96,22 @@ class Thing:
 class Goal:
     """What is to be done: reach, pick a thing; push, place it to a pad of colour `pad`; stack it on `base`.
 
-    Raises ValueError for unknown words, parts that the task has not or lacks, and a base that cannot carry.
+    A task of a user's own has the parts of the task that it is `like`. Raises ValueError for unknown words, parts
+    that the task has not or lacks, and a base that cannot carry.
     """
 
     task: str
     thing: Thing
     pad: str | None = None
     base: Thing | None = None
+    like: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of(self.task, TASKS, "task")
-        if (self.pad is not None) != (self.task in _WITH_PAD):
+        parts_of = self.like or self.task
+        _one_of(parts_of, TASKS, "task")
+        if (self.pad is not None) != (parts_of in _WITH_PAD):
             raise ValueError(f"task {self.task!r} {'needs a' if self.pad is None else 'has no'} pad")
-        if (self.base is not None) != (self.task == "stack"):
+        if (self.base is not None) != (parts_of == "stack"):
             raise ValueError(f"task {self.task!r} {'needs a' if self.base is None else 'has no'} base")
         if self.pad is not None:
             _one_of(self.pad, PAD_COLOURS, "pad colour")
@@ -131,10 +134,15 @@ class Goal:
 
 
 @lru_cache
-def combinations(task: str | None = None) -> tuple[Goal, ...]:
-    """Every goal of `task`, or of all tasks, in a fixed order. Raises ValueError for an unknown task."""
+def combinations(task: str | None = None, like: str | None = None) -> tuple[Goal, ...]:
+    """Every goal of `task`, or of all tasks, in a fixed order. Raises ValueError for an unknown task.
+
+    like: for a task of a user's own, the one whose combinations it has.
+    """
     if task is None:
         return tuple(goal for name in TASKS for goal in combinations(name))
+    if like is not None:
+        return tuple(replace(goal, task=task, like=like) for goal in combinations(like))
     _one_of(task, TASKS, "task")
     things = [Thing(colour, shape) for colour in COLOURS for shape in SHAPES]
     if task in _WITH_PAD:
@@ -151,6 +159,8 @@ def combinations(task: str | None = None) -> tuple[Goal, ...]:
 
 def held_out(goal: Goal) -> bool:
     """Whether the combination is kept from training: a fifth of each task's, the same in every process."""
+    if goal.like is not None:
+        goal = replace(goal, task=goal.like, like=None)
     return goal in _held_out_of(goal.task)
 
 

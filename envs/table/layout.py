@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -24,17 +26,23 @@ YAW = np.deg2rad(14.0)
 
 
 @cache
-def goals(task: str, kind: Combinations) -> tuple[Goal, ...]:
-    """A task's combinations that are trained on, held out, or all."""
-    everything = combinations(task)
+def goals(task: str, kind: Combinations, like: str | None = None) -> tuple[Goal, ...]:
+    """A task's combinations that are trained on, held out, or all. like: as `combinations`."""
+    everything = combinations(task, like)
     if kind == "all":
         return everything
     return tuple(goal for goal in everything if held_out(goal) == (kind == "held_out"))
 
 
-def draw_goal(rng: np.random.Generator, tasks: Sequence[str], kind: Combinations) -> Goal:
-    """A task, then one of its combinations, each uniformly."""
-    among = goals(tasks[int(rng.integers(len(tasks)))], kind)
+def draw_goal(
+    rng: np.random.Generator,
+    tasks: Sequence[str],
+    kind: Combinations,
+    like: Mapping[str, str] = MappingProxyType({}),
+) -> Goal:
+    """A task, then one of its combinations, each uniformly. like: a user's own task -> what it is like."""
+    task = tasks[int(rng.integers(len(tasks)))]
+    among = goals(task, kind, like.get(task))
     return among[int(rng.integers(len(among)))]
 
 
@@ -62,8 +70,8 @@ def other_goal(rng: np.random.Generator, goal: Goal, layout: Layout, kind: Combi
     for thing in layout.things:
         if thing in (goal.thing, goal.base):
             continue
-        candidates.append(Goal(goal.task, thing, pad=goal.pad, base=goal.base))
-    allowed = [candidate for candidate in candidates if candidate in goals(goal.task, kind)]
+        candidates.append(replace(goal, thing=thing))
+    allowed = [candidate for candidate in candidates if candidate in goals(goal.task, kind, goal.like)]
     among = allowed or candidates
     return among[int(rng.integers(len(among)))]
 

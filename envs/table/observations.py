@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from envs.table import scene, tasks
 from envs.table.language import TASKS
-from envs.table.world import TableWorld
+from envs.table.world import Array, TableWorld
 
 PROPRIO = scene.JOINTS + 10
 STATE = 49
@@ -36,8 +36,15 @@ def proprio(world: TableWorld) -> NDArray[np.float32]:
     )
 
 
-def state(world: TableWorld, task: str, slots: tasks.Slots, held: float, elapsed: float) -> NDArray[np.float32]:
-    """[49] privileged: all that matters for a goal, seen from it.
+def state(
+    world: TableWorld,
+    task: str,
+    slots: tasks.Slots,
+    held: float,
+    elapsed: float,
+    destination: Array | None = None,
+) -> NDArray[np.float32]:
+    """[49] privileged: all that matters for a goal, seen from it. destination: [3], where the task has its own.
 
     0:3   the named object's position          3:6   its destination (itself, where it has none)
     6:9   the tool's position                  9:12  from the tool to the object
@@ -45,13 +52,13 @@ def state(world: TableWorld, task: str, slots: tasks.Slots, held: float, elapsed
     21    finger opening  22 gripper command   23:25 left, right finger on the object
     25    greatest height so far               26    held: share of the time for which the goal must hold
     27    elapsed share of the time limit      28    uprightness           29:32 the object's half extents
-    32:37 task, one-hot                        37:46 the other objects, from the tool
+    32:37 task, one-hot (a user's own: zeros)                        37:46 the other objects, from the tool
     46:48 the other pad, or the first, from the tool
     48    yaw of the object
     """
     thing, tool = slots.thing, world.tool
     positions = world.positions
-    centre, goal = positions[thing], tasks.destination(world, slots)
+    centre, goal = positions[thing], tasks.destination(world, slots) if destination is None else destination
     others = np.delete(positions, thing, axis=0) - tool
     pad = 0 if slots.pad is None else 1 - slots.pad
     return np.concatenate(

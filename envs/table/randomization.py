@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from envs.randomization import Randomization, parse_specs
 
@@ -92,11 +95,16 @@ PRESETS: dict[str, tuple[Randomization, ...]] = {"none": (), "mild": MILD, "full
 def specs_of(
     randomization: str | Sequence[Mapping[str, Any] | Randomization] | None,
 ) -> tuple[Randomization, ...]:
-    """A preset's name, specs or their mappings, or None, as specs. Raises ValueError, naming the nearest preset."""
+    """A preset's name, a file.yaml that lists them, specs or their mappings, or None, as specs.
+
+    Raises ValueError where there is no such preset (naming the nearest) or file, and for a file that lists none.
+    """
     if randomization is None:
         return ()
     if not isinstance(randomization, str):
         return parse_specs(randomization)
+    if randomization.endswith((".yaml", ".yml")):
+        return _read(Path(randomization))
     if randomization not in PRESETS:
         nearest = difflib.get_close_matches(randomization, PRESETS, n=1, cutoff=0.0)[0]
         raise ValueError(
@@ -104,3 +112,11 @@ def specs_of(
             f"did you mean {nearest!r}?"
         )
     return PRESETS[randomization]
+
+
+def _read(path: Path) -> tuple[Randomization, ...]:
+    """The randomizations that a YAML file lists."""
+    try:
+        return parse_specs(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"randomization {path}: {' '.join(str(error).split())}") from error

@@ -6,14 +6,19 @@ Progress is in [0, 1]; the dense reward is its change, so that it pays for getti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from envs.table import scene
-from envs.table.language import Goal
+from envs.table.language import TASKS, Goal
 from envs.table.world import Array, TableWorld
+
+if TYPE_CHECKING:
+    from envs.table.expert import Expert
 
 REACHED = 0.025
 """Metres from the tool to the middle of the object's top."""
@@ -49,6 +54,34 @@ class Task:
     done: Callable[[TableWorld, Slots], bool]
     progress: Callable[[TableWorld, Slots], float]
     hold: int
+
+
+@dataclass(frozen=True)
+class OwnTask(Task):
+    """A task of a user's own: its rule as in `Task`, and all that the five others have elsewhere.
+
+    name            what goals, metrics and reports call it
+    sentences       every way to ask for a goal, in lower-case letters and spaces, 16 words at most
+    like            whose goals have the same parts: "reach" (a thing), "push" (and a pad), "stack" (and a base)
+    destination     [3] metres, where the object's centre is to be; None: as the task that it is like
+    act             its scripted expert, such as `Expert.push` (to the destination); None: there is none
+
+    Raises ValueError for a name that is no word or taken, and an unknown `like`.
+    """
+
+    name: str
+    sentences: Callable[[Goal], Sequence[str]]
+    like: str = "reach"
+    destination: Callable[[TableWorld, Slots], Array] | None = None
+    act: Callable[[Expert], NDArray[np.float32]] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier() or self.name in TASKS:
+            raise ValueError(
+                f"a task of your own needs a word for a name that is none of {TASKS}, got {self.name!r}"
+            )
+        if self.like not in TASKS:
+            raise ValueError(f"task {self.name!r} is like one of {', '.join(TASKS)}, got {self.like!r}")
 
 
 def locate(goal: Goal, world: TableWorld) -> Slots:

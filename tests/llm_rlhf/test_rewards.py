@@ -72,7 +72,7 @@ def test_own_function_from_a_file_with_columns(tmp_path: Path) -> None:
     [
         ("import nothing_of_that_name\n", "importing .* failed: ModuleNotFoundError"),
         ("def score(:\n", "importing .* failed: SyntaxError"),
-        ("def other(prompts, completions):\n    return []\n", "no function score"),
+        ("def other(prompts, completions):\n    return []\n", "has no score"),
         (
             "def score(prompts, completions, label):\n    return []\n",
             "asks for a column 'label'; the data has answer",

@@ -1,0 +1,41 @@
+"""A user's own objects by file and name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from envs.own import is_own, load_own
+
+
+def test_a_name_is_found_in_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 3\nanswer = A()\n")
+    assert load_own(f"{file}:answer").x == 3
+    assert load_own(f"{file}:answer") is load_own(f"{file}:answer")  # the file is run once
+    file.write_text("answer = 4\n")
+    os.utime(file, (1, 1))
+    assert load_own(f"{file}:answer") == 4
+    assert is_own("mine.py:answer")
+    assert not is_own("reach")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "there is no file"),
+        ("other = 1\n", "has no answer"),
+        ("1 / 0\n", "importing .* failed: ZeroDivisionError: division by zero"),
+        ("def answer(:\n", "importing .* failed: SyntaxError"),
+    ],
+)
+def test_what_is_not_there_is_said_in_one_line(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_own(f"{file}:answer")
+    assert str(caught.value).startswith(f"{file}:answer: ")
+    assert "\n" not in str(caught.value)
