@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,9 @@ from embodied.policies.augment import AugmentConfig, augment
 from embodied.policies.vla import VLASpaces, image_key
 from embodied.policies.words import PADDING, UNKNOWN, Words
 from experiment.errors import UserError
+
+Disturbance = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Observations [N, ...] -> the same with random changes."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,19 @@ def _state(episode: RecordedEpisode) -> np.ndarray:
     return episode.state
 
 
-def disturb(chunks: Chunks, config: AugmentConfig, *, word_dropout: float, generator: torch.Generator) -> Chunks:
-    """The same decisions with changed images and some words replaced by the unknown one, to give it a meaning."""
-    observations = dict(chunks.observations)
+def disturb(
+    observations: Mapping[str, Tensor], config: AugmentConfig, *, word_dropout: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Observations [N, ...] with changed images and some words made the unknown one, to give it a meaning."""
+    disturbed = dict(observations)
     for name, tensor in observations.items():
         if name == "image" or name.endswith("_image"):
-            observations[name] = augment(tensor, config, generator)
+            disturbed[name] = augment(tensor, config, generator)
     if word_dropout:
         words = observations["words"]
         dropped = torch.rand(words.shape, generator=generator) < word_dropout
-        observations["words"] = torch.where(dropped & (words != PADDING), UNKNOWN, words)
-    return Chunks(observations, chunks.actions, chunks.executed)
+        disturbed["words"] = torch.where(dropped & (words != PADDING), UNKNOWN, words)
+    return disturbed
 
 
 class Shuffled:

@@ -7,12 +7,16 @@ episode's end). The loss is their negative log-likelihood plus `auxiliary_coef` 
 error. The deviation stays as configured unless `learn_std`, so the likelihood is a squared error weighted by
 1 / (2 std^2), and PPO starts exploring with that deviation. A share of the episodes is held out; the weights that
 explain them best are the run's `best` checkpoint.
+
+With `grounding.scenes`, every update also teaches the auxiliary head where words point to in simulated scenes that
+nobody demonstrated anything in, so that few demonstrations do not make the policy know their scenes by heart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +25,11 @@ from torch import Tensor
 from embodied.control_steps import Chunks, ControlSteps, Shuffled, disturb
 from embodied.datasets.lerobot import LeRobotDataset
 from embodied.datasets.recorded import RecordedEpisode
+from embodied.grounding import GroundingConfig, GroundingScenes
 from embodied.policies.augment import AugmentConfig
 from embodied.policies.vla import VLAConfig, VLAPolicy
 from embodied.policies.words import Words
+from envs.table.language import TRAINING_WORDS
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from policy_core.bc import bc_loss
@@ -32,6 +38,8 @@ from policy_core.schedules import Schedule, scheduled, set_learning_rate
 
 LOG_EVERY = 50
 """Updates."""
+DRY_SCENES = 8
+"""Of a dry run."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class TrainVLABCConfig:
     episodes            use only the first so many; None = all
     held_out            share of the episodes kept for validation
     init                folder of a policy to start from; it brings its own `policy`, vocabulary and normalisers
-    auxiliary_coef      weight of the auxiliary head's error
+    auxiliary_coef      weight of the auxiliary head's error, in demonstrations and in grounding's scenes
     learn_std           fit the deviation too
     word_dropout        probability with which a word becomes the unknown one
     evaluate_every      updates between validations, each of which keeps a checkpoint
@@ -53,6 +61,7 @@ class TrainVLABCConfig:
     run: RunConfig = field(default_factory=RunConfig)
     policy: VLAConfig = field(default_factory=VLAConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    grounding: GroundingConfig = field(default_factory=GroundingConfig)
     dataset: str = ""
     cameras: tuple[str, ...] = ("front",)
     successes: bool = True
@@ -123,9 +132,11 @@ def train(config: TrainVLABCConfig, *, resume: Path | None = None) -> RunResult:
         policy, steps, validation = prepare(config, run, episodes, held_out)
         del episodes, held_out
         policy.log_std.requires_grad_(config.learn_std)
+        scenes = ground(policy, config)
         # PPO's customary epsilon of 1e-5 is above most of these gradients: nothing would be found in the images.
         optimizer = FlatAdam([policy.actor_parameters()], learning_rate=config.learning_rate, epsilon=1e-8)
         generator = torch.Generator().manual_seed(config.run.seed)
+        change = partial(disturb, config=config.augment, word_dropout=config.word_dropout, generator=generator)
         shuffled = Shuffled(len(steps), config.batch_size, config.run.seed)
         first = 1
         if run.checkpoint is not None:
@@ -141,9 +152,12 @@ def train(config: TrainVLABCConfig, *, resume: Path | None = None) -> RunResult:
             )
             set_learning_rate(optimizer, rate)
             chunks = steps.chunks(shuffled.batch(update - 1), policy.config.chunk)
-            chunks = disturb(chunks, config.augment, word_dropout=config.word_dropout, generator=generator)
+            chunks = replace(chunks, observations=change(chunks.observations))
             optimizer.zero_grad()
             loss, metrics = loss_of(policy, chunks, config.auxiliary_coef)
+            if scenes is not None:
+                extra, found = scenes.loss(policy, scenes.batch(update - 1), change)
+                loss, metrics = loss + config.auxiliary_coef * extra, metrics | found
             loss.backward()
             optimizer.step()
             last = update == updates
@@ -152,7 +166,7 @@ def train(config: TrainVLABCConfig, *, resume: Path | None = None) -> RunResult:
                 logged |= {"train/loss": float(loss.detach()), "train/learning_rate": rate}
                 run.log({**logged, "samples": float(update * shuffled.size)}, global_step=update)
             if last or update % config.evaluate_every == 0:
-                metric = look(run, policy, validation, config, global_step=update)
+                metric = look(run, policy, validation, scenes, config, global_step=update)
                 state = {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
                 run.save(state, global_step=update, folders={"policy": policy.save_pretrained}, metric=metric)
         return run.finish()
@@ -164,7 +178,8 @@ def prepare(
     """The policy (new, from `init` or from the checkpoint), the training and the validation steps."""
     folder = config.init if run.checkpoint is None else run.checkpoint.folder / "policy"
     start = None if folder is None else VLAPolicy.from_pretrained(folder)
-    words = Words.of(episode.instruction for episode in episodes) if start is None else start.words
+    texts = [episode.instruction for episode in episodes] + [*TRAINING_WORDS] * bool(config.grounding.scenes)
+    words = Words.of(texts) if start is None else start.words
     length = config.policy.length if start is None else start.config.length
     steps = ControlSteps.of(episodes, config.cameras, words, length)
     validation = ControlSteps.of(held_out, config.cameras, words, length) if held_out else None
@@ -177,15 +192,35 @@ def prepare(
     return start, steps, validation
 
 
+def ground(policy: VLAPolicy, config: TrainVLABCConfig) -> GroundingScenes | None:
+    """The scenes that the configuration asks for, the same ones after a resume."""
+    grounding = config.grounding
+    if not grounding.scenes:
+        return None
+    if config.run.dry_run:
+        grounding = replace(grounding, scenes=min(grounding.scenes, DRY_SCENES))
+    return GroundingScenes.collect(grounding, policy, seed=config.run.seed, source=config.dataset)
+
+
 def look(
-    run: Run, policy: VLAPolicy, validation: ControlSteps | None, config: TrainVLABCConfig, *, global_step: int
+    run: Run,
+    policy: VLAPolicy,
+    validation: ControlSteps | None,
+    scenes: GroundingScenes | None,
+    config: TrainVLABCConfig,
+    *,
+    global_step: int,
 ) -> float:
-    """Log the loss on held-out episodes; returns what `best` is chosen by (higher is better)."""
-    if validation is None:
-        return float(global_step)
-    logged = validate(policy, validation, config.batch_size, config.auxiliary_coef)
-    run.log(logged, global_step=global_step)
-    return -logged["eval/loss"]
+    """Log the loss on held-out episodes and what is found in held-out scenes; returns what `best` is chosen by
+    (higher is better)."""
+    logged: dict[str, float] = {}
+    if validation is not None:
+        logged |= validate(policy, validation, config.batch_size, config.auxiliary_coef)
+    if scenes is not None:
+        logged |= {f"eval/{name}": value for name, value in scenes.judge(policy).items()}
+    if logged:
+        run.log(logged, global_step=global_step)
+    return -logged["eval/loss"] if validation is not None else float(global_step)
 
 
 @torch.no_grad()
