@@ -3,9 +3,9 @@
     python -m studies.table
 
 A cell is a stage of a seed (`clone-0`, `ppo-0`, ...), a policy to compare (`more`: ten times the demonstrations;
-`longer`: cloning for as long as cloning and PPO took together) or a floor (`no-image`, `no-words`). All are judged on
-the same 200 test scenes a task, in training's words, in held-out combinations, in held-out words and with swapped
-words. Cells that start from another's run need that run in runs/studies.
+`longer`: cloning for as long as cloning and PPO took together) or a floor (`no-image`, `no-words`). All are judged
+on the same 200 test scenes a task, in training's words, in held-out combinations, in held-out words and with
+swapped words. Cells that start from another's run need that run in runs/studies.
 """
 
 from __future__ import annotations

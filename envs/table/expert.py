@@ -18,8 +18,6 @@ TRAVEL = 0.115
 OVER = 0.012
 """Metres in x and y within which the tool goes down."""
 _OPEN, _CLOSE = -1.0, 1.0
-_PADDLE = np.array([0.02, 0.025])
-"""Half extents in x and y of the closed fingers."""
 
 
 class Expert:
@@ -132,12 +130,12 @@ class Expert:
         centre = world.positions[slots.thing]
         way = (env.destination - centre)[:2]
         axis = self._side(way)
-        gap = _PADDLE + np.array(scene.HALF_EXTENTS[world.things[slots.thing].shape][:2])
+        gap = np.array(tasks.PADDLE) + np.array(scene.HALF_EXTENTS[world.things[slots.thing].shape][:2])
         sign = np.sign(way[axis]) or 1.0
         tool = world.tool
         behind = sign * (centre[axis] - tool[axis]) - gap[axis]  # metres of air between paddle and object
         aside = tool[1 - axis] - centre[1 - axis]
-        height = LOWEST[2] + 0.005
+        height = tasks.PUSH_HEIGHT
         if tool[2] < height + 0.02 and -0.012 < behind < 0.05 and abs(aside) < 0.02:
             step = way / max(np.abs(way).max(), 1e-6) * min(0.8 * STEP_LENGTH, np.abs(way).max() + 0.01)
             move = np.array([step[0], step[1], height - tool[2]])
@@ -145,9 +143,7 @@ class Expert:
                 move[axis] = sign * min(STEP_LENGTH, behind + 0.005)
                 move[1 - axis] = -aside
             return np.array([*np.clip(move / STEP_LENGTH, -1, 1), _CLOSE], np.float32)
-        start = np.array([centre[0], centre[1], height])
-        start[axis] -= sign * (gap[axis] + 0.02)
-        return self.approach(start, _CLOSE)
+        return self.approach(tasks.push_start(world, slots, axis), _CLOSE)
 
     def _side(self, way: Array) -> int:
         """The axis along which to push: that of the longer way, kept until the other is clearly longer."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from envs.table import scene
 from envs.table.language import TASKS, Goal
-from envs.table.world import Array, TableWorld
+from envs.table.world import LOWEST, Array, TableWorld
 
 if TYPE_CHECKING:
     from envs.table.expert import Expert
@@ -34,6 +34,10 @@ ON_PAD = 0.045
 """Metres, in x and in y, from the object's centre to the pad's."""
 ON_BASE = 0.022
 """Metres, in x and in y, from the object's centre to that of the one beneath."""
+PADDLE = (0.02, 0.025)
+"""Half extents, in x and y, of the closed fingers."""
+PUSH_HEIGHT = LOWEST[2] + 0.005
+"""Metres of the tool above the table while it pushes."""
 STILL = 0.03
 """Metres a second."""
 
@@ -154,12 +158,30 @@ def push_done(world: TableWorld, slots: Slots) -> bool:
     )
 
 
+def push_start(world: TableWorld, slots: Slots, axis: int | None = None) -> Array:
+    """[3] the tool's place to begin to push from: 2 cm beside the object, on the side away from the pad.
+
+    axis: 0 or 1, along which to push; None = the one along which the way is longer.
+    """
+    way = _offset(world, slots)
+    if axis is None:
+        axis = int(abs(way[1]) > abs(way[0]))
+    centre = world.positions[slots.thing]
+    start = np.array([centre[0], centre[1], PUSH_HEIGHT])
+    half = scene.HALF_EXTENTS[world.things[slots.thing].shape][axis]
+    start[axis] -= (np.sign(way[axis]) or 1.0) * (half + PADDLE[axis] + 0.02)
+    return start
+
+
 def push_progress(world: TableWorld, slots: Slots) -> float:
-    """Nearness of the tool to the object, and of the object to the pad; what was lifted cannot be pushed."""
+    """Nearness of the tool to where it can push from, and of the object to the pad; 0 for what was lifted.
+
+    Not to the object: from its wrong side the way to the right one leads away from it.
+    """
     if world.lifted[slots.thing] >= PUSHED_AT_MOST:
         return 0.0
-    near = _near(float(np.linalg.norm(world.tool - world.positions[slots.thing])))
-    return 0.2 * near + 0.8 * _near(float(np.linalg.norm(_offset(world, slots)[:2])))
+    near = _near(float(np.linalg.norm(world.tool - push_start(world, slots))))
+    return 0.3 * near + 0.7 * _near(float(np.linalg.norm(_offset(world, slots)[:2])))
 
 
 def pick_done(world: TableWorld, slots: Slots) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from envs.table import tasks
 from envs.table.env import TableEnv
 from envs.table.language import TASKS, Goal, Thing
+from envs.table.scene import HALF_EXTENTS
 from envs.table.tasks import TASK, Slots, air, destination, locate, top
 from envs.table.world import TableWorld
 from tests.envs.table.scenes import (
@@ -143,8 +144,11 @@ def test_push_by_hand_and_the_other_pad() -> None:
 
 def test_push_progress() -> None:
     world = hand_laid_world()
-    near = 1 - np.tanh(5 * np.linalg.norm(world.tool - world.positions[0]))
-    expected = 0.2 * near + 0.8 * (1 - np.tanh(5 * np.hypot(0.1, 0.1)))
+    half = HALF_EXTENTS[world.things[0].shape][0]
+    start = world.positions[0] + [half + 0.02 + 0.02, 0, 0]  # the pad is as far in x as in y: along x, from beyond
+    start[2] = 0.025
+    near = 1 - np.tanh(5 * np.linalg.norm(world.tool - start))
+    expected = 0.3 * near + 0.7 * (1 - np.tanh(5 * np.hypot(0.1, 0.1)))
     assert progress("push", world) == pytest.approx(expected, abs=1e-9)
 
 
