@@ -1,5 +1,6 @@
-"""`tandem demo`: supervised start, then PPO, on two small tasks, with a fair control, in a few minutes.
+"""`tandem demo`: imitation, then PPO, for a robot and for a language model, in a few minutes.
 
+Robot: told in words to reach, push or pick up one of four objects that it sees in pictures (`demo_robot`).
 Walks: find the shortest way through a graph that is known only from aimless walks, failures kept. Slip: learn
 arithmetic from a demonstrator who is wrong in six answers of ten, with an exact verifier. The control continues the
 supervised training for as long as PPO took: more imitation of flawed demonstrations does not mend them.
@@ -15,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tandem.demo_robot import RobotOutcome, robot_commands, robot_rows, run_robot
 from tandem.recipes import find_config, read_plan
 
 
@@ -85,11 +87,12 @@ def run_demo(*, folder: Path | None = None, dry_run: bool = False) -> int:
     """Train, evaluate and show the outcome.
 
     Args:
-        folder: where the six runs go; None means runs/demo-DATE-TIME.
+        folder: where the eight runs go; None means runs/demo-DATE-TIME.
         dry_run: one update of everything.
     """
     root = folder or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
-    show({task.name: run_task(task, root, dry_run=dry_run) for task in TASKS}, root)
+    robot = run_robot(root, dry_run=dry_run)
+    show({task.name: run_task(task, root, dry_run=dry_run) for task in TASKS}, root, robot)
     return 0
 
 
@@ -130,21 +133,27 @@ def evaluate(run: Path, samples: int) -> dict[str, Any]:
     return evaluate_run(run, EvaluateConfig(samples=samples))
 
 
-def draw(runs: Sequence[Path], picture: Path) -> Path:
-    """Validation curves over samples, without the tables that `tandem compare` prints."""
+def draw(
+    runs: Sequence[Path],
+    picture: Path,
+    *,
+    metrics: Sequence[str] = ("eval/greedy", "eval/sampled"),
+    over: str = "samples",
+) -> Path:
+    """Validation curves, without the tables that `tandem compare` prints."""
     from rich.console import Console
 
     from experiment.compare import compare
 
     quiet = Console(file=io.StringIO())
-    compare(runs, metrics=("eval/greedy", "eval/sampled"), over="samples", figure=picture, console=quiet)
+    compare(runs, metrics=metrics, over=over, figure=picture, console=quiet)
     return picture
 
 
 # ---------------------------------------------------------------- the last screen
 
 
-def show(outcomes: Mapping[str, Outcome], root: Path) -> None:
+def show(outcomes: Mapping[str, Outcome], root: Path, robot: RobotOutcome | None = None) -> None:
     """Before and after with 95% intervals, where everything is, and what to type next."""
     from rich import box
     from rich.console import Console, Group
@@ -160,6 +169,15 @@ def show(outcomes: Mapping[str, Outcome], root: Path) -> None:
             table.add_row(f"  {measure.words}", cells[0], Text(cells[1], style="bold green"), cells[2])
     places = Table.grid(padding=(0, 2))
     places.add_row("runs", str(root))
+    tables = [table]
+    if robot is not None:
+        body = Table("", "cloned", "cloned, then PPO", box=box.SIMPLE_HEAD)
+        body.add_row(Text("a robot that is told what to do, from pictures", style="bold"))
+        for words, before, after in robot_rows(robot):
+            body.add_row(f"  success, {words}", before, Text(after, style="bold green"))
+        tables.insert(0, body)
+        places.add_row("curves of the robot", str(robot.curves))
+        places.add_row("its videos", str(robot.sheet.parent))
     for task in TASKS:
         places.add_row(f"curves of {task.name}", str(outcomes[task.name].curves))
     for line in wandb_lines(root):
@@ -168,10 +186,10 @@ def show(outcomes: Mapping[str, Outcome], root: Path) -> None:
     if not console.is_terminal:
         console = Console(width=120)
     note = Text("95% intervals in brackets; the right column is the control\n", style="dim")
-    parts = Group(table, note, places)
+    parts = Group(*tables, note, places)
     console.print(Panel(parts, title="before and after PPO", title_align="left"))
     # Outside the frame, and unwrapped: these lines are made for copying.
-    for command in next_commands(outcomes):
+    for command in [*next_commands(outcomes), *(robot_commands(robot) if robot is not None else [])]:
         console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tandem import demo
 from tandem.demo import TASKS, Measure, Outcome
+from tandem.demo_robot import RobotOutcome
 
 
 def result(value: float) -> dict[str, dict[str, object]]:
@@ -51,6 +52,20 @@ def test_the_last_screen(
     assert command in out.splitlines()
 
 
+def test_the_robots_part_of_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def suite(value: float) -> dict[str, object]:
+        counts: dict[str, object] = {"success_once": value, "success_once_interval": [value - 0.1, value + 0.1]}
+        return {**counts, "tasks": dict.fromkeys(("reach", "push", "pick"), counts)}
+
+    robot = RobotOutcome(
+        tmp_path / "clone", tmp_path / "ppo", suite(0.25), suite(0.75), tmp_path / "a.png", tmp_path / "b.png"
+    )
+    demo.show(outcomes(tmp_path), tmp_path, robot)
+    out = capsys.readouterr().out
+    assert out.count("0.25 [0.15, 0.35]   0.75 [0.65, 0.85]") == 4
+    assert f"  tandem watch {tmp_path / 'ppo'} --say 'push the red cube to the white pad'" in out.splitlines()
+
+
 def test_wandb_is_not_mentioned_where_it_was_off(tmp_path: Path) -> None:
     assert demo.wandb_lines(tmp_path) == []
 
@@ -69,9 +84,13 @@ def test_the_whole_demo_with_one_update_each(
     root = tmp_path / "demo"
     assert demo.run_demo(folder=root, dry_run=True) == 0
     runs = {f"{task.name}-{kind}" for task in TASKS for kind in ("sft", "ppo", "more-sft")}
-    assert {path.name for path in root.iterdir() if path.is_dir()} == runs
+    robots = {"robot-demonstrations", "robot-clone", "robot-ppo"}
+    assert {path.name for path in root.iterdir() if path.is_dir()} == runs | robots
+    assert (root / "robot-ppo" / "videos" / "eval.png").is_file()
     for name in runs:
         splits = json.loads((root / name / "eval.json").read_text())["splits"]
         assert all(math.isfinite(numbers["sampled"]) for numbers in splits.values())
-    assert {path.name for path in root.glob("*.png")} == {"walks.png", "slip.png"}
-    assert "before and after PPO" in capsys.readouterr().out
+    assert {path.name for path in root.glob("*.png")} == {"walks.png", "slip.png", "robot.png"}
+    out = capsys.readouterr().out
+    assert "before and after PPO" in out
+    assert "success, all three tasks" in out
