@@ -143,7 +143,7 @@ class Expert:
                 move[axis] = sign * min(STEP_LENGTH, behind + 0.005)
                 move[1 - axis] = -aside
             return np.array([*np.clip(move / STEP_LENGTH, -1, 1), _CLOSE], np.float32)
-        return self.approach(tasks.push_start(world, slots, axis), _CLOSE)
+        return self.approach(tasks.push_start(world, slots, way, axis), _CLOSE)
 
     def _side(self, way: Array) -> int:
         """The axis along which to push: that of the longer way, kept until the other is clearly longer."""

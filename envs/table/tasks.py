@@ -158,12 +158,14 @@ def push_done(world: TableWorld, slots: Slots) -> bool:
     )
 
 
-def push_start(world: TableWorld, slots: Slots, axis: int | None = None) -> Array:
-    """[3] the tool's place to begin to push from: 2 cm beside the object, on the side away from the pad.
+def push_start(world: TableWorld, slots: Slots, way: Array | None = None, axis: int | None = None) -> Array:
+    """[3] the tool's place to begin to push from: 2 cm beside the object, on the side away from its destination.
 
-    axis: 0 or 1, along which to push; None = the one along which the way is longer.
+    way: [2 or 3] metres from the object to its destination; None = to the pad's. axis: 0 or 1, along which to push;
+    None = the one along which the way is longer.
     """
-    way = _offset(world, slots)
+    if way is None:
+        way = _offset(world, slots)
     if axis is None:
         axis = int(abs(way[1]) > abs(way[0]))
     centre = world.positions[slots.thing]

@@ -90,8 +90,8 @@ def test_its_sentences_are_understood_and_its_combinations_divided() -> None:
     assert env.judged
     assert env.goal == goal
     for kind in ("train", "held_out"):
-        own = goals("home", kind, "reach")  # type: ignore[arg-type]
-        assert [goal.thing for goal in own] == [goal.thing for goal in goals("reach", kind)]  # type: ignore[arg-type]
+        own = goals("home", kind, "reach")
+        assert [goal.thing for goal in own] == [goal.thing for goal in goals("reach", kind)]
     env.reset(seed=0, options={"task": "home", "swap": True})
     assert env.goal.task == "home"
     assert env.other is not None
