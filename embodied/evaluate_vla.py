@@ -175,7 +175,9 @@ def evaluate_vla_run(run_folder: Path, config: EvaluateVLAConfig) -> dict[str, A
     run_folder = Path(run_folder)
     folder = run_folder / "checkpoints" / config.checkpoint
     if not folder.exists():
-        raise UserError(f"{run_folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
+        last = config.checkpoint == "best" and folder.with_name("last").exists()
+        hint = "; the run judged none of its own yet: say checkpoint=last" if last else ""
+        raise UserError(f"{run_folder}: there is no checkpoint {config.checkpoint!r} to evaluate{hint}")
     described = read_tree(run_folder / "config.yaml").values
     tasks = tasks_of(described)
     policy = VLAPolicy.from_pretrained(folder / "policy")
