@@ -34,18 +34,18 @@ class RobotOutcome:
     sheet: Path
 
 
-def run_robot(root: Path, *, dry_run: bool) -> RobotOutcome:
+def run_robot(root: Path, *, dry_run: bool, seed: int = 0) -> RobotOutcome:
     """Record, clone, fine-tune and judge; everything goes below `root`. dry_run: as little of each as can be."""
     from embodied.record import RecordConfig, record_expert
 
     demonstrations = root / "robot-demonstrations"
     count = 6 if dry_run else DEMONSTRATIONS
-    record_expert(demonstrations, RecordConfig(tasks=TASKS, episodes=count, noise=0.4))
-    small = ["grounding.scenes=20"] if dry_run else []
-    clone = _train("table_bc", root / "robot-clone", dry_run, f"dataset={demonstrations}", *small)
+    record_expert(demonstrations, RecordConfig(tasks=TASKS, episodes=count, noise=0.4, seed=seed))
+    seeded = f"run.seed={seed}"
+    clone = _train("table_bc", root / "robot-clone", dry_run, f"dataset={demonstrations}", seeded)
     policy = clone / "checkpoints" / "last" / "policy"
     small = ["environment.count=2", "horizon=2", "evaluation.every=1", "evaluation.episodes=3"] if dry_run else []
-    ppo = _train("table_ppo", root / "robot-ppo", dry_run, f"init={policy}", *small)
+    ppo = _train("table_ppo", root / "robot-ppo", dry_run, f"init={policy}", seeded, *small)
     episodes = 2 if dry_run else EPISODES
     before, after = _judge(clone, episodes, videos=0), _judge(ppo, episodes, videos=1)
     return RobotOutcome(clone, ppo, before, after, _draw(ppo, root / "robot.png"), ppo / "videos" / "eval.png")
