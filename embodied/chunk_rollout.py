@@ -31,7 +31,7 @@ from policy_core.rollout import Rollout
 class ChunkExperience:
     """Chunks as they were executed; [B, T] = environments, chunks; k control steps a chunk.
 
-    observations            name -> [B, T, ...] at the start of each chunk
+    observations            name -> [B, T, ...] at the start of each chunk, and "percept": what the eyes said
     actions, log_probs      [B, T, k, A] not clipped, and [B, T, k] when they were drawn
     rewards                 [B, T, k] of single control steps
     executed                [B, T] how many control steps there were; 0 = nothing was played
@@ -77,7 +77,7 @@ class ChunkCollector:
         group_size: int = 1,
         step_states: bool = False,
     ) -> None:
-        self._observed = tuple(observed(policy))
+        self._observed = (*observed(policy), "percept")
         self._arrays = SharedArrays(layout_of(policy, environment.count, chunks, step_states=step_states))
         self._weights = self._arrays.view("weights")
         with tempfile.TemporaryDirectory() as folder:  # the workers have read it when they are ready
@@ -158,7 +158,7 @@ def judge_chunks(
 
     gamma       per control step
     critic      whose values and bootstraps; it reads the simulator's state only
-    reference   whose log-probs, at the cost of a forward pass
+    reference   whose log-probs; it acts on what the policy's eyes said
     group_size  so many neighbouring rows that played the same resets, episode by episode, are a group
     """
     mask = experience.executed > 0
@@ -171,8 +171,9 @@ def judge_chunks(
     if group_size is not None:
         first_row = torch.arange(len(mask)).unsqueeze(1) // group_size * group_size
         group = first_row * mask.shape[1] + number
+    seen = {name: tensor for name, tensor in experience.observations.items() if tensor.dtype != torch.uint8}
     rollout = Rollout(
-        observations=experience.observations,
+        observations=seen,  # without the images: the eyes have looked at them
         actions=experience.actions,
         rewards=torch.where(mask, rewards, 0.0),
         terminated=experience.terminated,

@@ -54,10 +54,10 @@ class TableConfig:
             raise ValueError(f"environment.workers must be 0..count, got {self.workers} for {self.count}")
 
 
-def make_table(config: TableConfig, image_size: int) -> TableEnv:
+def make_table(config: TableConfig, image_size: int, kind: type[TableEnv] = TableEnv) -> TableEnv:
     """A table that draws nothing unless asked. UserError if the configuration names what is not there."""
     try:
-        return TableEnv(
+        return kind(
             tasks=config.tasks,
             combinations=config.combinations,
             phrasing=config.phrasing,
@@ -108,6 +108,7 @@ def layout_of(policy: VLAPolicy, count: int, chunks: int, *, step_states: bool =
     return {
         **each_step,
         **{name: ((*lead, *shape), kind) for name, (shape, kind) in observed(policy).items()},
+        "percept": ((*lead, policy.config.percept), "float32"),
         "actions": ((*lead, k, policy.spaces.action_size), "float32"),
         "log_probs": ((*lead, k), "float32"),
         "rewards": ((*lead, k), "float32"),
@@ -245,8 +246,9 @@ class Seats:
         for name, value in self.seats[index].env.observe(self._names).items():
             self.seen[name][index] = value
 
-    def act(self, active: Sequence[int], noise: Sequence[Array] | None) -> tuple[Array, Array]:
-        """Decide at the active seats: actions [n, k, A], not clipped yet, and their log-probs [n, k].
+    def act(self, active: Sequence[int], noise: Sequence[Array] | None) -> tuple[Array, Array, Array]:
+        """Decide at the active seats: actions [n, k, A], not clipped yet, their log-probs [n, k], and the percepts
+        that they follow from.
 
         noise: standard normal [k, A] of each, None for the policy's mode.
         """
@@ -254,10 +256,11 @@ class Seats:
         if len(active) < len(self.seats):
             rows = torch.tensor(active)
             observations = {name: tensor[rows] for name, tensor in observations.items()}
+        percept = self.policy.perceive(observations)
         actions, log_probs = self.policy.act(
-            observations, None if noise is None else torch.from_numpy(np.stack(noise))
+            {**observations, "percept": percept}, None if noise is None else torch.from_numpy(np.stack(noise))
         )
-        return actions.numpy(), log_probs.numpy()
+        return actions.numpy(), log_probs.numpy(), percept.numpy()
 
     def close(self) -> None:
         """Close the environments."""
@@ -304,7 +307,7 @@ class ChunkWorker:
         finals: list[tuple[int, int, Array]] = []
         ended: list[TableEpisode] = []
         left = [episodes or arrays["executed"].shape[1]] * len(self.rows)
-        for name in ("executed", "terminated", "truncated", "rewards", "actions", "log_probs"):
+        for name in ("executed", "terminated", "truncated", "rewards", "actions", "log_probs", "percept"):
             arrays[name][:] = 0
         for column in range(arrays["executed"].shape[1]):
             active = [index for index, more in enumerate(left) if more]
@@ -312,8 +315,10 @@ class ChunkWorker:
                 break
             for name, seen in table.seen.items():
                 arrays[name][:, column] = seen
-            actions, log_probs = table.act(active, [self._noise(self.generators[index]) for index in active])
+            noise = [self._noise(self.generators[index]) for index in active]
+            actions, log_probs, percept = table.act(active, noise)
             arrays["actions"][active, column], arrays["log_probs"][active, column] = actions, log_probs
+            arrays["percept"][active, column] = percept
             chunks = np.clip(actions, -1.0, 1.0)
             for index, chunk in zip(active, chunks, strict=True):
                 seat, rewards = table.seats[index], arrays["rewards"][index, column]

@@ -14,13 +14,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
-from embodied.chunk_workers import Play, TableConfig, TableEpisode, make_table
-from embodied.evaluate import TEST_SEEDS, VALIDATION_SEEDS, summarize
+from embodied.chunk_workers import Play, TableConfig, make_table
+from embodied.evaluate import TEST_SEEDS
 from embodied.policies.vla import VLAPolicy
 from embodied.vla_judge import Judge, check_policy, unknown_words
-from embodied.vla_learner import success_by_task
 from embodied.vla_report import describe, suite_figures
 from embodied.vla_video import Film, Studio, contact_sheet, write_film
 from envs.table.language import TASKS
@@ -73,21 +72,6 @@ class EvaluateVLAConfig:
             raise ValueError("tasks must name one at least")
 
 
-class Tables(Protocol):
-    """What plays episodes: a `Judge`, or the `ChunkCollector` of a training run."""
-
-    def evaluate(
-        self,
-        policy: VLAPolicy,
-        plays: Sequence[Play],
-        *,
-        environment: TableConfig | None = None,
-        deterministic: bool = True,
-    ) -> list[TableEpisode]:
-        """One episode of each play."""
-        ...
-
-
 def suite_table(suite: Suite, tasks: Sequence[str], config: EvaluateVLAConfig) -> TableConfig:
     """The table of a suite."""
     return TableConfig(
@@ -99,26 +83,10 @@ def suite_table(suite: Suite, tasks: Sequence[str], config: EvaluateVLAConfig) -
     )
 
 
-def suite_plays(suite: Suite, tasks: Sequence[str], episodes: int, first_seed: int = TEST_SEEDS) -> list[Play]:
+def suite_plays(suite: Suite, tasks: Sequence[str], episodes: int) -> list[Play]:
     """`episodes` initial states of each task."""
     swap = {"swap": True} if suite == "swapped" else {}
-    return [(first_seed + index, {"task": task, **swap}) for task in tasks for index in range(episodes)]
-
-
-def quick_evaluation(
-    tables: Tables,
-    policy: VLAPolicy,
-    episodes_per_task: int,
-    *,
-    tasks: Sequence[str] = TASKS,
-    first_seed: int = VALIDATION_SEEDS,
-) -> dict[str, float]:
-    """For training: eval/success_once with its interval, eval/success_once/TASK, mean_reward and ep_len_mean.
-
-    The policy's mode on training's kind of table, the same initial states at every call.
-    """
-    played = tables.evaluate(policy, suite_plays("normal", tasks, episodes_per_task, first_seed))
-    return summarize([episode.record for episode in played]) | success_by_task(played, "eval")
+    return [(TEST_SEEDS + index, {"task": task, **swap}) for task in tasks for index in range(episodes)]
 
 
 def evaluate_policy(
@@ -193,7 +161,7 @@ def tasks_of(described: Mapping[str, Any]) -> tuple[str, ...]:
     """The tasks that a run's configuration names, all five where it names none."""
     environment = described.get("environment")
     named = environment.get("tasks") if isinstance(environment, Mapping) else None
-    return tuple(named) if named else TASKS
+    return tuple(dict.fromkeys(named)) if named else TASKS
 
 
 def film_tasks(policy: VLAPolicy, config: EvaluateVLAConfig, tasks: Sequence[str], folder: Path) -> list[Path]:

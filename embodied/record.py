@@ -38,6 +38,7 @@ from envs.table import observations
 from envs.table.env import CAMERA_OF, TIME_LIMIT, TableEnv
 from envs.table.expert import Expert
 from envs.table.language import TASKS
+from envs.table.layout import TRAINING_SEEDS
 from experiment.checkpoint import write_atomically
 from experiment.errors import UserError
 
@@ -47,8 +48,6 @@ ROBOT = "tandem-table"
 HOW = "meta/recording.json"
 """Within a data set: the settings that its episodes follow from."""
 _MOST_ATTEMPTS = 100
-_SEEDS = 9_999_991
-"""Scenes of training have smaller seeds than those that evaluation plays."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ class Player:
         encoder = EpisodeEncoder(self.features, FPS)
         level = rng.uniform(0.0, self.config.noise)
         try:
-            seen, _ = self.env.reset(seed=int(rng.integers(_SEEDS)), options={"task": task})
+            seen, _ = self.env.reset(seed=int(rng.integers(TRAINING_SEEDS)), options={"task": task})
         except ValueError as error:  # it cannot draw on this machine
             raise UserError(str(error)) from error
         ended = False

@@ -37,6 +37,7 @@ from envs.table.camera import close_renderers
 from envs.table.env import CAMERA_OF, TableEnv
 from envs.table.gamepad import PAD_HELP, Gamepad
 from envs.table.language import TASKS
+from envs.table.layout import TRAINING_SEEDS
 from envs.table.scene import CONTROL_STEP
 from envs.table.steering import KEYBOARD_HELP, Command, Steering
 from envs.table.window import KeyEvent, Lines, Window, require_screen
@@ -46,8 +47,6 @@ from experiment.errors import UserError
 DRAWINGS = 3
 """Pictures of the window in a control step, so that it moves smoothly."""
 _ENTRIES = {camera: entry for entry, camera in CAMERA_OF.items()}
-_SEEDS = 9_999_991
-"""Scenes that are trained on have smaller seeds than those that evaluation plays."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ class _Session:
 
     def _episode(self, scene: int) -> _End:
         env, steering = self._env, self._steering
-        seed = int(np.random.default_rng([self._seed, scene]).integers(_SEEDS))
+        seed = int(np.random.default_rng([self._seed, scene]).integers(TRAINING_SEEDS))
         task = self._config.tasks[scene % len(self._config.tasks)]
         observation, _ = env.reset(seed=seed, options={"task": task})
         self._screen.show(env.world.data)

@@ -3,13 +3,13 @@
     tandem train configs/embodied/table_bc.yaml dataset=PATH
 
 Every control step is a decision: from what was seen there, the labels of the next `policy.chunk` steps (fewer at an
-episode's end). The loss is their negative log-likelihood plus `auxiliary_coef` times the auxiliary head's squared
-error. The deviation stays as configured unless `learn_std`, so the likelihood is a squared error weighted by
-1 / (2 std^2), and PPO starts exploring with that deviation. A share of the episodes is held out; the weights that
-explain them best are the run's `best` checkpoint.
+episode's end). The hand learns their negative log-likelihood; its deviation stays as configured unless `learn_std`,
+so the likelihood is a squared error weighted by 1 / (2 std^2), and PPO starts exploring with that deviation. The
+eyes learn where the named things were. A share of the episodes is held out; the weights that explain them best are
+the run's `best` checkpoint.
 
-With `grounding.scenes`, every update also teaches the auxiliary head where words point to in simulated scenes that
-nobody demonstrated anything in, so that few demonstrations do not make the policy know their scenes by heart.
+With `grounding.scenes`, every update also teaches the eyes where words point to in simulated scenes that nobody
+demonstrated anything in, so that few demonstrations do not make the policy know their scenes by heart.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from embodied.control_steps import Chunks, ControlSteps, Shuffled, disturb
 from embodied.datasets.lerobot import LeRobotDataset
 from embodied.datasets.recorded import RecordedEpisode
 from embodied.grounding import GroundingConfig, GroundingScenes
+from embodied.perceiving import percept_loss
 from embodied.policies.augment import AugmentConfig
 from embodied.policies.vla import VLAConfig, VLAPolicy
 from embodied.policies.words import Words
@@ -38,8 +39,6 @@ from policy_core.schedules import Schedule, scheduled, set_learning_rate
 
 LOG_EVERY = 50
 """Updates."""
-DRY_SCENES = 8
-"""Of a dry run."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ class TrainVLABCConfig:
     episodes            use only the first so many; None = all
     held_out            share of the episodes kept for validation
     init                folder of a policy to start from; it brings its own `policy`, vocabulary and normalisers
-    auxiliary_coef      weight of the auxiliary head's error, in demonstrations and in grounding's scenes
     learn_std           fit the deviation too
     word_dropout        probability with which a word becomes the unknown one
     evaluate_every      updates between validations, each of which keeps a checkpoint
@@ -73,7 +71,6 @@ class TrainVLABCConfig:
     learning_rate: float = 2e-3
     schedule: Schedule = "cosine"
     warmup: float = 0.02
-    auxiliary_coef: float = 30.0
     learn_std: bool = False
     word_dropout: float = 0.03
     evaluate_every: int = 500
@@ -112,17 +109,20 @@ def divide(
     return [episodes[i] for i in sorted(order[count:])], [episodes[i] for i in sorted(order[:count])]
 
 
-def loss_of(policy: VLAPolicy, chunks: Chunks, auxiliary_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over decisions. Metrics: nll (nats per decision), auxiliary_loss."""
-    evaluation = policy.evaluate(chunks.observations, chunks.actions)
-    assert evaluation.auxiliary is not None
-    return bc_loss(
+def loss_of(policy: VLAPolicy, chunks: Chunks) -> tuple[Tensor, dict[str, Tensor]]:
+    """The hand's and the eyes' loss, means over decisions; neither has a gradient for the other.
+
+    Metrics: nll (nats per decision), percept_loss (squared, in the state's units).
+    """
+    percept = policy.perceive(chunks.observations)
+    evaluation = policy.evaluate({**chunks.observations, "percept": percept}, chunks.actions)
+    imitation, metrics = bc_loss(
         log_probs=evaluation.log_probs.unsqueeze(1),
         mask=chunks.executed[:, :1],
         factor_mask=chunks.executed.unsqueeze(1),
-        auxiliary=evaluation.auxiliary.unsqueeze(1),
-        auxiliary_coef=auxiliary_coef,
     )
+    seeing = percept_loss(percept, chunks.observations["state"])
+    return imitation + seeing, {**metrics, "percept_loss": seeing.detach()}
 
 
 def train(config: TrainVLABCConfig, *, resume: Path | None = None) -> RunResult:
@@ -134,7 +134,11 @@ def train(config: TrainVLABCConfig, *, resume: Path | None = None) -> RunResult:
         policy.log_std.requires_grad_(config.learn_std)
         scenes = ground(policy, config)
         # PPO's customary epsilon of 1e-5 is above most of these gradients: nothing would be found in the images.
-        optimizer = FlatAdam([policy.actor_parameters()], learning_rate=config.learning_rate, epsilon=1e-8)
+        optimizer = FlatAdam(
+            [policy.actor_parameters(), policy.perception.parameters()],
+            learning_rate=config.learning_rate,
+            epsilon=1e-8,
+        )
         generator = torch.Generator().manual_seed(config.run.seed)
         change = partial(disturb, config=config.augment, word_dropout=config.word_dropout, generator=generator)
         shuffled = Shuffled(len(steps), config.batch_size, config.run.seed)
@@ -154,10 +158,10 @@ def train(config: TrainVLABCConfig, *, resume: Path | None = None) -> RunResult:
             chunks = steps.chunks(shuffled.batch(update - 1), policy.config.chunk)
             chunks = replace(chunks, observations=change(chunks.observations))
             optimizer.zero_grad()
-            loss, metrics = loss_of(policy, chunks, config.auxiliary_coef)
+            loss, metrics = loss_of(policy, chunks)
             if scenes is not None:
-                extra, found = scenes.loss(policy, scenes.batch(update - 1), change)
-                loss, metrics = loss + config.auxiliary_coef * extra, metrics | found
+                grounding = scenes.loss(policy, scenes.batch(update - 1), change)
+                loss, metrics = loss + grounding, metrics | {"grounding_loss": grounding.detach()}
             loss.backward()
             optimizer.step()
             last = update == updates
@@ -194,12 +198,11 @@ def prepare(
 
 def ground(policy: VLAPolicy, config: TrainVLABCConfig) -> GroundingScenes | None:
     """The scenes that the configuration asks for, the same ones after a resume."""
-    grounding = config.grounding
-    if not grounding.scenes:
+    if not config.grounding.scenes:
         return None
-    if config.run.dry_run:
-        grounding = replace(grounding, scenes=min(grounding.scenes, DRY_SCENES))
-    return GroundingScenes.collect(grounding, policy, seed=config.run.seed, source=config.dataset)
+    return GroundingScenes.collect(
+        config.grounding, policy, seed=config.run.seed, source=config.dataset, dry_run=config.run.dry_run
+    )
 
 
 def look(
@@ -215,22 +218,19 @@ def look(
     (higher is better)."""
     logged: dict[str, float] = {}
     if validation is not None:
-        logged |= validate(policy, validation, config.batch_size, config.auxiliary_coef)
+        logged |= validate(policy, validation, config.batch_size)
     if scenes is not None:
         logged |= {f"eval/{name}": value for name, value in scenes.judge(policy).items()}
     if logged:
         run.log(logged, global_step=global_step)
-    return -logged["eval/loss"] if validation is not None else float(global_step)
+    return -logged["eval/nll"] if validation is not None else float(global_step)
 
 
 @torch.no_grad()
-def validate(policy: VLAPolicy, steps: ControlSteps, batch_size: int, auxiliary_coef: float) -> dict[str, float]:
-    """Means over all steps. eval/position_error: root mean square, in the state's units (0.1 m at the table)."""
-    totals = {"loss": 0.0, "nll": 0.0, "auxiliary_loss": 0.0}
+def validate(policy: VLAPolicy, steps: ControlSteps, batch_size: int) -> dict[str, float]:
+    """Means over all steps. eval/percept_error: root mean square, in the state's units (0.1 m at the table)."""
+    totals = {"nll": 0.0, "percept_loss": 0.0}
     for rows in torch.arange(len(steps)).split(batch_size):
-        loss, metrics = loss_of(policy, steps.chunks(rows, policy.config.chunk), auxiliary_coef)
-        for name, value in {**metrics, "loss": loss}.items():
+        for name, value in loss_of(policy, steps.chunks(rows, policy.config.chunk))[1].items():
             totals[name] += float(value) * len(rows) / len(steps)
-    return {f"eval/{name}": value for name, value in totals.items()} | {
-        "eval/position_error": totals["auxiliary_loss"] ** 0.5
-    }
+    return {"eval/nll": totals["nll"], "eval/percept_error": totals["percept_loss"] ** 0.5}

@@ -15,8 +15,8 @@ from pathlib import Path
 from embodied.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
 from embodied.chunk_workers import TableConfig
 from embodied.learning import charge_kl, stopping_on_nan
+from embodied.perceiving import PerceptionConfig
 from embodied.vla_learner import (
-    Perception,
     TableEvaluationConfig,
     VLALearner,
     begin,
@@ -42,7 +42,6 @@ def group_ppo() -> PPOConfig:
         epochs=1,
         minibatch_size=256,
         gamma=1.0,
-        auxiliary_coef=1.0,
         normalize_advantages=False,
     )
 
@@ -53,7 +52,7 @@ class TrainVLAGRPOConfig:
 
     init                folder of the policy to start from (RUN/checkpoints/best/policy); the KL's reference
     log_std, learn_std  explore at this log standard deviation instead of the clone's; whether it is fitted too
-    perception          what trains the part that says where things are, see `vla_learner.Perception`
+    perception          how the eyes go on learning, see `PerceptionConfig`
     updates             rollouts in all
     episodes            of each environment in a rollout
     skip_flat_groups    leave groups whose episodes all earned the same out of the update, its KL term included
@@ -69,7 +68,7 @@ class TrainVLAGRPOConfig:
     evaluation: TableEvaluationConfig = field(default_factory=TableEvaluationConfig)
     init: str | None = None
     log_std: float | None = -1.6
-    perception: Perception = "all"
+    perception: PerceptionConfig = field(default_factory=PerceptionConfig)
     learn_std: bool = False
     updates: int = 200
     episodes: int = 1
@@ -104,6 +103,7 @@ def train(config: TrainVLAGRPOConfig, *, resume: Path | None = None) -> RunResul
             perception=config.perception,
             kl=config.kl,
             seed=config.run.seed,
+            dry_run=config.run.dry_run,
         )
         with ChunkCollector(
             config.environment,
@@ -175,6 +175,7 @@ def improve(
             kl=config.kl,
             kl_coef=learner.controller.coef,
         )
+        trained |= learner.look(experience, config.perception, rate=config.perception.learning_rate)
     trained["learning_rate"] = rate
     metrics |= gap | learner.steer(kl_metrics, experience)
     return metrics | {f"train/{name}": v for name, v in trained.items()}

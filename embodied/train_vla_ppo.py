@@ -4,7 +4,7 @@
 
 Play, fold each chunk's rewards, GAE with a privileged critic, update: the loop in `train` is the whole algorithm.
 It starts with a critic warm-up and may be held near the clone by a KL term, so that it does not collapse at the
-switch. The auxiliary head goes on learning from the simulator's state (ppo.auxiliary_coef).
+switch. The eyes may go on learning where things are, from the simulator's state.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from embodied.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
 from embodied.chunk_workers import TableConfig
 from embodied.learning import charge_kl, stopping_on_nan
+from embodied.perceiving import PerceptionConfig
 from embodied.step_credit import credit_steps, fit_critic
 from embodied.vla_learner import (
-    Perception,
     TableEvaluationConfig,
     VLALearner,
     begin,
@@ -48,7 +48,6 @@ def chunk_ppo() -> PPOConfig:
         minibatch_size=256,
         gamma=0.99,
         gae_lambda=0.95,
-        auxiliary_coef=1.0,
         critic_warmup=4,
     )
 
@@ -61,8 +60,7 @@ class TrainVLAPPOConfig:
     log_std                 start exploring at this log standard deviation instead of the clone's
     credit                  "step": each action of a chunk by the advantage of its own control step, judged by the
                             critic (see `step_credit`; ppo.ratio_level must be "factor"); "chunk": all by one
-    perception              "frozen", "auxiliary" (taught by the simulator's state) or "all" (by rewards, too)
-    perception_learning_rate    of it; None = ppo.learning_rate
+    perception              how the eyes go on learning, see `PerceptionConfig`
     learn_std               fit the deviation too; else it stays
     total_steps             control steps over all environments
     horizon                 chunks of each environment per update
@@ -80,8 +78,7 @@ class TrainVLAPPOConfig:
     init: str | None = None
     log_std: float | None = -1.6
     credit: Literal["step", "chunk"] = "chunk"
-    perception: Perception = "all"
-    perception_learning_rate: float | None = None
+    perception: PerceptionConfig = field(default_factory=PerceptionConfig)
     learn_std: bool = False
     total_steps: int = 500_000
     horizon: int = 16
@@ -118,6 +115,7 @@ def train(config: TrainVLAPPOConfig, *, resume: Path | None = None) -> RunResult
             perception=config.perception,
             kl=config.kl,
             seed=config.run.seed,
+            dry_run=config.run.dry_run,
         )
         with ChunkCollector(
             config.environment,
@@ -165,11 +163,12 @@ def improve(
     if update == 1:
         rollout.validate()
     rollout, kl_metrics = charge_kl(rollout, config.kl, learner.controller.coef)
-    current = rates(config, update=update, updates=updates)
+    *current, eyes = rates(config, update=update, updates=updates)
     for group, rate in zip(learner.optimizer.param_groups, current, strict=True):
         group["lr"] = rate
     with stopping_on_nan(update):
         trained = learn(learner, experience, rollout, config, train_policy=update > config.ppo.critic_warmup)
+        trained |= learner.look(experience, config.perception, rate=eyes)
     trained["learning_rate"] = current[0]
     metrics |= gap | learner.steer(kl_metrics, experience)
     return metrics | {f"train/{name}": v for name, v in trained.items()}
@@ -219,10 +218,10 @@ def learn(
 
 
 def rates(config: TrainVLAPPOConfig, *, update: int, updates: int) -> list[float]:
-    """Learning rates of the actor, the critic and, unless it is frozen, of perception.
+    """Learning rates of the actor, the critic and the eyes, all on ppo.schedule.
 
-    The actor's and perception's schedule and warm-up begin when the critic's warm-up ends.
-    Their Adam knows nothing of its gradients then: without ppo.warmup its first steps are its largest.
+    The actor's schedule and warm-up begin when the critic's warm-up ends.
+    Its Adam knows nothing of its gradients then: without ppo.warmup its first steps are its largest.
     """
     numbers = config.ppo
 
@@ -231,11 +230,8 @@ def rates(config: TrainVLAPPOConfig, *, update: int, updates: int) -> list[float
 
     late = min(numbers.critic_warmup, updates - 1)
     begun = max(0, update - 1 - late)
-    found = [
+    return [
         rate(numbers.learning_rate, begun, updates - late),
         rate(config.critic_learning_rate, update - 1, updates),
+        rate(config.perception.learning_rate, update - 1, updates),
     ]
-    if config.perception != "frozen":
-        initial = config.perception_learning_rate
-        found.append(rate(numbers.learning_rate if initial is None else initial, begun, updates - late))
-    return found

@@ -7,7 +7,7 @@ import copy
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ import torch
 from embodied.chunk_rollout import ChunkCollector, ChunkExperience, log_probs_of
 from embodied.chunk_workers import Play, TableConfig, TableEpisode, make_table
 from embodied.evaluate import VALIDATION_SEEDS, summarize
+from embodied.grounding import GroundingScenes
 from embodied.learning import continue_environments, episode_metrics
+from embodied.perceiving import PerceptionConfig, fit_perception
 from embodied.policies.vla import VLAPolicy
 from embodied.vla_judge import check_policy
 from envs.stepper import EpisodeRecord
@@ -23,10 +25,7 @@ from experiment.checkpoint import Checkpoint
 from experiment.errors import UserError
 from experiment.run import Run
 from policy_core.kl import KLConfig, KLController
-
-Perception = Literal["frozen", "auxiliary", "all"]
-"""What trains the part of a policy that says where things are while it learns to act: nothing, so that noise of the
-policy gradient does not blur it; the auxiliary head's error alone; or that and the policy gradient."""
+from policy_core.schedules import set_learning_rate
 
 LARGEST_GAP = 0.01
 """Nats by which a log-probability may differ between a worker and the update."""
@@ -48,6 +47,8 @@ class VLALearner:
     policy: VLAPolicy
     reference: VLAPolicy | None
     optimizer: torch.optim.Optimizer
+    eyes: torch.optim.Optimizer | None
+    scenes: GroundingScenes | None
     controller: KLController
     generator: torch.Generator
     recent: deque[TableEpisode] = field(default_factory=lambda: deque(maxlen=200))
@@ -63,17 +64,19 @@ class VLALearner:
         log_std: float | None,
         learn_std: bool,
         critic: bool,
-        perception: Perception,
+        perception: PerceptionConfig,
         kl: KLConfig,
         seed: int,
+        dry_run: bool = False,
     ) -> VLALearner:
         """From a clone, which becomes the KL's reference, with the policy of a checkpoint where there is one.
 
         log_std     of both at the start; None keeps the clone's
         critic      whether one is trained
-        perception  what trains it, see `Perception`
+        perception  how the eyes learn; they have an optimizer of their own
+        dry_run     draw few scenes for them
 
-        The optimizer's groups: what acts, the critic if there is one, perception unless it is frozen.
+        The optimizer's groups: what acts, and the critic if there is one.
         """
         if log_std is not None:
             torch.nn.init.constant_(clone.log_std, log_std)
@@ -82,21 +85,22 @@ class VLALearner:
         else:
             policy = VLAPolicy.from_pretrained(checkpoint.folder / "policy")
         policy.log_std.requires_grad_(learn_std)
-        policy.perception_stops = perception == "auxiliary"
-        eye = list(policy.perception_parameters())
-        known = {id(parameter) for parameter in eye}
-        groups = [[p for p in policy.actor_parameters() if p.requires_grad and id(p) not in known]]
+        groups = [[p for p in policy.actor_parameters() if p.requires_grad]]
         if critic:
             groups.append(list(policy.critic_parameters()))
-        if perception == "frozen":
-            for parameter in eye:
-                parameter.requires_grad_(False)
-        else:
-            groups.append(eye)
+        eyes, scenes = None, None
+        if perception.learning_rate:
+            eyes = torch.optim.Adam(policy.perception.parameters(), lr=perception.learning_rate, fused=True)
+            if perception.grounding.scenes:
+                scenes = GroundingScenes.collect(
+                    perception.grounding, policy, seed=seed, source="init", dry_run=dry_run
+                )
         return cls(
             policy=policy,
             reference=clone.requires_grad_(False) if kl.coef > 0 else None,
             optimizer=torch.optim.Adam([{"params": group} for group in groups], fused=True),
+            eyes=eyes,
+            scenes=scenes,
             controller=KLController(kl),
             generator=torch.Generator().manual_seed(seed),
         )
@@ -109,6 +113,13 @@ class VLALearner:
         metrics = episode_metrics([episode.record for episode in self.recent], self.episodes)
         return metrics | success_by_task(self.recent, "env") | {"env_steps": float(self.control_steps)}
 
+    def look(self, experience: ChunkExperience, config: PerceptionConfig, *, rate: float) -> dict[str, float]:
+        """Teach the eyes what was to be seen while playing, where they learn; returns their errors."""
+        if self.eyes is None:
+            return {}
+        set_learning_rate(self.eyes, rate)
+        return fit_perception(self.policy, self.eyes, experience, self.scenes, config, self.generator)
+
     def steer(self, kl_metrics: Mapping[str, float], experience: ChunkExperience) -> dict[str, float]:
         """Feed the KL that `charge_kl` measured to the controller; returns it, and the deviation of the actions."""
         if kl_metrics:
@@ -119,6 +130,7 @@ class VLALearner:
         """For a checkpoint; the policy has a folder of its own there."""
         return {
             "optimizer": self.optimizer.state_dict(),
+            "eyes": None if self.eyes is None else self.eyes.state_dict(),
             "controller": self.controller.state_dict(),
             "generator": self.generator.get_state(),
             "recent": [[tuple(episode.record), *episode[1:]] for episode in self.recent],
@@ -129,6 +141,8 @@ class VLALearner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.eyes is not None:
+            self.eyes.load_state_dict(state["eyes"])
         self.controller.load_state_dict(state["controller"])
         self.generator.set_state(state["generator"])
         self.recent.extend(TableEpisode(EpisodeRecord(*record), *rest) for record, *rest in state["recent"])
@@ -189,7 +203,9 @@ def success_by_task(episodes: Sequence[TableEpisode], prefix: str) -> dict[str, 
 
 
 def validation_plays(tasks: Sequence[str], episodes: int) -> list[Play]:
-    """The episodes that are played during training, the same at every evaluation; the tasks take turns."""
+    """The episodes that are played during training, the same at every evaluation; the tasks take turns, also those
+    that training plays more often."""
+    tasks = tuple(dict.fromkeys(tasks))
     return [(VALIDATION_SEEDS + index, {"task": tasks[index % len(tasks)]}) for index in range(episodes)]
 
 

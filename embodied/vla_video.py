@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from embodied.chunk_workers import Play, Seats, TableConfig, TableEpisode, export_weights, layout_of
+from embodied.chunk_workers import (
+    Play,
+    Seats,
+    TableConfig,
+    TableEpisode,
+    export_weights,
+    layout_of,
+    make_table,
+)
 from embodied.policies.vla import VLAPolicy
 from embodied.processes import SharedArrays
 from embodied.vla_judge import JudgeWorker
@@ -36,20 +44,6 @@ _DONE, _OPEN, _FAILED = (120, 240, 140), (235, 235, 235), (255, 140, 120)
 
 class FilmedTable(TableEnv):
     """Keeps a picture of every control step of the episode, and whether the goal had been met by then."""
-
-    @classmethod
-    def of(cls, config: TableConfig, image_size: int) -> FilmedTable:
-        """As `make_table`."""
-        return cls(
-            tasks=config.tasks,
-            combinations=config.combinations,
-            phrasing=config.phrasing,
-            reward=config.reward,
-            end_on_success=config.end_on_success,
-            randomization=config.randomization,
-            observe=(),
-            image_size=image_size,
-        )
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
@@ -110,7 +104,7 @@ class FilmWorker(JudgeWorker):
         for seat in table.seats:
             if not isinstance(seat.env, FilmedTable):
                 seat.env.close()
-                seat.env = FilmedTable.of(environment, self.policy.spaces.image_size)
+                seat.env = make_table(environment, self.policy.spaces.image_size, FilmedTable)
         return table
 
 

@@ -17,14 +17,11 @@ class Evaluation:
     log_probs   [B, T] or [B, T, F] nats
     entropy     as log_probs
     values      [B, T], or None for a policy without a critic
-    auxiliary   [B, T], a supervised loss per decision that the policy has from the same pass, to be minimised (the
-                squared error of an auxiliary head, a mixture of experts' balance); None without one
     """
 
     log_probs: Tensor
     entropy: Tensor
     values: Tensor | None = None
-    auxiliary: Tensor | None = None
 
 
 class Policy(Protocol):

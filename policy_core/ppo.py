@@ -43,7 +43,6 @@ class PPOConfig:
     dual_clip                           lower bound of the surrogate for negative advantages (1912.09729), e.g. 3
     value_clip_range                    value prediction within this of the old one; None = no clip
     value_coef, entropy_coef            weights of the value loss and the entropy bonus
-    auxiliary_coef                      weight of the policy's own supervised loss, `Evaluation.auxiliary`
     max_grad_norm                       global norm of an optimizer step's gradient
     target_kl                           stop the epochs when a minibatch's KL passes 1.5 times this
     normalize_advantages                over all decisions of the rollout
@@ -66,7 +65,6 @@ class PPOConfig:
     value_clip_range: float | None = None
     value_coef: float = 0.5
     entropy_coef: float = 0.0
-    auxiliary_coef: float = 0.0
     max_grad_norm: float = 0.5
     target_kl: float | None = None
     normalize_advantages: bool = True
@@ -202,12 +200,10 @@ def ppo_loss(
     kl_coef: float | Tensor = 0.0,
     train_policy: bool = True,
 ) -> tuple[Tensor, Metrics]:
-    """The whole loss of one micro-batch: policy + value_coef * value - entropy_coef * entropy + kl_coef * KL
-    + auxiliary_coef * auxiliary (mean over decisions).
+    """The whole loss of one micro-batch: policy + value_coef * value - entropy_coef * entropy + kl_coef * KL.
 
     With train_policy False only the value term is left (critic warm-up). Metrics: policy_loss, approx_kl,
-    clip_fraction, entropy (nats per decision, or per factor at that ratio level), reference_kl, auxiliary_loss,
-    value_loss.
+    clip_fraction, entropy (nats per decision, or per factor at that ratio level), reference_kl, value_loss.
     """
     loss = batch.advantages.new_zeros(())
     metrics: Metrics = {}
@@ -241,10 +237,6 @@ def ppo_loss(
             reference_kl = (per_decision(estimate, batch.factor_mask) * batch.decision_weights).sum()
             metrics["reference_kl"] = reference_kl.detach()
             loss = loss + kl_coef * reference_kl
-        if evaluation.auxiliary is not None:
-            auxiliary = (counted(evaluation.auxiliary, batch.mask, None) * batch.decision_weights).sum()
-            metrics["auxiliary_loss"] = auxiliary.detach()
-            loss = loss + config.auxiliary_coef * auxiliary
     if evaluation.values is not None and batch.returns is not None:
         value, value_metrics = value_loss(
             values=counted(evaluation.values, batch.mask, None),

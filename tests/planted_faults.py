@@ -297,12 +297,6 @@ FAULTS = (
     ),
     Fault(
         "ppo",
-        "loss = loss + config.auxiliary_coef * auxiliary",
-        "loss = loss - config.auxiliary_coef * auxiliary",
-        "the auxiliary loss is maximised",
-    ),
-    Fault(
-        "ppo",
         "loss = loss + config.value_coef * value",
         "loss = loss + value",
         "the value loss without its coefficient",
@@ -373,12 +367,6 @@ FAULTS = (
         "total = mask.sum().clamp(min=1) if denominator is None else denominator",
         "total = mask.sum().clamp(min=1)",
         "per-micro-batch instead of global denominator in cloning",
-    ),
-    Fault(
-        "bc",
-        "loss = loss + auxiliary_coef * extra",
-        "loss = loss + extra",
-        "the auxiliary loss without its coefficient in cloning",
     ),
     # ------------------------------------------------------------ optimizer, schedules, networks, traced
     Fault("optimizer", "flat.grad = None", "gradient.zero_()", "a frozen group moves by its momentum"),

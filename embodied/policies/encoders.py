@@ -1,4 +1,4 @@
-"""How the vision-language-action policy reads an instruction and looks at an image with it in mind."""
+"""How the vision-language-action policy reads an instruction and looks at images with it in mind."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embodied.policies.words import PADDING
+from policy_core.networks import MLP
 
 HEADS = 4
 """Parts of an instruction's features, each of which attends to words of its own."""
@@ -60,55 +61,77 @@ class Conv(nn.Conv2d):
         return F.conv2d(inputs, weight, bias, self.stride, self.padding)
 
 
-class FiLMBlock(nn.Module):
-    """x + relu(scale * conv(x) + shift), scale and shift [C] from the instruction (Perez 2018, 1709.07871)."""
-
-    def __init__(self, channels: int, instruction: int) -> None:
-        super().__init__()
-        self.conv = Conv(channels, channels, 3, padding=1)
-        self.film = nn.Linear(instruction, 2 * channels)
-        nn.init.zeros_(self.film.bias)
-
-    def forward(self, inputs: Tensor, instruction: Tensor) -> Tensor:
-        """inputs [N, C, H, W], instruction [N, D]."""
-        scale, shift = self.film(instruction).to(inputs.dtype)[:, :, None, None].chunk(2, 1)
-        return inputs + F.relu(torch.addcmul(shift, self.conv(inputs), scale + 1.0))
-
-
 class ImageEncoder(nn.Module):
-    """uint8 images [N, H, W, 3 * cameras] and an instruction [N, D] -> features [N, features], float32.
+    """uint8 images [N, H, W, 3] -> features of their places [N, P, C], float32.
 
-    Two strided convolutions (to a quarter of the size), FiLM blocks, then attention: each of `queries`, made from
-    the instruction, looks for one thing, and all that comes out is where it is. With the features found there too,
-    it learnt the recorded scenes by heart: the squared error of positions in new ones was 1.6 times as large.
-    The convolutions compute in `dtype`; everything after them in float32.
+    Two strided convolutions (to a quarter of the size), then residual ones, all in `dtype`. No word is read here,
+    so that one pass serves every sentence about a picture.
+    """
+
+    def __init__(self, *, channels: Sequence[int], blocks: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        first, last = channels
+        self.first = Conv(3, first, 5, stride=2, padding=2)
+        self.second = Conv(first, last, 3, stride=2, padding=1)
+        self.blocks = nn.ModuleList(Conv(last, last, 3, padding=1) for _ in range(blocks))
+        self._dtype = dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pixels are taken to [-1, 1) exactly, also in bfloat16."""
+        pixels = images.permute(0, 3, 1, 2).to(self._dtype).sub_(128.0).mul_(1 / 128)  # in channels-last order
+        hidden = F.relu(self.second(F.relu(self.first(pixels))))
+        for block in self.blocks:
+            hidden = hidden + F.relu(block(hidden))
+        return hidden.permute(0, 2, 3, 1).flatten(1, 2).float()
+
+
+class Perception(nn.Module):
+    """What an instruction asks for and where that is: images, words and proprioception -> a percept of n numbers.
+
+    Attention: each of `queries`, made from the instruction, looks for one thing in each image, and all that comes
+    out is where it is. With the features found there too, it learnt the recorded scenes by heart: the squared error
+    of positions in new ones was 1.6 times as large. Proprioception tells where a thing in the hand is.
     """
 
     grid: Tensor
 
     def __init__(
-        self, cameras: int, *, size: int, channels: Sequence[int], blocks: int, queries: int, instruction: int
+        self,
+        vocabulary: int,
+        *,
+        cameras: int,
+        image_size: int,
+        proprio: int,
+        percept: int,
+        length: int,
+        width: int,
+        channels: Sequence[int],
+        blocks: int,
+        queries: int,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        first, last = channels
-        self.first = Conv(3 * cameras, first, 5, stride=2, padding=2)
-        self.second = Conv(first, last, 3, stride=2, padding=1)
-        self.blocks = nn.ModuleList(FiLMBlock(last, instruction) for _ in range(blocks))
-        self.queries = nn.Linear(instruction, queries * last)
-        nn.init.normal_(self.queries.weight, std=1 / math.sqrt(instruction))  # sharp enough to learn from
-        side = -(-size // 4)
+        self.instruction = InstructionEncoder(vocabulary, length=length, width=width)
+        self.vision = ImageEncoder(channels=channels, blocks=blocks, dtype=dtype)
+        self.queries = nn.Linear(width, cameras * queries * channels[-1])
+        nn.init.normal_(self.queries.weight, std=1 / math.sqrt(width))  # sharp enough to learn from
+        self.head = MLP((2 * cameras * queries + width + proprio, 128, percept), activation="relu", output_gain=0.1)
+        side = -(-image_size // 4)
         self.register_buffer("grid", coordinates(side, side), persistent=False)
-        self.features = 2 * queries
 
-    def forward(self, images: Tensor, instruction: Tensor, dtype: torch.dtype) -> Tensor:
-        """Pixels are taken to [-1, 1) exactly, also in bfloat16."""
-        pixels = images.permute(0, 3, 1, 2).to(dtype).sub_(128.0).mul_(1 / 128)  # a view in channels-last order
-        hidden = F.relu(self.second(F.relu(self.first(pixels))))
-        for block in self.blocks:
-            hidden = block(hidden, instruction)
-        places = hidden.permute(0, 2, 3, 1).flatten(1, 2).float()  # [N, H * W, C]
-        queries = self.queries(instruction).view(len(images), -1, places.shape[-1])
-        return look(places, queries, self.grid).flatten(1)
+    def forward(self, images: Sequence[Tensor], words: Tensor, proprio: Tensor) -> Tensor:
+        """uint8 [N, H, W, 3] of each camera, int64 [N, S, L] (S sentences about each picture), normalised [N, P]
+        -> [N, S, n]."""
+        pictures, sentences = words.shape[:2]
+        instruction = self.instruction(words.flatten(0, 1)).view(pictures, sentences, -1)
+        places = self.vision(images[0] if len(images) == 1 else torch.cat(list(images)))
+        places = places.view(len(images), pictures, *places.shape[1:]).transpose(0, 1)  # [N, cameras, P, C]
+        queries = self.queries(instruction).view(pictures, sentences, len(images), -1, places.shape[-1])
+        queries = queries.transpose(1, 2).flatten(2, 3)  # [N, cameras, S * Q, C]
+        found = look(places.flatten(0, 1), queries.flatten(0, 1), self.grid)
+        found = found.view(pictures, len(images), sentences, -1).transpose(1, 2).flatten(2)
+        body = proprio.unsqueeze(1).expand(-1, sentences, -1)
+        return self.head(torch.cat([found, instruction, body], -1))
 
 
 def coordinates(height: int, width: int) -> Tensor:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from embodied.normalization import ObservationNormalizer
 from embodied.policies import numpy_actor
+from embodied.policies.folder import read_description, read_weights, reading_policy, write_policy
 from embodied.policies.numpy_actor import Array, Spaces, StatePolicyConfig
-from experiment.errors import UserError
 from policy_core.distributions import Categorical, DiagonalGaussian
 from policy_core.networks import StackedMLP, head
 from policy_core.policy import Evaluation
@@ -77,29 +74,17 @@ class StatePolicy(nn.Module):
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write policy.json and policy.safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         description = {"policy": "state_mlp", "spaces": asdict(self.spaces), "config": asdict(self.config)}
-        (folder / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
-        save_file({name: t.contiguous() for name, t in self.state_dict().items()}, folder / "policy.safetensors")
+        write_policy(folder, description, self)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> StatePolicy:
         """Read a folder written by `save_pretrained`; UserError if it is none."""
         folder = Path(folder)
-        try:
-            description = json.loads((folder / "policy.json").read_text())
+        with reading_policy(folder, "a state policy"):
+            description = read_description(folder)
             config = dict(description["config"], hidden=tuple(description["config"]["hidden"]))
             policy = cls(Spaces(**description["spaces"]), StatePolicyConfig(**config))
-            policy.load_state_dict(load_file(folder / "policy.safetensors"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            missing = "policy.safetensors" if (folder / "policy.json").is_file() else "policy.json"
-            raise UserError(
-                f"{folder}: no policy here ({missing} is missing); give a folder that save_pretrained wrote, such"
-                " as RUN/checkpoints/best/policy"
-            ) from error
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{folder}: not a state policy, or a damaged one: {reason}") from error
+            read_weights(folder, policy)
         policy.normalizer.refresh()
         return policy

@@ -1,25 +1,26 @@
 """A compact vision-language-action policy: camera images, proprioception and an instruction -> a chunk of actions.
 
-An auxiliary head says where the named object and its target place are; its answer is part of what the action head
-reads. The critic judges the simulator's own state and shares nothing with the actor.
+It has eyes, a hand and, for training, a judge. The eyes (`Perception`) read the words and look at the images: they
+say what is asked for and where it is, in the few numbers that the simulator's state begins with, and the state
+teaches them that. The hand reads these numbers and proprioception, no picture and no word, so what it learns from
+few demonstrations or from rewards holds for every scene and sentence that the eyes can read. The judge (the critic)
+reads the simulator's own state and shares nothing with them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from embodied.normalization import ObservationNormalizer
-from embodied.policies.encoders import HEADS, ImageEncoder, InstructionEncoder
+from embodied.policies.encoders import HEADS, Perception
+from embodied.policies.folder import read_description, read_weights, reading_policy, write_policy
 from embodied.policies.words import Words
 from experiment.errors import UserError
 from policy_core.distributions import DiagonalGaussian
@@ -28,7 +29,8 @@ from policy_core.policy import Evaluation
 
 Observations = Mapping[str, Tensor]
 """image (and CAMERA_image) uint8 [..., H, W, 3], proprio float32 [..., P], words int64 [..., L], state float32
-[..., S]; only the critic and the auxiliary error read the state."""
+[..., S], which only the critic reads; and percept [..., n] where the eyes have looked already, which then is read
+instead of images and words."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,11 @@ class VLAConfig:
     """The policy's sizes.
 
     chunk               actions per decision, k
-    channels, blocks    of the image encoder: widths after its two strided convolutions; FiLM blocks
-    queries             things that the instruction makes the policy look for
+    channels, blocks    of the image encoder: widths after its two strided convolutions; residual ones that follow
+    queries             things that the instruction makes the eyes look for
     words, length       width of the instruction's features; most words of an instruction
     hidden              widths of the action head; critic_hidden: of the critic
-    localized           first numbers of the state, predicted by the auxiliary head
+    percept             n: so many first numbers of the state are all that the eyes tell the hand
     log_std             initial log standard deviation; always taken within [min_log_std, max_log_std]
     precision           of the convolutions; everything else computes in float32
     ablate              "image" or "words": a floor, that input is replaced by zeros
@@ -48,13 +50,13 @@ class VLAConfig:
 
     chunk: int = 4
     channels: tuple[int, int] = (16, 32)
-    blocks: int = 1
-    queries: int = 16
+    blocks: int = 2
+    queries: int = 8
     words: int = 48
     length: int = 16
     hidden: tuple[int, ...] = (256, 256)
     critic_hidden: tuple[int, ...] = (256, 256)
-    localized: int = 6
+    percept: int = 17
     log_std: float = -1.5
     min_log_std: float = -3.0
     max_log_std: float = 0.0
@@ -62,7 +64,7 @@ class VLAConfig:
     ablate: Literal["none", "image", "words"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("chunk", "blocks", "queries", "words", "length", "localized"):
+        for name in ("chunk", "blocks", "queries", "words", "length", "percept"):
             if getattr(self, name) < 1:
                 raise ValueError(f"policy.{name} must be at least 1, got {getattr(self, name)}")
         if self.words % HEADS:
@@ -95,93 +97,75 @@ class VLAPolicy(nn.Module):
 
     Sampling and judging go through the same `distribution`: the convolutions' results do not depend on the size
     of the batch, so log-probs taken while acting are those of an update under the same weights.
-
-    perception_stops: the gradient of what is done ends at what is seen, which then learns from the auxiliary head's
-    error alone.
     """
 
     def __init__(self, spaces: VLASpaces, config: VLAConfig, words: Words) -> None:
-        """Raises UserError if more numbers are to be localised than the state has."""
+        """Raises UserError if the percept is longer than the state."""
         super().__init__()
-        if config.localized > spaces.state_size:
-            raise UserError(
-                f"policy.localized is {config.localized}, but the state has {spaces.state_size} numbers"
-            )
+        if config.percept > spaces.state_size:
+            raise UserError(f"policy.percept is {config.percept}, but the state has {spaces.state_size} numbers")
         self.spaces, self.config, self.words = spaces, config, words
-        self.instruction = InstructionEncoder(len(words), length=config.length, width=config.words)
-        self.vision = ImageEncoder(
-            len(spaces.cameras),
-            size=spaces.image_size,
+        self.perception = Perception(
+            len(words),
+            cameras=len(spaces.cameras),
+            image_size=spaces.image_size,
+            proprio=spaces.proprio_size,
+            percept=config.percept,
+            length=config.length,
+            width=config.words,
             channels=config.channels,
             blocks=config.blocks,
             queries=config.queries,
-            instruction=config.words,
+            dtype=torch.bfloat16 if config.precision == "bfloat16" else torch.float32,
         )
-        features = self.vision.features + config.words
-        self.locator = MLP((features, 128, config.localized), activation="relu", output_gain=0.1)
-        inputs = features + config.localized + spaces.proprio_size
+        inputs = config.percept + spaces.proprio_size
         outputs = config.chunk * spaces.action_size
         self.actor = MLP((inputs, *config.hidden, outputs), activation="relu", output_gain=0.01)
         self.critic = MLP((spaces.state_size, *config.critic_hidden, 1), activation="relu", output_gain=1.0)
+        self._seen = ("words", "proprio", *map(image_key, spaces.cameras))
         self.log_std = Parameter(torch.full((spaces.action_size,), config.log_std))
         self.proprio_normalizer = ObservationNormalizer(spaces.proprio_size, limit=5.0, epsilon=1e-4)
         self.state_normalizer = ObservationNormalizer(spaces.state_size, limit=5.0, epsilon=1e-4)
-        self.perception_stops = False
-        self._dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
 
     def critic_parameters(self) -> Iterator[Parameter]:
         """Those that only the value depends on."""
         yield from self.critic.parameters()
 
-    def perception_parameters(self) -> Iterator[Parameter]:
-        """Those that tell where things are: all that the auxiliary head's error depends on."""
-        for part in (self.vision, self.instruction, self.locator):
-            yield from part.parameters()
-
     def actor_parameters(self) -> Iterator[Parameter]:
-        """All but the critic's."""
-        critic = {id(parameter) for parameter in self.critic_parameters()}
-        yield from (parameter for parameter in self.parameters() if id(parameter) not in critic)
+        """Of the hand."""
+        yield from self.actor.parameters()
+        yield self.log_std
 
-    def locate(self, observations: Observations) -> Tensor:
-        """Where the named things are, [..., localized]: the auxiliary head's answer to image and words alone."""
+    def perceive(self, observations: Observations) -> Tensor:
+        """What is asked for and where it is, [..., n], from images, words and proprioception."""
         leading = observations["words"].shape[:-1]
-        return self._perceive(observations)[1].view(*leading, -1)
+        flat = {name: observations[name].flatten(0, len(leading) - 1) for name in self._seen}
+        return self.perceive_each({**flat, "words": flat["words"].unsqueeze(1)}).view(*leading, -1)
 
-    def _perceive(self, observations: Observations) -> tuple[Tensor, Tensor]:
-        """What the instruction makes it see [N, F], and where that puts the named things [N, localized]."""
-        words = observations["words"].flatten(0, -2)
-        keys = [image_key(camera) for camera in self.spaces.cameras]
-        images = [observations[key].flatten(0, -4) for key in keys]
-        pixels = images[0] if len(images) == 1 else torch.cat(images, -1)
+    def perceive_each(self, observations: Observations) -> Tensor:
+        """As `perceive` for S sentences about each of N pictures: words [N, S, L] -> [N, S, n]."""
+        images = [observations[image_key(camera)] for camera in self.spaces.cameras]
+        words = observations["words"]
         if self.config.ablate == "image":
-            pixels = torch.zeros_like(pixels)
+            images = [torch.zeros_like(pixels) for pixels in images]
         if self.config.ablate == "words":
             words = torch.zeros_like(words)
-        instruction = self.instruction(words)
-        seen = torch.cat([self.vision(pixels, instruction, self._dtype), instruction], -1)
-        return seen, self.locator(seen)
+        return self.perception(images, words, self.proprio_normalizer(observations["proprio"]))
 
-    def forward(self, observations: Observations) -> tuple[DiagonalGaussian, Tensor]:
-        """The distribution of actions [..., k, A] and the predicted state [..., localized]."""
-        leading = observations["words"].shape[:-1]
-        seen, located = self._perceive(observations)
-        proprio = self.proprio_normalizer(observations["proprio"].flatten(0, -2))
-        perceived = torch.cat([seen, located], -1)
-        if self.perception_stops:
-            perceived = perceived.detach()
-        means = self.actor(torch.cat([perceived, proprio], -1))
-        chunk = (*leading, self.config.chunk, self.spaces.action_size)
-        return DiagonalGaussian(means.view(chunk), self.bounded_log_std()), located.view(*leading, -1)
+    def distribution(self, observations: Observations) -> DiagonalGaussian:
+        """Of actions [..., k, A]. No gradient reaches the eyes."""
+        percept = observations.get("percept")
+        if percept is None:
+            with torch.no_grad():
+                percept = self.perceive(observations)
+        proprio = self.proprio_normalizer(observations["proprio"])
+        means = self.actor(torch.cat([percept.detach(), proprio], -1))
+        return DiagonalGaussian(means.unflatten(-1, (self.config.chunk, -1)), self.bounded_log_std())
 
     def bounded_log_std(self) -> Tensor:
         """[A]; the gradient ignores the bounds, so that a deviation at one of them can come back."""
         bounded = self.log_std.clamp(self.config.min_log_std, self.config.max_log_std)
         return self.log_std + (bounded - self.log_std).detach()
-
-    def distribution(self, observations: Observations) -> DiagonalGaussian:
-        """Of actions [..., k, A]."""
-        return self(observations)[0]
 
     @torch.no_grad()
     def act(self, observations: Observations, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -193,15 +177,12 @@ class VLAPolicy(nn.Module):
         return actions, distribution.log_prob(actions).sum(-1)
 
     def evaluate(self, observations: Observations, actions: Tensor) -> Evaluation:
-        """Judge actions [..., k, A]: log-probs and entropy [..., k], a factor per control step; values [...] and
-        auxiliary [...], the mean squared error of the predicted positions, in the state's units."""
-        distribution, located = self(observations)
-        state = observations["state"]
+        """Judge actions [..., k, A]: log-probs and entropy [..., k], a factor per control step; values [...]."""
+        distribution = self.distribution(observations)
         return Evaluation(
             log_probs=distribution.log_prob(actions).sum(-1),
             entropy=distribution.entropy().sum(-1),
-            values=self.state_values(state),
-            auxiliary=(located - state[..., : self.config.localized]).square().mean(-1),
+            values=self.state_values(observations["state"]),
         )
 
     def state_values(self, state: Tensor) -> Tensor:
@@ -220,37 +201,25 @@ class VLAPolicy(nn.Module):
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write policy.json and policy.safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         description = {
             "policy": "vla",
             "spaces": asdict(self.spaces),
             "config": asdict(self.config),
             "vocabulary": self.words.vocabulary,
         }
-        (folder / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
-        save_file({name: t.contiguous() for name, t in self.state_dict().items()}, folder / "policy.safetensors")
+        write_policy(folder, description, self)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> VLAPolicy:
         """Read a folder written by `save_pretrained`; UserError if it is none."""
         folder = Path(folder)
-        try:
-            description = json.loads((folder / "policy.json").read_text())
+        with reading_policy(folder, "a vision-language-action policy"):
+            description = read_description(folder)
             if description["policy"] != "vla":
                 raise ValueError(f"its kind is {description['policy']!r}, not 'vla'")
             spaces, config = (_tuples(description[key]) for key in ("spaces", "config"))
             policy = cls(VLASpaces(**spaces), VLAConfig(**config), Words(description["vocabulary"]))
-            policy.load_state_dict(load_file(folder / "policy.safetensors"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            missing = "policy.safetensors" if (folder / "policy.json").is_file() else "policy.json"
-            raise UserError(
-                f"{folder}: no policy here ({missing} is missing); give a folder that save_pretrained wrote, such"
-                " as RUN/checkpoints/best/policy"
-            ) from error
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{folder}: not a vision-language-action policy, or a damaged one: {reason}") from error
+            read_weights(folder, policy)
         policy.proprio_normalizer.refresh()
         policy.state_normalizer.refresh()
         return policy

@@ -39,7 +39,8 @@ TIME_LIMIT = 64
 class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
     """An episode: a drawn scene, an instruction, at most 64 control steps of 0.1 s.
 
-    tasks             the tasks to draw from; your own is an `OwnTask`, or `file.py:name` of one
+    tasks             the tasks to draw from; one that is named twice is drawn twice as often; your own is an
+                      `OwnTask`, or `file.py:name` of one
     combinations      of task, thing and target: "train", "held_out" or "all"
     phrasing          "train"; "synonyms": words that training never uses; or a function of your own, or its
                       `file.py:name`: from a Goal to every way to ask for it
@@ -256,9 +257,15 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
                 case "proprio":
                     entries[name] = self.senses.proprio()
                 case "state":
-                    held, elapsed = self._streak / self._rule.hold, self.elapsed / TIME_LIMIT
+                    own = self.own_task
                     entries[name] = state(
-                        self.world, self.goal.task, self.slots, held, elapsed, destination=self.destination
+                        self.world,
+                        self.goal.task,
+                        self.slots,
+                        self._streak / self._rule.hold,
+                        self.elapsed / TIME_LIMIT,
+                        destination=self.destination,
+                        own_place=0 if own is None else own.place,
                     )
                 case _:
                     entries[name] = self.senses.picture(CAMERA_OF[name], self.image_size)

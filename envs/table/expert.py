@@ -1,7 +1,7 @@
 """Scripted experts: at every instant the action that the geometry asks for.
 
-They keep no memory but the choice of the side from which to push, so they recover from noise, slips and bumps: an
-object that was dropped is simply to be grasped again.
+They keep no memory, so they recover from noise, slips and bumps (an object that was dropped is simply to be grasped
+again), and what they do can be learnt from what there is to be seen.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ TRAVEL = 0.115
 OVER = 0.012
 """Metres in x and y within which the tool goes down."""
 _OPEN, _CLOSE = -1.0, 1.0
+_TOUCHING = -0.012
+"""Metres of air between a paddle and what it touches, at the least."""
 
 
 class Expert:
@@ -25,13 +27,10 @@ class Expert:
 
     def __init__(self, env: TableEnv) -> None:
         self.env = env
-        self._push_axis: int | None = None
 
     def act(self) -> NDArray[np.float32]:
         """[4] in [-1, 1]: the action for the present state. ValueError for a user's own task without an expert."""
         env = self.env
-        if env.elapsed == 0:
-            self._push_axis = None
         if env.own_task is not None:
             if env.own_task.act is None:
                 raise ValueError(f"task {env.own_task.name!r} has no scripted expert: give its OwnTask an `act`")
@@ -130,26 +129,38 @@ class Expert:
         centre = world.positions[slots.thing]
         way = (env.destination - centre)[:2]
         axis = self._side(way)
-        gap = np.array(tasks.PADDLE) + np.array(scene.HALF_EXTENTS[world.things[slots.thing].shape][:2])
+        behind, aside = self._beside(way, axis)
         sign = np.sign(way[axis]) or 1.0
         tool = world.tool
-        behind = sign * (centre[axis] - tool[axis]) - gap[axis]  # metres of air between paddle and object
-        aside = tool[1 - axis] - centre[1 - axis]
-        height = tasks.PUSH_HEIGHT
-        if tool[2] < height + 0.02 and -0.012 < behind < 0.05 and abs(aside) < 0.02:
-            step = way / max(np.abs(way).max(), 1e-6) * min(0.8 * STEP_LENGTH, np.abs(way).max() + 0.01)
-            move = np.array([step[0], step[1], height - tool[2]])
-            if behind > 0.004:  # close up first, squarely
-                move[axis] = sign * min(STEP_LENGTH, behind + 0.005)
-                move[1 - axis] = -aside
-            return np.array([*np.clip(move / STEP_LENGTH, -1, 1), _CLOSE], np.float32)
-        return self.approach(tasks.push_start(world, slots, way, axis), _CLOSE)
+        start = tasks.push_start(world, slots, way, axis)
+        if not (self._low() and _TOUCHING < behind < 0.08 and abs(aside) < 0.06):
+            return self.approach(start, _CLOSE, over=0.02)
+        if abs(aside) > 0.02:  # on the right side, not in line yet
+            return self.go(start, _CLOSE)
+        step = way / max(np.abs(way).max(), 1e-6) * min(0.8 * STEP_LENGTH, np.abs(way).max() + 0.01)
+        move = np.array([step[0], step[1], tasks.PUSH_HEIGHT - tool[2]])
+        if behind > 0.004:  # close up first, squarely
+            move[axis] = sign * min(STEP_LENGTH, behind + 0.005)
+            move[1 - axis] = -aside
+        return np.array([*np.clip(move / STEP_LENGTH, -1, 1), _CLOSE], np.float32)
+
+    def _low(self) -> bool:
+        """Whether the tool is where it pushes."""
+        return bool(self.env.world.tool[2] < tasks.PUSH_HEIGHT + 0.02)
+
+    def _beside(self, way: Array, axis: int) -> tuple[float, float]:
+        """Metres of air between the paddle and the object to be pushed along an axis, and how far the tool is off
+        that line."""
+        world, thing = self.env.world, self.env.slots.thing
+        gap = tasks.PADDLE[axis] + scene.HALF_EXTENTS[world.things[thing].shape][axis]
+        offset = world.positions[thing] - world.tool
+        return float((np.sign(way[axis]) or 1.0) * offset[axis] - gap), float(-offset[1 - axis])
 
     def _side(self, way: Array) -> int:
-        """The axis along which to push: that of the longer way, kept until the other is clearly longer."""
-        axis = int(np.abs(way[1]) > np.abs(way[0]))
-        kept = self._push_axis
-        if kept is None or np.abs(way[kept]) < 0.7 * np.abs(way[1 - kept]):
-            self._push_axis = axis
-        assert self._push_axis is not None
-        return self._push_axis
+        """The axis along which to push: the one along which the tool pushes already, as long as it helps, or that
+        of the longer way."""
+        for axis in (0, 1):
+            behind, aside = self._beside(way, axis)
+            if self._low() and _TOUCHING < behind < 0.03 and abs(aside) < 0.02 and abs(way[axis]) > 0.02:
+                return axis
+        return int(np.abs(way[1]) > np.abs(way[0]))

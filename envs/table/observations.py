@@ -13,7 +13,11 @@ from envs.table.language import TASKS
 from envs.table.world import Array, TableWorld
 
 PROPRIO = scene.JOINTS + 10
-STATE = 49
+PERCEPT = 17
+"""Numbers of the state that the words and a look tell; they come first."""
+STATE = 52
+OWN_TASKS = 3
+"""Places for a user's own tasks."""
 LENGTH, SPEED = 0.1, 0.3
 _HEIGHT = 0.12
 """Metres above the table that count as 0: the middle of the tool's range."""
@@ -43,28 +47,33 @@ def state(
     held: float,
     elapsed: float,
     destination: Array | None = None,
+    own_place: int = 0,
 ) -> NDArray[np.float32]:
-    """[49] privileged: all that matters for a goal, seen from it. destination: [3], where the task has its own.
+    """[52] privileged: all that matters for a goal, seen from it. destination: [3], where the task has its own;
+    own_place: its place among a user's own tasks, see `OwnTask`.
 
     0:3   the named object's position          3:6   its destination (itself, where it has none)
-    6:9   the tool's position                  9:12  from the tool to the object
-    12:15 from the object to its destination   15:18 tool velocity         18:21 object velocity
-    21    finger opening  22 gripper command   23:25 left, right finger on the object
-    25    greatest height so far               26    held: share of the time for which the goal must hold
-    27    elapsed share of the time limit      28    uprightness           29:32 the object's half extents
-    32:37 task, one-hot (a user's own: zeros)                        37:46 the other objects, from the tool
-    46:48 the other pad, or the first, from the tool
-    48    yaw of the object
+    6:9   the object's half extents            9:17  the task, one-hot: the five, then a user's own
+    17:20 the tool's position                  20:23 from the tool to the object
+    23:26 from the object to its destination   26:29 tool velocity         29:32 object velocity
+    32    finger opening  33 gripper command   34:36 left, right finger on the object
+    36    greatest height so far               37    held: share of the time for which the goal must hold
+    38    elapsed share of the time limit      39    uprightness
+    40:49 the other objects, from the tool     49:51 the other pad, or the first, from the tool
+    51    yaw of the object
     """
     thing, tool = slots.thing, world.tool
     positions = world.positions
     centre, goal = positions[thing], tasks.destination(world, slots) if destination is None else destination
     others = np.delete(positions, thing, axis=0) - tool
     pad = 0 if slots.pad is None else 1 - slots.pad
+    asked = TASKS.index(task) if task in TASKS else len(TASKS) + own_place
     return np.concatenate(
         (
             (centre - _ORIGIN) / LENGTH,
             (goal - _ORIGIN) / LENGTH,
+            np.array(scene.HALF_EXTENTS[world.things[thing].shape]) / LENGTH,
+            np.arange(len(TASKS) + OWN_TASKS) == asked,
             (tool - _ORIGIN) / LENGTH,
             (centre - tool) / LENGTH,
             (goal - centre) / LENGTH,
@@ -73,8 +82,6 @@ def state(
             (world.opening / LENGTH, world.grip_command),
             world.touching(thing),
             (world.lifted[thing] / LENGTH, held, elapsed, world.upright(thing)),
-            np.array(scene.HALF_EXTENTS[world.things[thing].shape]) / LENGTH,
-            [float(task == name) for name in TASKS],
             others.ravel() / LENGTH,
             (world.pad_positions[pad][:2] - tool[:2]) / LENGTH,
             (world.yaw(thing),),

@@ -69,8 +69,9 @@ class OwnTask(Task):
     like            whose goals have the same parts: "reach" (a thing), "push" (and a pad), "stack" (and a base)
     destination     [3] metres, where the object's centre is to be; None: as the task that it is like
     act             its scripted expert, such as `Expert.push` (to the destination); None: there is none
+    place           0, 1 or 2: which of the state's places for own tasks is this one's; give each of yours another
 
-    Raises ValueError for a name that is no word or taken, and an unknown `like`.
+    Raises ValueError for a name that is no word or taken, an unknown `like` and another place.
     """
 
     name: str
@@ -78,6 +79,7 @@ class OwnTask(Task):
     like: str = "reach"
     destination: Callable[[TableWorld, Slots], Array] | None = None
     act: Callable[[Expert], NDArray[np.float32]] | None = None
+    place: int = 0
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or self.name in TASKS:
@@ -86,6 +88,8 @@ class OwnTask(Task):
             )
         if self.like not in TASKS:
             raise ValueError(f"task {self.name!r} is like one of {', '.join(TASKS)}, got {self.like!r}")
+        if self.place not in (0, 1, 2):
+            raise ValueError(f"task {self.name!r}: its place is 0, 1 or 2, got {self.place!r}")
 
 
 def locate(goal: Goal, world: TableWorld) -> Slots:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from embodied.chunk_rollout import ChunkExperience, judge_chunks, log_probs_of
 from embodied.vla_learner import settle_log_probs
+from envs.table.observations import PERCEPT, PROPRIO, STATE
 from experiment.errors import UserError
 from policy_core.grpo import GRPOConfig, group_advantages
 from policy_core.returns import gae
 from tests.embodied.tables import tiny_policy
 
-WIDTH = 49
+WIDTH = STATE
 
 
 def flags(*rows: str) -> Tensor:
@@ -47,7 +48,8 @@ def experience(**changes: Any) -> ChunkExperience:
     fields: dict[str, Any] = {
         "observations": {
             "image": torch.randint(0, 255, (2, 4, 32, 32, 3), dtype=torch.uint8, generator=generator),
-            "proprio": torch.randn(2, 4, 17, generator=generator),
+            "proprio": torch.randn(2, 4, PROPRIO, generator=generator),
+            "percept": torch.randn(2, 4, PERCEPT, generator=generator),
             "words": torch.randint(0, 20, (2, 4, 16), generator=generator),
             "state": values.unsqueeze(-1).expand(2, 4, WIDTH).contiguous(),
         },
@@ -141,6 +143,26 @@ def test_the_references_log_probs_are_those_of_its_own_judgement() -> None:
     torch.testing.assert_close(rollout.ref_log_probs[0], expected[0], rtol=1e-5, atol=1e-5)
     assert rollout.ref_log_probs[1, 3].tolist() == [0.0, 0.0, 0.0]
     torch.testing.assert_close(log_probs_of(policy, seen, at_once=2), rollout.ref_log_probs, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_eyes_said_is_all_that_is_judged_by() -> None:
+    """No image goes into the update; a reference with eyes of its own acts on what the policy's said."""
+    seen, reference = experience(), tiny_policy(3, chunk=3)
+    rollout = judge_chunks(seen, gamma=0.9, reference=reference)
+    assert isinstance(rollout.observations, dict)
+    assert rollout.observations.keys() == {"proprio", "percept", "words", "state"}
+    assert rollout.observations["percept"].equal(seen.observations["percept"])
+    with torch.no_grad():
+        for parameter in reference.perception.parameters():
+            parameter.add_(1.0)
+    again = judge_chunks(seen, gamma=0.9, reference=reference)
+    assert rollout.ref_log_probs is not None
+    assert again.ref_log_probs is not None
+    assert again.ref_log_probs.equal(rollout.ref_log_probs)
+    images = {**seen.observations, "image": 255 - seen.observations["image"]}
+    assert log_probs_of(reference, replace(seen, observations=images)).equal(rollout.ref_log_probs)
+    moved = {**seen.observations, "percept": seen.observations["percept"] + 0.1}
+    assert not log_probs_of(reference, replace(seen, observations=moved)).equal(rollout.ref_log_probs)
 
 
 def test_workers_that_judge_differently_are_found_out() -> None:

@@ -21,11 +21,12 @@ from embodied.chunk_workers import (
 from envs.stepper import episode_seed
 from envs.table.env import TIME_LIMIT, TableEnv
 from envs.table.language import held_out, parse, phrases
+from envs.table.observations import PROPRIO
 from experiment.errors import UserError
 from experiment.state import load_state, save_state
 from tests.embodied.tables import tiny_policy
 
-ELAPSED = 27  # of the privileged state: share of the time limit
+ELAPSED = 38  # of the privileged state: share of the time limit
 TENSORS = ("actions", "log_probs", "rewards", "executed", "terminated", "truncated", "next_states")
 
 
@@ -120,17 +121,18 @@ def test_what_was_not_asked_for_and_what_cannot_be_judged() -> None:
 
 def test_weights_travel_as_one_vector_with_the_normalizers() -> None:
     mine, other = tiny_policy(0), tiny_policy(1)
-    mine.proprio_normalizer.update(torch.randn(50, 17) * 3 + 1)
+    mine.proprio_normalizer.update(torch.randn(50, PROPRIO) * 3 + 1)
     weights = np.zeros(sum(tensor.numel() for tensor in floats_of(mine)), np.float32)
     export_weights(mine, weights)
     load_weights(other, weights)
     observations = {
         "image": torch.randint(0, 255, (3, 32, 32, 3), dtype=torch.uint8),
-        "proprio": torch.randn(3, 17),
+        "proprio": torch.randn(3, PROPRIO),
         "words": torch.randint(0, 20, (3, 16)),
     }
     for found, expected in zip(other.act(observations, None), mine.act(observations, None), strict=True):
         assert torch.equal(found, expected)
+    assert torch.equal(other.perceive(observations), mine.perceive(observations))
 
 
 # ------------------------------------------------------------------ whole rollouts
@@ -192,6 +194,18 @@ def test_pictures_are_of_the_moment_before_the_chunk() -> None:
     np.testing.assert_array_equal(experience.observations["image"][0, 1].numpy(), seen["image"])
 
 
+def test_what_the_eyes_said_is_kept_and_is_what_the_hand_went_by() -> None:
+    policy = tiny_policy()
+    with ChunkCollector(table(count=3), policy, chunks=4, seed=8) as collector:
+        experience = collector.collect(policy)
+    with torch.no_grad():
+        percept = policy.perceive(experience.observations)
+    torch.testing.assert_close(experience.observations["percept"], percept, rtol=0.0, atol=1e-6)
+    told = {name: experience.observations[name] for name in ("percept", "proprio")}
+    log_probs = policy.distribution(told).log_prob(experience.actions).sum(-1)
+    torch.testing.assert_close(log_probs, experience.log_probs, rtol=0.0, atol=1e-4)
+
+
 def test_a_group_plays_the_same_resets_with_other_noise() -> None:
     policy = tiny_policy()
     with ChunkCollector(table(count=4), policy, chunks=17, seed=2, group_size=2) as collector:
@@ -211,6 +225,8 @@ def test_a_group_plays_the_same_resets_with_other_noise() -> None:
         assert (experience.executed[~after] > 0).all()
         assert not experience.rewards[after].any()
         assert not experience.log_probs[after].any()
+        assert not experience.observations["percept"][after].any()
+        assert experience.observations["percept"][~after].any(-1).all()
 
 
 def test_the_newest_weights_act() -> None:

@@ -17,8 +17,8 @@ from PIL import Image
 
 from embodied import evaluate_vla
 from embodied.chunk_workers import Play, Seats, TableConfig, TableEpisode, layout_of, make_table
-from embodied.evaluate import TEST_SEEDS, VALIDATION_SEEDS
-from embodied.evaluate_vla import EvaluateVLAConfig, evaluate_policy, quick_evaluation, suite_plays, suite_table
+from embodied.evaluate import TEST_SEEDS
+from embodied.evaluate_vla import EvaluateVLAConfig, evaluate_policy, suite_plays, suite_table
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
 from embodied.processes import SharedArrays
@@ -28,11 +28,12 @@ from embodied.vla_video import Film, caption, contact_sheet, wrap
 from envs.stepper import EpisodeRecord, episode_seed
 from envs.table.expert import Expert
 from envs.table.language import TASKS, held_out, phrases
+from envs.table.observations import PERCEPT, PROPRIO, STATE
 from experiment.errors import UserError
 from experiment.statistics import wilson_interval
 from tandem import cli
 
-SPACES = VLASpaces(image_size=16, cameras=("front",), proprio_size=17, state_size=49, action_size=4)
+SPACES = VLASpaces(image_size=16, cameras=("front",), proprio_size=PROPRIO, state_size=STATE, action_size=4)
 
 
 def tiny(spaces: VLASpaces = SPACES, *, chunk: int = 8, **config: Any) -> VLAPolicy:
@@ -215,7 +216,7 @@ class ExpertSeats(Seats):
 
     deaf = False
 
-    def act(self, active: Sequence[int], noise: object) -> tuple[np.ndarray, np.ndarray]:
+    def act(self, active: Sequence[int], noise: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         actions = []
         for index in active:
             env = self.seats[index].env
@@ -224,7 +225,8 @@ class ExpertSeats(Seats):
                 env.slots = env._other_slots
             actions.append(Expert(env).act())
             env.slots = meant
-        return np.stack(actions)[:, None], np.zeros((len(active), 1), np.float32)
+        log_probs, percept = (np.zeros((len(active), size), np.float32) for size in (1, PERCEPT))
+        return np.stack(actions)[:, None], log_probs, percept
 
 
 class DeafSeats(ExpertSeats):
@@ -330,24 +332,6 @@ def test_the_policy_is_judged_by_the_mode_or_by_samples() -> None:
     assert returns[0] == returns[1] != returns[2] == returns[3]
 
 
-def test_quick_evaluation_is_of_validation_seeds_and_by_task() -> None:
-    asked: list[Play] = []
-
-    class Fake:
-        def evaluate(self, policy: VLAPolicy, plays: Sequence[Play], **more: object) -> list[TableEpisode]:
-            asked.extend(plays)
-            goals = {"reach": "reach red cube", "pick": "pick red cube"}
-            return [
-                episode(won=index != 1, goal=goals[play[1]["task"]]) for index, play in enumerate(plays) if play[1]
-            ]
-
-    metrics = quick_evaluation(Fake(), tiny(), 2, tasks=("reach", "pick"))
-    assert [seed - VALIDATION_SEEDS for seed, _ in asked] == [0, 1, 0, 1]
-    assert metrics["eval/success_once"] == 0.75
-    assert metrics["eval/success_once/reach"] == 0.5
-    assert metrics["eval/success_once/pick"] == 1.0
-
-
 # ---------------------------------------------------------------- mistakes
 
 
@@ -373,9 +357,12 @@ def test_mistakes_are_one_line(run: Path, override: str, message: str, capsys: p
 @pytest.mark.parametrize(
     ("spaces", "message"),
     [
-        (VLASpaces(16, ("front",), 17, 49, 7), "actions of 7; the table has proprio 17, state 49, actions of 4"),
-        (VLASpaces(16, ("front", "side"), 17, 49, 4), "a camera 'side'; the table's are front, wrist"),
-        (VLASpaces(8, ("front",), 17, 49, 4), "image_size"),
+        (
+            VLASpaces(16, ("front",), PROPRIO, STATE, 7),
+            f"actions of 7; the table has proprio {PROPRIO}, state {STATE}, actions of 4",
+        ),
+        (VLASpaces(16, ("front", "side"), PROPRIO, STATE, 4), "a camera 'side'; the table's are front, wrist"),
+        (VLASpaces(8, ("front",), PROPRIO, STATE, 4), "image_size"),
     ],
 )
 def test_a_policy_for_another_robot(spaces: VLASpaces, message: str) -> None:

@@ -14,9 +14,11 @@ from embodied import record
 from embodied.datasets.lerobot import LeRobotDataset
 from embodied.datasets.lerobot_check import problems
 from embodied.datasets.lerobot_episode import EncodedEpisode
+from embodied.evaluate import VALIDATION_SEEDS
 from embodied.record import Player, RecordConfig, RecordReport, record_expert, table_features
 from envs.table.env import TIME_LIMIT
 from envs.table.language import parse
+from envs.table.layout import TRAINING_SEEDS
 from experiment.errors import UserError
 
 SMALL = RecordConfig(tasks=("reach", "pick"), episodes=4, image_size=16, workers=0, noise=0.3)
@@ -177,7 +179,7 @@ def test_wrong_settings(tmp_path: Path, changed: dict[str, object], message: str
 
 
 def test_scenes_are_not_those_of_evaluation() -> None:
-    assert record._SEEDS < 10_000_000
+    assert TRAINING_SEEDS < VALIDATION_SEEDS
 
 
 def test_nothing_is_left_behind(recorded: tuple[Path, RecordReport]) -> None:

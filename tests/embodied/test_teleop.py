@@ -14,6 +14,7 @@ from embodied.teleop import TeleopConfig, record_by_hand
 from envs.table.env import TableEnv
 from envs.table.expert import Expert
 from envs.table.language import parse
+from envs.table.observations import PROPRIO, STATE
 from envs.table.steering import BACKSPACE, ENTER, ESCAPE, RIGHT, SPACE, Steering
 from envs.table.window import KeyEvent, Lines
 from experiment.errors import UserError
@@ -112,9 +113,9 @@ def test_what_was_steered_is_what_is_recorded(play: Callable[..., Any]) -> None:
     assert seen[3] - seen[0] > 0.02
     assert episode.images["front"].shape == (6, 16, 16, 3)
     assert episode.images["front"].std() > 1.0
-    assert episode.proprio.shape == (6, 17)
+    assert episode.proprio.shape == (6, PROPRIO)
     assert episode.state is not None
-    assert episode.state.shape == (6, 49)
+    assert episode.state.shape == (6, STATE)
     assert "episode 0 saved (saved by hand, 6 steps)" in told[-3]
     assert told[-1].startswith("1 episodes saved")
 

@@ -76,7 +76,7 @@ def config(tmp_path: Path, squares: Path) -> TrainVLABCConfig:
     return TrainVLABCConfig(
         run=RunConfig(folder=str(tmp_path / "run"), wandb="disabled", seed=1),
         policy=VLAConfig(
-            chunk=1, channels=(8, 16), blocks=1, queries=2, words=8, length=6, hidden=(32,), localized=2
+            chunk=1, channels=(8, 16), blocks=1, queries=2, words=8, length=6, hidden=(32,), percept=2
         ),
         augment=AugmentConfig(shift=0),
         dataset=str(squares),
@@ -95,11 +95,11 @@ def test_it_learns_to_go_where_the_words_say(config: TrainVLABCConfig, rows_of: 
     config = replace(config, updates=300, evaluate_every=150, learning_rate=3e-3, batch_size=64)
     result = train_vla_bc.train(config)
     rows = rows_of(result.folder)
-    held_out = [row for row in rows if "eval/loss" in row]
+    held_out = [row for row in rows if "eval/nll" in row]
     assert [row["global_step"] for row in held_out] == [150, 300]
     perfect = 2 * (-1.5 + 0.5 * math.log(2 * math.pi))  # two dimensions hit exactly, at log std -1.5
     assert perfect < held_out[-1]["eval/nll"] < perfect + 0.1
-    assert held_out[-1]["eval/position_error"] < 0.1
+    assert held_out[-1]["eval/percept_error"] < 0.1
     assert rows[-2]["samples"] == 300 * 64
     policy = VLAPolicy.from_pretrained(result.folder / "checkpoints" / "best" / "policy")
     image, places = scene(np.random.default_rng(77))
@@ -167,7 +167,7 @@ def test_failures_are_left_out_and_episodes_held_out_whole(config: TrainVLABCCon
         ({"dataset": "nowhere"}, "nowhere"),
         ({"cameras": ("wrist",)}, "no camera 'wrist'; the cameras are front"),
         ({"init": "nowhere"}, r"policy\.json is missing"),
-        ({"policy": VLAConfig(localized=4)}, r"policy\.localized is 4, but the state has 3"),
+        ({"policy": VLAConfig(percept=4)}, r"policy\.percept is 4, but the state has 3"),
     ],
 )
 def test_what_it_cannot_use(config: TrainVLABCConfig, changes: dict[str, Any], message: str) -> None:

@@ -13,13 +13,17 @@ import torch
 
 from embodied import train_vla_grpo, train_vla_ppo
 from embodied.chunk_workers import TableConfig
+from embodied.grounding import GroundingConfig
+from embodied.perceiving import PerceptionConfig
 from embodied.policies.vla import VLAPolicy
 from embodied.train_vla_grpo import TrainVLAGRPOConfig
 from embodied.train_vla_ppo import TrainVLAPPOConfig, rates
-from embodied.vla_learner import Perception, TableEvaluationConfig, success_by_task, validation_plays
+from embodied.vla_learner import TableEvaluationConfig, VLALearner, success_by_task, validation_plays
 from envs.stepper import EpisodeRecord
+from envs.table.observations import STATE
 from experiment.errors import UserError
 from experiment.run import RunConfig
+from experiment.state import load_state
 from policy_core.grpo import GRPOConfig
 from policy_core.kl import KLConfig
 from policy_core.ppo import PPOConfig
@@ -27,18 +31,24 @@ from tests.embodied.tables import tiny_policy
 
 Rows = Callable[[Path], list[dict[str, Any]]]
 STEPS = 2 * 3 * 4  # two tables, three chunks of four
+EYES = PerceptionConfig(
+    learning_rate=1e-3,
+    pictures=5,
+    minibatch_size=2,
+    grounding=GroundingConfig(scenes=2, batch_size=3, workers=0),
+)
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     policy = tiny_policy()
-    policy.state_normalizer.update(torch.randn(30, 49))
+    policy.state_normalizer.update(torch.randn(30, STATE))
     policy.save_pretrained(tmp_path / "clone")
     return tmp_path / "clone"
 
 
 def ppo_config(clone: Path | None, folder: Path, **changes: Any) -> TrainVLAPPOConfig:
-    ppo = PPOConfig(learning_rate=1e-3, epochs=1, minibatch_size=4, auxiliary_coef=0.5, critic_warmup=0)
+    ppo = PPOConfig(learning_rate=1e-3, epochs=1, minibatch_size=4, critic_warmup=0)
     fields: dict[str, Any] = {
         "run": RunConfig(folder=str(folder), wandb="disabled", checkpoint_every=1, seed=4),
         "environment": TableConfig(count=2, workers=0, tasks=("reach", "push")),
@@ -91,11 +101,10 @@ def test_two_updates(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
     assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
     assert second["objective/kl"] != 0.0
     assert first["train/std"] == pytest.approx(math.exp(-1.0))
-    assert first["train/auxiliary_loss"] > 0
+    assert "train/percept_loss" not in first  # the eyes stay unless they are to learn
     assert {"eval/success_once", "eval/success_once/reach", "eval/success_once/push"} <= second.keys()
     assert second["eval/episodes"] == 3
-    assert {"vision", "actor", "locator", "critic"} <= moved(clone, result.folder)
-    assert "state_normalizer" not in moved(clone, result.folder)
+    assert moved(clone, result.folder) == {"actor", "critic"}
     kept = weights(result.folder / "checkpoints" / "last" / "policy")["log_std"]
     assert torch.equal(kept, torch.full((4,), -1.0))  # not learned unless asked for
 
@@ -124,27 +133,49 @@ def test_rates_of_their_own(clone: Path, tmp_path: Path) -> None:
 
 def test_the_actors_schedule_begins_after_the_critics_warm_up() -> None:
     ppo = PPOConfig(learning_rate=1.0, schedule="linear", warmup=0.5, critic_warmup=4)
-    config = TrainVLAPPOConfig(ppo=ppo, critic_learning_rate=10.0)
+    eyes = PerceptionConfig(learning_rate=20.0)
+    config = TrainVLAPPOConfig(ppo=ppo, critic_learning_rate=10.0, perception=eyes)
     told = [rates(config, update=update, updates=12) for update in range(1, 13)]
     assert [actor for actor, *_ in told] == [0.0] * 5 + [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]
     assert [critic for _, critic, _ in told[:7]] == pytest.approx([0, 10 / 6, 20 / 6, 5, 40 / 6, 50 / 6, 10])
+    assert [eyes for *_, eyes in told] == pytest.approx(
+        [2 * critic for _, critic, _ in told]
+    )  # no warm-up to wait for
     constant = TrainVLAPPOConfig(ppo=PPOConfig(learning_rate=2.0, critic_warmup=9), critic_learning_rate=3.0)
-    assert [rates(constant, update=update, updates=5) for update in range(1, 6)] == [[2.0, 3.0, 2.0]] * 5
-    own = replace(constant, perception_learning_rate=0.5)
-    assert rates(own, update=1, updates=5) == [2.0, 3.0, 0.5]
-    assert rates(replace(own, perception="frozen"), update=1, updates=5) == [2.0, 3.0]
+    assert [rates(constant, update=update, updates=5) for update in range(1, 6)] == [[2.0, 3.0, 0.0]] * 5
 
 
-@pytest.mark.parametrize("perception", ["frozen", "auxiliary", "all"])
-def test_what_trains_perception(clone: Path, tmp_path: Path, perception: Perception) -> None:
-    config = ppo_config(clone, tmp_path / "run", perception=perception)
-    config = replace(config, ppo=replace(config.ppo, auxiliary_coef=0.0))
-    changed = moved(clone, train_vla_ppo.train(config).folder)
-    assert ("vision" in changed) == (perception == "all")
-    assert "actor" in changed
-    taught = replace(config, run=replace(config.run, folder=str(tmp_path / "taught")))
-    taught = replace(taught, ppo=replace(config.ppo, auxiliary_coef=0.5))
-    assert ("vision" in moved(clone, train_vla_ppo.train(taught).folder)) == (perception != "frozen")
+def test_what_the_eyes_learn_while_the_hand_does(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
+    """They see better and better, and what the hand learns in the same update is the same as without."""
+    config = ppo_config(clone, tmp_path / "still", total_steps=STEPS)
+    still = train_vla_ppo.train(config).folder
+    learning = replace(config, run=replace(config.run, folder=str(tmp_path / "learning")), perception=EYES)
+    result = train_vla_ppo.train(learning)
+    assert moved(clone, still) == {"actor", "critic"}
+    assert moved(clone, result.folder) == {"actor", "critic", "perception"}
+    (row,) = rows_of(result.folder)
+    assert min(row["train/percept_loss"], row["train/grounding_loss"]) > 0
+    one, two = (weights(folder / "checkpoints" / "last" / "policy") for folder in (still, result.folder))
+    hand = [name for name in one if not name.startswith("perception.")]
+    assert all(torch.equal(one[name], two[name]) for name in hand)
+    alone = replace(learning, run=replace(config.run, folder=str(tmp_path / "alone")))
+    alone = replace(alone, perception=replace(EYES, grounding=GroundingConfig()))
+    (row,) = rows_of(train_vla_ppo.train(alone).folder)
+    assert row["train/percept_loss"] > 0
+    assert "train/grounding_loss" not in row
+
+
+def test_the_eyes_learn_while_the_critic_warms_up(clone: Path, tmp_path: Path) -> None:
+    config = ppo_config(clone, tmp_path / "run", perception=EYES)
+    result = train_vla_ppo.train(replace(config, ppo=replace(config.ppo, critic_warmup=2)))
+    assert moved(clone, result.folder) == {"critic", "perception"}
+
+
+def test_a_dry_run_draws_few_scenes(clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = replace(EYES, grounding=replace(EYES.grounding, scenes=40_000))
+    config = ppo_config(clone, tmp_path / "run", perception=many)
+    train_vla_ppo.train(replace(config, run=replace(config.run, dry_run=True)))
+    assert "grounding: 32 of 32 pictures" in capsys.readouterr().err
 
 
 def test_credit_for_steps_needs_a_ratio_for_each(clone: Path, tmp_path: Path) -> None:
@@ -190,20 +221,63 @@ def assert_resumes(
     rows_of: Rows,
     interrupt_at: Callable[..., None],
 ) -> None:
-    """Stopped before its last row and resumed: the same metrics and weights as in one go."""
+    """Stopped before its last row and resumed: the same metrics, weights and optimizers as in one go."""
     whole = train(config)
     broken = replace(config, run=replace(config.run, folder=str(tmp_path / "broken")))
     interrupt_at(2, train, broken)
     again = train(broken, resume=tmp_path / "broken")
     assert rows_of(again.folder) == rows_of(whole.folder)
-    expected = weights(whole.folder / "checkpoints" / "last" / "policy")
-    found = weights(again.folder / "checkpoints" / "last" / "policy")
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for file in ("policy/policy.safetensors", "state.safetensors"):
+        expected, found = (run.folder / "checkpoints" / "last" / file for run in (whole, again))
+        assert found.read_bytes() == expected.read_bytes()
 
 
 def test_resumed_to_the_bit(clone: Path, tmp_path: Path, rows_of: Rows, interrupt_at: Callable[..., None]) -> None:
     config = ppo_config(clone, tmp_path / "whole", horizon=17, total_steps=2 * 2 * 17 * 4)
     assert_resumes(train_vla_ppo.train, config, tmp_path, rows_of, interrupt_at)
+
+
+def test_resumed_to_the_bit_while_the_eyes_learn(
+    clone: Path, tmp_path: Path, rows_of: Rows, interrupt_at: Callable[..., None]
+) -> None:
+    config = ppo_config(clone, tmp_path / "whole", perception=EYES)
+    config = replace(config, ppo=replace(config.ppo, schedule="linear"))
+    assert_resumes(train_vla_ppo.train, config, tmp_path, rows_of, interrupt_at)
+    kept = load_state(tmp_path / "broken" / "checkpoints" / "last")["learner"]["eyes"]
+    assert len(kept["state"]) == len(list(tiny_policy().perception.parameters()))
+    # two updates of three steps of two, two and one picture
+    assert {float(parameter["step"]) for parameter in kept["state"].values()} == {6.0}
+    assert kept["param_groups"][0]["lr"] == pytest.approx(1e-3 / 2)  # the second of two updates
+
+
+def test_the_eyes_have_an_optimizer_and_a_state_of_their_own(clone: Path) -> None:
+    def build() -> VLALearner:
+        return VLALearner.build(
+            VLAPolicy.from_pretrained(clone),
+            None,
+            log_std=None,
+            learn_std=False,
+            critic=True,
+            perception=replace(EYES, grounding=GroundingConfig()),
+            kl=KLConfig(),
+            seed=0,
+        )
+
+    learner, other = build(), build()
+    assert learner.eyes is not None
+    assert other.eyes is not None
+    own = [id(p) for group in learner.eyes.param_groups for p in group["params"]]
+    assert own == list(map(id, learner.policy.perception.parameters()))
+    assert not {id(p) for group in learner.optimizer.param_groups for p in group["params"]} & set(own)
+    for parameter in learner.policy.perception.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    learner.eyes.step()
+    other.load_state_dict(learner.state_dict())
+    mine, its = (one.state_dict()["state"] for one in (learner.eyes, other.eyes))
+    assert mine.keys() == its.keys() == set(range(len(own)))
+    for index, moments in mine.items():
+        assert all(torch.equal(value, its[index][name]) for name, value in moments.items())
+    assert all(moments["exp_avg"].abs().sum() > 0 for moments in mine.values())
 
 
 # ------------------------------------------------------------------ grpo
@@ -217,8 +291,15 @@ def test_groups_resumed_to_the_bit(
     first, second = rows_of(tmp_path / "whole")
     assert (first["episodes"], second["episodes"]) == (2, 4)
     assert first["objective/frac_reward_zero_std"] == 0.0
-    assert {"vision", "actor"} <= moved(clone, tmp_path / "whole")
-    assert "critic" not in moved(clone, tmp_path / "whole")
+    assert moved(clone, tmp_path / "whole") == {"actor"}
+
+
+def test_the_eyes_may_learn_beside_groups(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
+    config = grpo_config(clone, tmp_path / "run", perception=EYES, updates=1)
+    result = train_vla_grpo.train(config)
+    assert moved(clone, result.folder) == {"actor", "perception"}
+    (row,) = rows_of(result.folder)
+    assert min(row["train/percept_loss"], row["train/grounding_loss"]) > 0
 
 
 def test_groups_that_all_fail_teach_nothing(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
@@ -268,7 +349,7 @@ def test_configurations_that_cannot_be_meant() -> None:
 def test_tasks_take_turns_and_are_told_apart() -> None:
     from embodied.chunk_workers import TableEpisode
 
-    plays = validation_plays(("reach", "push"), 3)
+    plays = validation_plays(("reach", "push", "push"), 3)  # judged alike, though one is played more often
     assert plays == [
         (10_000_000, {"task": "reach"}),
         (10_000_001, {"task": "push"}),

@@ -36,19 +36,5 @@ def test_micro_batches_with_the_whole_steps_denominator_add_up() -> None:
     close(parts[0] + parts[1], whole)
 
 
-def test_the_auxiliary_loss_is_weighed_and_masked() -> None:
-    auxiliary = torch.tensor([[4.0, NAN, 2.0]], requires_grad=True)
-    loss, metrics = bc_loss(
-        log_probs=torch.tensor([[-1.0, NAN, -2.0]]), mask=flags("101"), auxiliary=auxiliary, auxiliary_coef=0.5
-    )
-    close(metrics["nll"], 1.5)
-    close(metrics["auxiliary_loss"], 3.0)
-    close(loss.detach(), 1.5 + 0.5 * 3.0)
-    close(torch.autograd.grad(loss, auxiliary)[0], [[0.25, 0.0, 0.25]])
-    # a micro-batch of a step of four decisions
-    arguments = {"log_probs": torch.zeros(1, 3), "mask": flags("101"), "auxiliary": auxiliary.detach()}
-    close(bc_loss(**arguments, auxiliary_coef=2.0, denominator=4.0)[0], 2.0 * 6.0 / 4.0)
-
-
 def test_nothing_demonstrated_is_no_loss() -> None:
     close(bc_loss(log_probs=torch.full((1, 2), NAN), mask=flags("00"))[0], 0.0)

@@ -302,30 +302,6 @@ def test_a_policy_without_a_critic_has_no_value_term() -> None:
     assert "value_loss" not in metrics
 
 
-def test_the_auxiliary_loss_is_a_mean_over_counted_decisions() -> None:
-    auxiliary = torch.tensor([[3.0, 5.0], [7.0, NAN]], requires_grad=True)
-    log_probs = torch.zeros(2, 2, 2)
-    evaluation = Evaluation(log_probs=log_probs, entropy=log_probs, auxiliary=auxiliary)
-    batch = one_decision(
-        old_log_probs=log_probs,
-        advantages=torch.zeros(2, 2),
-        weights=torch.tensor([[[0.2, 0.2], [0.2, 0.2]], [[0.2, 0.0], [0.0, 0.0]]]),  # by factor: not the mean's
-        decision_weights=torch.tensor([[1 / 3, 1 / 3], [1 / 3, 0.0]]),
-        mask=flags("11", "10"),
-        returns=None,
-    )
-    config = PPOConfig(ratio_level="factor", auxiliary_coef=0.5)
-    loss, metrics = ppo_loss(evaluation=evaluation, batch=batch, config=config)
-    close(metrics["auxiliary_loss"], (3.0 + 5.0 + 7.0) / 3)
-    close(loss.detach(), 2.5)
-    close(torch.autograd.grad(loss, auxiliary)[0], [[1 / 6, 1 / 6], [1 / 6, 0.0]])
-    loss, metrics = ppo_loss(evaluation=evaluation, batch=batch, config=PPOConfig(ratio_level="factor"))
-    close(metrics["auxiliary_loss"], 5.0)  # told, but without weight
-    close(loss.detach(), 0.0)
-    _, metrics = ppo_loss(evaluation=evaluation, batch=batch, config=config, train_policy=False)
-    assert metrics == {}
-
-
 # ---------------------------------------------------------------- batches and ratio levels
 
 

@@ -86,20 +86,6 @@ def test_warm_up_and_the_update_after_it() -> None:
     both_ways(policy, sampled_rollout(policy), {"train_policy": False}, {}, {"train_policy": False}, {})
 
 
-class Noticing(TinyPolicy):
-    """Has a supervised loss of its own: the actor's features should add up to the first observation."""
-
-    def evaluate(self, observations: Any, actions: Any) -> Evaluation:
-        told = torch.tanh(self.actor_trunk(observations)).sum(-1)
-        return replace(super().evaluate(observations, actions), auxiliary=(told - observations[..., 0]).square())
-
-
-def test_the_auxiliary_loss_is_replayed_too() -> None:
-    policy = Noticing()
-    weighed = replace(CONFIG, auxiliary_coef=0.3, micro_batch_size=3)
-    both_ways(policy, sampled_rollout(policy), {"config": weighed}, {"config": weighed}, {"train_policy": False})
-
-
 def test_gradients_are_added_to_what_is_there() -> None:
     # the auxiliary loss goes through autograd in the same step
     policy = TinyPolicy()

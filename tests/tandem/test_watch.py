@@ -11,6 +11,7 @@ import torch
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
 from envs.table.language import TRAINING_WORDS
+from envs.table.observations import PROPRIO, STATE
 from tandem import cli
 from tandem.watch import slug
 
@@ -21,7 +22,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     torch.manual_seed(0)
     sizes = VLAConfig(chunk=16, channels=(4, 8), blocks=1, queries=2, words=8, hidden=(8,), critic_hidden=(8,))
-    spaces = VLASpaces(image_size=16, cameras=("front",), proprio_size=17, state_size=49, action_size=4)
+    spaces = VLASpaces(image_size=16, cameras=("front",), proprio_size=PROPRIO, state_size=STATE, action_size=4)
     VLAPolicy(spaces, sizes, Words(TRAINING_WORDS)).save_pretrained(folder / "checkpoints" / "000000001" / "policy")
     (folder / "checkpoints" / "last").symlink_to("000000001")
     (folder / "config.yaml").write_text("recipe: embodied/vla_bc\n")

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from embodied.policies.encoders import FiLMBlock, ImageEncoder, InstructionEncoder, coordinates, look
+from embodied.policies.encoders import ImageEncoder, InstructionEncoder, coordinates, look
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
 from experiment.errors import UserError
 
 SPACES = VLASpaces(image_size=16, cameras=("front",), proprio_size=3, state_size=8, action_size=2)
-CONFIG = VLAConfig(chunk=4, channels=(4, 8), queries=3, words=8, length=6, hidden=(16,), critic_hidden=(16,))
+CONFIG = VLAConfig(
+    chunk=4, channels=(4, 8), queries=3, words=8, length=6, hidden=(16,), critic_hidden=(16,), percept=5
+)
 WORDS = Words(["bar", "cube", "green", "on", "red", "stack"])
 
 
@@ -55,14 +57,22 @@ def test_a_query_gives_the_coordinates_of_what_answers_it() -> None:
     torch.testing.assert_close(found[0], torch.tensor([[0.5, 0.0], [0.0, -1.0], [0.0, 0.0]]))
 
 
-def test_film_with_nothing_to_say_is_a_plain_residual_block() -> None:
-    block = FiLMBlock(2, 3)
-    inputs = torch.randn(1, 2, 4, 4)
-    torch.testing.assert_close(block(inputs, torch.zeros(1, 3)), inputs + block.conv(inputs).relu())
+def test_a_pictures_places_come_row_by_row_and_the_blocks_are_residual() -> None:
+    torch.manual_seed(0)
+    plain = ImageEncoder(channels=(4, 3), blocks=0, dtype=torch.float32)
+    encoder = ImageEncoder(channels=(4, 3), blocks=1, dtype=torch.float32)
+    encoder.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
-        block.film.bias.copy_(torch.tensor([-1.0, -1.0, 0.25, -0.25]))  # scale 0, shifts 0.25 and -0.25
-    expected = inputs + torch.tensor([0.25, 0.0]).view(1, 2, 1, 1)
-    torch.testing.assert_close(block(inputs, torch.zeros(1, 3)), expected)
+        encoder.blocks.get_parameter("0.weight").zero_()
+        encoder.blocks.get_parameter("0.bias").copy_(torch.tensor([0.25, -0.25, 0.5]))
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    pixels = (images.permute(0, 3, 1, 2).float() - 128) / 128
+    hidden = plain.second(plain.first(pixels).relu()).relu()  # [2, 3, 4, 4]
+    places = encoder(images)
+    assert places.shape == (2, 16, 3)
+    for row, column in [(0, 0), (1, 3), (3, 2)]:
+        expected = hidden[:, :, row, column] + torch.tensor([0.25, 0.0, 0.5])
+        torch.testing.assert_close(places[:, 4 * row + column], expected)
 
 
 def test_padding_changes_nothing_and_order_does() -> None:
@@ -84,11 +94,11 @@ def test_padding_changes_nothing_and_order_does() -> None:
 
 
 def test_pixels_reach_the_convolutions_exactly_in_bfloat16() -> None:
-    encoder = ImageEncoder(1, size=16, channels=(4, 8), blocks=1, queries=2, instruction=3)
+    encoder = ImageEncoder(channels=(4, 8), blocks=1, dtype=torch.bfloat16)
     images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     captured: list[Tensor] = []
     encoder.first.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0]))
-    encoder(images, torch.zeros(1, 3), torch.bfloat16)
+    encoder(images)
     assert captured[0][0, 0].flatten().tolist() == [(value - 128) / 128 for value in range(256)]
 
 
@@ -102,8 +112,8 @@ def test_shapes_with_any_leading_dimensions() -> None:
         evaluation = policy.evaluate(observations, actions)
         assert evaluation.log_probs.shape == evaluation.entropy.shape == (*leading, 4)
         assert evaluation.values is not None
-        assert evaluation.auxiliary is not None
-        assert evaluation.values.shape == evaluation.auxiliary.shape == leading
+        assert evaluation.values.shape == leading
+        assert policy.perceive(observations).shape == (*leading, 5)
         torch.testing.assert_close(policy.values({"state": observations["state"]}), evaluation.values)
 
 
@@ -151,34 +161,83 @@ def test_a_deviation_beyond_its_bounds_counts_as_the_bound_and_can_come_back() -
     assert policy.log_std.grad.tolist() == [12.0, 12.0]  # 3 decisions of 4 steps
 
 
-def test_the_auxiliary_error_is_the_mean_square_over_the_localized_numbers() -> None:
-    policy = make(replace(CONFIG, localized=2))
-    observations = observe(3)
-    located = policy(observations)[1].detach()
-    observations["state"][:, :2] = located + torch.tensor([1.0, 3.0])
-    evaluation = policy.evaluate(observations, torch.zeros(3, 4, 2))
-    assert evaluation.auxiliary is not None
-    torch.testing.assert_close(evaluation.auxiliary, torch.full((3,), 5.0))
+def test_what_is_perceived_by_hand() -> None:
+    """Where each query's thing is in each picture, camera by camera, then the words, then the body."""
+    spaces = replace(SPACES, cameras=("front", "wrist"))
+    policy, seen = make(replace(CONFIG, precision="float32"), spaces=spaces), observe(3, spaces=spaces)
+    policy.learn_normalization(proprio=5 * torch.randn(40, 3) + 2, state=torch.randn(40, 8))
+    eyes = policy.perception
+    instruction = eyes.instruction(seen["words"])
+    queries = eyes.queries(instruction).view(3, 2, 3, 8)  # [N, cameras, queries, channels]
+    found = [
+        look(eyes.vision(seen[key]), queries[:, i], eyes.grid) for i, key in enumerate(("image", "wrist_image"))
+    ]
+    body = policy.proprio_normalizer(seen["proprio"])
+    expected = eyes.head(torch.cat([found[0].flatten(1), found[1].flatten(1), instruction, body], -1))
+    torch.testing.assert_close(policy.perceive(seen), expected)
 
 
-def test_the_actor_never_sees_the_state_and_the_critic_nothing_else() -> None:
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_many_sentences_about_a_picture_are_each_read_as_if_alone(precision: str) -> None:
+    spaces = replace(SPACES, cameras=("front", "wrist"))
+    policy = make(replace(CONFIG, precision=precision), spaces=spaces)  # type: ignore[arg-type]
+    seen = observe(7, spaces=spaces)
+    words = torch.stack([observe(7, seed=seed)["words"] for seed in (1, 2, 3)], 1)
+    together = policy.perceive_each({**seen, "words": words})
+    assert together.shape == (7, 3, 5)
+    for index in range(3):
+        alone = policy.perceive({**seen, "words": words[:, index]})
+        torch.testing.assert_close(together[:, index], alone, rtol=0, atol=1e-6)
+    assert float((together[:, 0] - together[:, 1]).abs().max().detach()) > 1e-3
+
+
+def test_neither_the_eyes_nor_the_hand_sees_the_state_and_the_critic_nothing_else() -> None:
     policy = make()
     critic = list(policy.critic_parameters())
-    assert len(critic) + len(list(policy.actor_parameters())) == len(list(policy.parameters()))
+    parts = [*critic, *policy.actor_parameters(), *policy.perception.parameters()]
+    assert sorted(map(id, parts)) == sorted(map(id, policy.parameters()))
     observations = observe(3)
-    actions, _ = policy.act({name: tensor for name, tensor in observations.items() if name != "state"}, None)
+    blind = {name: tensor for name, tensor in observations.items() if name != "state"}
+    actions, _ = policy.act(blind, None)
     assert actions.equal(policy.act(observations, None)[0])
+    assert policy.perceive(blind).equal(policy.perceive(observations))
     evaluation = policy.evaluate(observations, actions)
     assert evaluation.values is not None
     evaluation.values.sum().backward()
     assert all((p.grad is not None) == any(p is c for c in critic) for p in policy.parameters())
 
 
-def test_the_action_loss_reaches_the_auxiliary_head() -> None:
-    policy = make()
-    policy.distribution(observe(3)).mean.square().sum().backward()
-    assert policy.locator.last.weight.grad is not None
-    assert policy.locator.last.weight.grad.abs().sum() > 0
+def learning(policy: VLAPolicy) -> set[str]:
+    """First parts of the names of what has a gradient."""
+    return {name.split(".")[0] for name, parameter in policy.named_parameters() if parameter.grad is not None}
+
+
+def test_the_hand_and_the_eyes_have_no_gradient_for_each_other() -> None:
+    policy, observations = make(), observe(3)
+    policy.evaluate(observations, torch.zeros(3, 4, 2)).log_probs.sum().backward()
+    assert learning(policy) == {"actor", "log_std"}
+    policy.zero_grad()
+    percept = policy.perceive(observations)
+    policy.evaluate({**observations, "percept": percept}, torch.zeros(3, 4, 2)).log_probs.sum().backward()
+    assert learning(policy) == {"actor", "log_std"}  # also where the percept comes with its gradient
+    policy.zero_grad()
+    percept.square().sum().backward()
+    assert learning(policy) == {"perception"}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.perception.head.parameters())
+
+
+def test_a_percept_among_the_observations_is_read_instead_of_images_and_words() -> None:
+    policy, observations, noise = make(), observe(3), torch.randn(3, 4, 2)
+    percept = policy.perceive(observations).detach()
+    expected = policy.act(observations, noise)
+    told = {"proprio": observations["proprio"], "percept": percept}
+    for found, wanted in zip(policy.act(told, noise), expected, strict=True):
+        assert found.equal(wanted)
+    others = {**observe(3, seed=1), **told}
+    assert policy.act(others, noise)[0].equal(expected[0])
+    assert not policy.act({**told, "percept": percept + 0.1}, noise)[0].equal(expected[0])
+    evaluation = policy.evaluate({**told, "state": observations["state"]}, expected[0])
+    torch.testing.assert_close(evaluation.log_probs, expected[1])
 
 
 @pytest.mark.parametrize("ablate, blind", [("none", None), ("image", "image"), ("words", "words")])
@@ -199,6 +258,12 @@ def test_two_cameras_are_both_seen() -> None:
     for name in ("image", "wrist_image"):
         after, _ = policy.act({**observations, name: 255 - observations[name]}, None)
         assert not after.equal(before)
+
+
+def test_the_eyes_feel_the_hand() -> None:
+    policy, observations = make(), observe(3)
+    moved = {**observations, "proprio": observations["proprio"] + 1.0}
+    assert float((policy.perceive(moved) - policy.perceive(observations)).abs().min().detach()) > 0.0
 
 
 def test_it_comes_back_from_its_folder_to_the_bit(tmp_path: Path) -> None:
@@ -238,5 +303,7 @@ def test_impossible_configurations_are_refused() -> None:
         VLAConfig(log_std=-4.0)
     with pytest.raises(ValueError, match=r"policy\.words must be a multiple of 4, got 6"):
         VLAConfig(words=6)
-    with pytest.raises(UserError, match=r"policy\.localized is 9, but the state has 8"):
-        VLAPolicy(SPACES, replace(CONFIG, localized=9), WORDS)
+    with pytest.raises(ValueError, match=r"policy\.percept must be at least 1, got 0"):
+        VLAConfig(percept=0)
+    with pytest.raises(UserError, match=r"policy\.percept is 9, but the state has 8"):
+        VLAPolicy(SPACES, replace(CONFIG, percept=9), WORDS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from envs.table.observations import PROPRIO, STATE, proprio, state
+from envs.table.language import TASKS
+from envs.table.observations import OWN_TASKS, PERCEPT, PROPRIO, STATE, proprio, state
 from envs.table.scene import HOME
 from envs.table.tasks import Slots
 from tests.envs.table.scenes import PADS_XY, bring, grasped, hand_laid_world, teleport
@@ -32,8 +33,8 @@ def test_proprioception_by_hand() -> None:
 def test_fingertips_feel_whatever_they_touch() -> None:
     world = grasped(3)  # not the named object
     assert proprio(world)[14:].tolist() == [1.0, 1.0, 1.0]
-    assert state(world, "pick", Slots(0), 0.0, 0.0)[23:25].tolist() == [0.0, 0.0]
-    assert state(world, "pick", Slots(3), 0.0, 0.0)[23:25].tolist() == [1.0, 1.0]
+    assert state(world, "pick", Slots(0), 0.0, 0.0)[34:36].tolist() == [0.0, 0.0]
+    assert state(world, "pick", Slots(3), 0.0, 0.0)[34:36].tolist() == [1.0, 1.0]
 
 
 def test_state_by_hand() -> None:
@@ -42,15 +43,15 @@ def test_state_by_hand() -> None:
     world.lifted[1] = 0.07
     world.data.joint("object1").qvel[:3] = (0.3, -0.15, 0.0)
     seen = state(world, "push", Slots(1, pad=0), 0.4, 0.25)
-    assert seen.shape == (STATE,) == (49,)
+    assert seen.shape == (STATE,) == (52,)
     assert seen.dtype == np.float32
     tool = (world.tool - [0, 0, 0.12]) * 10
     goal = (0.0, 0.0, -1.05)
     expected = np.concatenate(
         (
-            *(BAR_AT, goal, tool, BAR_AT - tool, np.subtract(goal, BAR_AT)),
-            *((0, 0, 0), (1.0, -0.5, 0.0), (1.0, -1.0), (0, 0)),
-            *((0.7, 0.4, 0.25, 1.0), (0.32, 0.22, 0.15), (0, 1, 0, 0, 0)),
+            *(BAR_AT, goal, (0.32, 0.22, 0.15), (0, 1, 0, 0, 0, 0, 0, 0)),
+            *(tool, BAR_AT - tool, np.subtract(goal, BAR_AT)),
+            *((0, 0, 0), (1.0, -0.5, 0.0), (1.0, -1.0), (0, 0), (0.7, 0.4, 0.25, 1.0)),
             *(CUBE_AT - tool, TOWER_AT - tool, OTHER_AT - tool, PADS_XY[1] * 10 - tool[:2], (0.0,)),
         )
     )
@@ -64,8 +65,28 @@ def test_state_of_the_other_tasks(task: str, slots: Slots) -> None:
     np.testing.assert_allclose(seen[:3], TOWER_AT, atol=1e-6)
     # on the bar, whose top is at 3 cm: 3.0 + 3.6 - 12 cm
     np.testing.assert_allclose(seen[3:6], (-1.0, 1.0, -0.54) if task == "stack" else TOWER_AT, atol=1e-6)
-    assert seen[32:37].tolist() == [float(task == name) for name in ("reach", "push", "pick", "place", "stack")]
-    np.testing.assert_allclose(seen[46:48], PADS_XY[0] * 10 - (world.tool * 10)[:2], atol=1e-6)
+    names = ("reach", "push", "pick", "place", "stack", "own", "own", "own")
+    assert seen[9:17].tolist() == [float(task == name) for name in names]
+    np.testing.assert_allclose(seen[49:51], PADS_XY[0] * 10 - (world.tool * 10)[:2], atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_task_of_ones_own_has_its_place_and_its_destination(place: int) -> None:
+    world = hand_laid_world()
+    seen = state(world, "mine", Slots(1), 0.0, 0.0, destination=np.array([0.05, -0.2, 0.02]), own_place=place)
+    assert seen[9:17].tolist() == [0.0] * 5 + [float(place == other) for other in range(3)]
+    np.testing.assert_allclose(seen[3:6], (0.5, -2.0, -1.0), atol=1e-6)
+
+
+def test_the_words_and_a_look_tell_what_comes_first() -> None:
+    """Two worlds that differ in nothing but the hand differ in nothing before PERCEPT."""
+    world = hand_laid_world()
+    before = state(world, "stack", Slots(0, base=1), 0.0, 0.0)
+    bring(world, world.tool + np.array([0.03, 0.0, 0.05]), grip=1.0, steps=3)
+    after = state(world, "stack", Slots(0, base=1), 0.6, 0.5)
+    assert PERCEPT == 3 + 3 + 3 + len(TASKS) + OWN_TASKS == 17
+    np.testing.assert_allclose(after[:PERCEPT], before[:PERCEPT], atol=1e-3)
+    assert np.abs(after[PERCEPT : PERCEPT + 3] - before[PERCEPT : PERCEPT + 3]).max() > 0.1
 
 
 def test_turned_and_toppled() -> None:
@@ -75,11 +96,11 @@ def test_turned_and_toppled() -> None:
     joint.qpos[3:] = (np.cos(half), 0.0, 0.0, np.sin(half))
     bring(world, world.tool.copy(), steps=1)
     seen = state(world, "reach", Slots(0), 0.0, 0.0)
-    assert seen[48] == pytest.approx(np.deg2rad(10.0), abs=1e-3)
-    assert seen[28] == pytest.approx(1.0, abs=1e-4)
+    assert seen[51] == pytest.approx(np.deg2rad(10.0), abs=1e-3)
+    assert seen[39] == pytest.approx(1.0, abs=1e-4)
     joint.qpos[2:] = (0.023, np.sqrt(0.5), np.sqrt(0.5), 0.0, 0.0)  # a quarter turn about x
     bring(world, world.tool.copy(), steps=1)
-    assert state(world, "reach", Slots(0), 0.0, 0.0)[28] == pytest.approx(0.0, abs=1e-3)
+    assert state(world, "reach", Slots(0), 0.0, 0.0)[39] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_numbers_stay_about_one_in_play() -> None:

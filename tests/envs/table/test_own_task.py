@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_a_task_of_ones_own_is_drawn_asked_for_and_judged() -> None:
             assert info["goal"] == f"home {env.goal.thing}"
             assert not held_out(env.goal)
             np.testing.assert_allclose(observation["state"][3], -1.6, atol=1e-6)  # its own destination, 10 cm
-            np.testing.assert_array_equal(observation["state"][32:37], np.zeros(5))
+            np.testing.assert_array_equal(observation["state"][9:17], [0, 0, 0, 0, 0, 1, 0, 0])
     assert seen == {"home", "reach"}
     env.reset(seed=0, options={"task": "home"})
     env.world.data.qpos[env.world._object_qpos[env.slots.thing]] = -0.2
@@ -61,6 +62,22 @@ def test_a_task_of_ones_own_is_drawn_asked_for_and_judged() -> None:
     assert results[1][2]
     gained = far_progress(env.world, env.slots) - before
     assert sum(result[1] for result in results) == pytest.approx(gained + 1.0)
+
+
+def test_each_task_of_ones_own_has_its_place_in_the_state() -> None:
+    others = [replace(HOME, name=f"home{place}", place=place) for place in (1, 2)]
+    env = TableEnv(tasks=(HOME, *others, "stack"), observe=("state",))
+    told = {}
+    for seed in range(24):
+        observation, info = env.reset(seed=seed)
+        told[info["task"]] = observation["state"][9:17].nonzero()[0].tolist()
+    assert told == {"home": [5], "home1": [6], "home2": [7], "stack": [4]}
+
+
+@pytest.mark.parametrize("place", [-1, 3, 0.5])
+def test_other_places_are_refused(place: Any) -> None:
+    with pytest.raises(ValueError, match=f"task 'home': its place is 0, 1 or 2, got {place}"):
+        replace(HOME, place=place)
 
 
 def test_the_experts_motions_serve_a_task_of_ones_own() -> None:

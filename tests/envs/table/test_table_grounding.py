@@ -1,18 +1,20 @@
-"""Looks at the table: sentences and positions agree with the scene, and each look follows from its generator."""
+"""Looks at the table: sentences and percepts agree with the scene, the hand plays, all follows from a generator."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 from envs.table import grounding
 from envs.table.env import TableEnv
-from envs.table.grounding import IN_HAND, Look, goals_of, look
+from envs.table.grounding import LONGEST_PLAY, LOOKS, Hand, Look, goals_of, looks, play
 from envs.table.language import COLOURS, PAD_COLOURS, SHAPES, TASKS, Goal, Thing, held_out, parse, phrases
-from envs.table.observations import state
-from envs.table.tasks import locate
+from envs.table.observations import PERCEPT, state
+from envs.table.tasks import air, locate
 from envs.table.world import TableWorld
 from tests.envs.table.scenes import BAR, CUBE, TOWER, by_hand, hand_laid_world, teleport
 
@@ -27,31 +29,34 @@ def goals_in(seen: Look) -> list[Goal]:
     return [goal for goal in understood if goal is not None]
 
 
-def test_every_object_has_a_sentence_and_the_positions_that_it_asks_for(env: TableEnv) -> None:
+def test_every_object_has_a_sentence_and_the_percept_that_it_asks_for(env: TableEnv) -> None:
     tasks = set()
     for number in range(12):
-        seen = look(env, np.random.default_rng(number), images=())
+        *_, seen = looks(env, np.random.default_rng(number), images=())  # the scene is as it was at the last
         goals = goals_in(seen)
         assert [goal.thing for goal in goals] == list(env.world.things)
         for index, goal in enumerate(goals):
-            told = state(env.world, goal.task, locate(goal, env.world), 0.5, 0.5)[:6]
-            np.testing.assert_array_equal(seen.positions[index], told)
-        np.testing.assert_allclose(seen.positions[:, :3], (env.world.positions - [0, 0, 0.12]) * 10, atol=1e-6)
+            told = state(env.world, goal.task, locate(goal, env.world), 0.5, 0.5)[:PERCEPT]
+            np.testing.assert_array_equal(seen.percepts[index], told)
+        np.testing.assert_allclose(seen.percepts[:, :3], (env.world.positions - [0, 0, 0.12]) * 10, atol=1e-6)
         tasks |= {goal.task for goal in goals}
     assert tasks == set(TASKS)
 
 
-def test_positions_by_hand() -> None:
+def test_percepts_by_hand() -> None:
     world = hand_laid_world()
-    on_pad = grounding.positions(Goal("place", CUBE, pad="black"), world)  # the second pad, at (0, 18) cm
-    np.testing.assert_allclose(on_pad, (1.0, 1.0, -0.97, 0.0, 1.8, -0.97), atol=1e-6)
-    on_bar = grounding.positions(Goal("stack", CUBE, base=BAR), world)  # its half height 1.5, the cube's 2.3 cm
-    np.testing.assert_allclose(on_bar[3:], (-1.0, 1.0, -1.2 + 0.3 + 0.23), atol=1e-6)
-    np.testing.assert_allclose(grounding.positions(Goal("pick", TOWER), world)[3:], (-1.0, -1.0, -0.84), atol=1e-6)
+    on_pad = grounding.percept(Goal("place", CUBE, pad="black"), world)  # the second pad, at (0, 18) cm
+    expected = (1.0, 1.0, -0.97, 0.0, 1.8, -0.97, 0.23, 0.23, 0.23, 0, 0, 0, 1, 0, 0, 0, 0)
+    np.testing.assert_allclose(on_pad, expected, atol=1e-6)
+    on_bar = grounding.percept(Goal("stack", CUBE, base=BAR), world)  # its half height 1.5, the cube's 2.3 cm
+    np.testing.assert_allclose(on_bar[3:6], (-1.0, 1.0, -1.2 + 0.3 + 0.23), atol=1e-6)
+    assert on_bar[9:].tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
+    tower = grounding.percept(Goal("pick", TOWER), world)
+    np.testing.assert_allclose(tower[3:6], (-1.0, -1.0, -0.84), atol=1e-6)
 
 
 def test_a_look_shows_the_scene_as_it_is(env: TableEnv) -> None:
-    seen = look(env, np.random.default_rng(5), images=("image", "wrist_image"))
+    seen = looks(env, np.random.default_rng(5), images=("image", "wrist_image"))[-1]
     there = env.observe(("image", "wrist_image", "proprio"))
     assert seen.images.keys() == {"image", "wrist_image"}
     for name, picture in seen.images.items():
@@ -60,16 +65,54 @@ def test_a_look_shows_the_scene_as_it_is(env: TableEnv) -> None:
     np.testing.assert_array_equal(seen.proprio, there["proprio"])
 
 
+def test_the_looks_at_a_scene_are_of_the_same_things_at_other_moments(env: TableEnv) -> None:
+    for number in range(6):
+        seen = looks(env, np.random.default_rng([6, number]), images=())
+        assert len(seen) == LOOKS == 4
+        assert {tuple(goal.thing for goal in goals_in(one)) for one in seen} == {env.world.things}
+        tools = np.stack([one.proprio[7:10] for one in seen])
+        gaps = [np.abs(one - two).max() for one, two in itertools.combinations(tools, 2)]
+        assert min(gaps) > 1e-4
+
+
+def test_the_moments_are_spread_over_the_play(env: TableEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped: list[int] = []
+    moments: list[int] = []
+    reset, step, look = env.reset, env.step, grounding._look
+
+    def begun(**rest: Any) -> Any:
+        stepped.clear()
+        return reset(**rest)
+
+    def counted(action: Any) -> Any:
+        stepped.append(1)
+        return step(action)
+
+    def watched(*rest: Any) -> Look:
+        moments.append(len(stepped))
+        return look(*rest)
+
+    monkeypatch.setattr(env, "reset", begun)
+    monkeypatch.setattr(env, "step", counted)
+    monkeypatch.setattr(grounding, "_look", watched)
+    for number in range(40):
+        looks(env, np.random.default_rng([7, number]), images=())
+    assert (min(moments), max(moments)) == (1, LONGEST_PLAY)
+    assert np.mean(moments) == pytest.approx((1 + LONGEST_PLAY) / 2, abs=2.3)  # two deviations of 150 draws
+
+
 def test_held_out_combinations_are_never_named(env: TableEnv) -> None:
-    goals = [g for n in range(25) for g in goals_in(look(env, np.random.default_rng([1, n]), images=()))]
-    assert len(goals) == 100
+    seen = [look for number in range(7) for look in looks(env, np.random.default_rng([1, number]), images=())]
+    goals = [goal for look in seen for goal in goals_in(look)]
+    assert len(goals) == 7 * 4 * 4
     assert not any(map(held_out, goals))
-    sentences = look(env, np.random.default_rng(2), images=()).sentences
-    assert all(text in phrases(goal, "train") for text in sentences if (goal := parse(text)))
+    for look in seen:
+        assert all(text in phrases(goal, "train") for text in look.sentences if (goal := parse(text)))
     every = [
         goal
-        for number in range(20)
-        for goal in goals_in(look(env, np.random.default_rng([1, number]), images=(), combinations="all"))
+        for number in range(7)
+        for look in looks(env, np.random.default_rng([1, number]), images=(), combinations="all")
+        for goal in goals_in(look)
     ]
     assert any(map(held_out, every))
 
@@ -92,43 +135,97 @@ def test_the_goals_of_a_thing_are_those_of_the_scene() -> None:
     assert goals_of("reach", TOWER, world, "all") == [Goal("reach", TOWER)]
 
 
-def test_an_object_is_in_the_hand_in_the_stated_share(env: TableEnv) -> None:
-    held, lifted = [], []
-    for number in range(100):
-        look(env, np.random.default_rng([3, number]), images=())
-        world = env.world
+def played(env: TableEnv, number: int) -> Iterator[tuple[list[bool], list[bool], list[bool]]]:
+    """A play, step by step: which objects are gripped, held in the air, and pushed aside without being lifted."""
+    rng = np.random.default_rng([3, number])
+    env.reset(seed=number)
+    world = env.world
+    start = world.positions.copy()
+    for _ in itertools.islice(play(env, rng), LONGEST_PLAY):
+        if grounding.lost(world):
+            return
         gripped = [world.gripped(index) for index in range(4)]
-        held.append(any(gripped))
-        lifted.append(any(gripped) and (world.positions[:, 2] - world.half_heights).max() > 0.02)
-    assert np.mean(held) == pytest.approx(IN_HAND, abs=0.065)  # two deviations of 100 draws
-    assert np.mean(lifted) > IN_HAND / 2
+        held = [gripped[index] and air(world, index) > 0.03 for index in range(4)]
+        aside = np.linalg.norm((world.positions - start)[:, :2], axis=1) > 0.03
+        yield gripped, held, [bool(aside[index]) and world.lifted[index] < 0.01 for index in range(4)]
+
+
+def test_things_are_gripped_lifted_and_pushed_in_a_sizeable_share_of_the_play(env: TableEnv) -> None:
+    plays = [list(played(env, number)) for number in range(60)]
+    steps = np.array([[any(which) for which in step] for whole in plays for step in whole])
+    assert len(steps) > 0.9 * 60 * LONGEST_PLAY  # few scenes are lost
+    gripped, held, pushed = steps.mean(0)
+    assert 0.2 < gripped < 0.5
+    assert 0.15 < held < gripped
+    assert 0.15 < pushed < 0.5
+    ever = np.mean([np.any([[any(which) for which in step] for step in whole], axis=0) for whole in plays], axis=0)
+    assert (ever > 0.4).all()  # of the scenes, at some time
+
+
+def test_what_the_hand_takes_is_put_down_too(env: TableEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, on_pad, on_another = 0, 0, 0
+    for number in range(40):
+        env.reset(seed=number)
+        world, hand = env.world, Hand(env, np.random.default_rng([4, number]))
+        hand.noise = 0.0
+        before = world.positions[0].copy()
+        held = [world.gripped(0) for _ in hand.take(0)]
+        taken += any(held)
+        if not any(held) or world.gripped(0):
+            continue
+        assert np.abs(world.positions[0] - before).max() > 0.005
+        near = np.abs(world.pad_positions[:, :2] - world.positions[0][:2]).max(1) < 0.045
+        on_pad += bool(near.any()) and abs(air(world, 0)) < 0.01
+        on_another += air(world, 0) > 0.02
+    assert taken >= 36
+    assert on_pad >= 5
+    assert on_another >= 2
+
+
+def test_without_noise_the_hand_goes_where_it_is_sent_and_over_what_is_there(env: TableEnv) -> None:
+    env.reset(seed=1)
+    hand = Hand(env, np.random.default_rng(0))
+    hand.noise = 0.0
+    for target, over in [((0.1, -0.12, 0.06), False), ((-0.1, 0.1, 0.03), True)]:
+        path = [env.world.tool.copy() for _ in hand.go(np.array(target), -1.0, steps=30, over=over)]
+        assert len(path) < 30  # it stops when it is there
+        np.testing.assert_allclose(path[-1], target, atol=0.012)
+        if over:
+            far = [point for point in path if np.abs(point[:2] - target[:2]).max() > 0.05]
+            assert max(point[2] for point in far) > 0.1
+    assert len(list(hand.go(np.array([0.1, 0.1, 0.1]), -1.0, steps=2))) == 2
 
 
 @pytest.mark.parametrize("randomization", [None, "full"])
-def test_a_look_follows_from_its_generator(env: TableEnv, randomization: str | None) -> None:
+def test_looks_follow_from_their_generator(env: TableEnv, randomization: str | None) -> None:
     fresh, used = (TableEnv(observe=(), image_size=32, randomization=randomization) for _ in range(2))
     for number in range(3):
-        look(used, np.random.default_rng(number))
-    one, two = look(fresh, np.random.default_rng(9)), look(used, np.random.default_rng(9))
-    assert one.sentences == two.sentences
-    for mine, its in ((one.positions, two.positions), (one.images["image"], two.images["image"])):
-        np.testing.assert_array_equal(mine, its)
-    np.testing.assert_array_equal(one.proprio, two.proprio)
-    assert look(used, np.random.default_rng(10)).sentences != one.sentences
+        looks(used, np.random.default_rng(number))
+    for one, two in zip(looks(fresh, np.random.default_rng(9)), looks(used, np.random.default_rng(9)), strict=True):
+        assert one.sentences == two.sentences
+        for mine, its in ((one.percepts, two.percepts), (one.images["image"], two.images["image"])):
+            np.testing.assert_array_equal(mine, its)
+        np.testing.assert_array_equal(one.proprio, two.proprio)
+    assert looks(used, np.random.default_rng(10))[-1].sentences != one.sentences
 
 
 def test_a_scene_with_something_lost_is_drawn_again(env: TableEnv, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers, scenes = iter([True, False]), []
+    looked, look = [], grounding._look
+
+    def watched(env: TableEnv, *rest: Any) -> Look:
+        looked.append(env.world.things)
+        return look(env, *rest)
 
     def lost(world: TableWorld) -> bool:
-        scenes.append(world.positions.copy())
-        return next(answers)
+        return len(looked) == 3 and world.things == looked[0]  # after the third look at the first scene
 
+    monkeypatch.setattr(grounding, "_look", watched)
     monkeypatch.setattr(grounding, "lost", lost)
-    seen = look(env, np.random.default_rng(0), images=())
-    assert len(scenes) == 2
-    np.testing.assert_allclose(seen.positions[:, :2], 10 * scenes[1][:, :2], atol=1e-6)
-    assert np.abs(scenes[0] - scenes[1]).max() > 0.01
+    seen = looks(env, np.random.default_rng(0), images=())
+    assert len(set(looked[:3])) == len(set(looked[3:])) == 1
+    assert looked[0] != looked[3]
+    assert len(looked) == 3 + LOOKS
+    assert {tuple(goal.thing for goal in goals_in(one)) for one in seen} == {looked[3]}
 
 
 def test_what_fell_is_lost() -> None:
