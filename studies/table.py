@@ -1,4 +1,4 @@
-"""The table: one policy for five tasks, from pictures and words; cloned from 500 demonstrations, then PPO.
+"""The table: one policy for five tasks, from pictures and words; cloned from few demonstrations, then PPO.
 
     python -m studies.table
 
@@ -16,61 +16,63 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from embodied.evaluate_vla import Suite
+from embodied import train_vla_bc, train_vla_ppo
+from embodied.evaluate_vla import EvaluateVLAConfig, Suite, evaluate_vla_run
+from embodied.record import RecordConfig, record_expert
+from experiment.config import build, read_tree
+from experiment.metrics import read_metrics
+from experiment.run import RunResult
 from studies.cells import RUNS, Figures, main
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "embodied"
-DEMONSTRATIONS = 500
+DEMONSTRATIONS = 200
 CELLS = ["clone-0", "ppo-0", "clone-1", "ppo-1", "no-image", "no-words", "more", "longer"]
 SUITES: tuple[Suite, ...] = ("normal", "held_out", "synonyms", "swapped")
 OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "no-image": ("policy.ablate=image",),
     "no-words": ("policy.ablate=words",),
-    "longer": ("updates=36000",),
+    "longer": ("updates=30000",),
 }
 """What makes the other clones."""
 
 
 def run(cell: str, options: argparse.Namespace) -> Figures:
     """Train one policy and judge it."""
-    from embodied.evaluate_vla import EvaluateVLAConfig, evaluate_vla_run
-
     kind, _, number = cell.partition("-")
     folder = RUNS / f"table-{cell}"
     shutil.rmtree(folder, ignore_errors=True)
-    trained = fine_tune(folder, int(number)) if kind == "ppo" else clone(cell, folder)
-    judged = evaluate_vla_run(folder, EvaluateVLAConfig(checkpoint="last", suites=SUITES))
-    suites = {name: _kept(suite) for name, suite in judged["suites"].items()}
-    return {**trained, "suites": suites}
+    if kind == "ppo":
+        trained = fine_tune(folder, init=RUNS / f"table-clone-{number}", seed=int(number))
+    else:
+        seed = int(number) if kind == "clone" else 0
+        count = 10 * DEMONSTRATIONS if cell == "more" else DEMONSTRATIONS
+        trained = clone(folder, RecordConfig(episodes=count, seed=seed, noise=0.4), *OVERRIDES.get(cell, ()))
+    return {**trained, "suites": judge(folder, EvaluateVLAConfig(checkpoint="last", suites=SUITES))}
 
 
-def clone(cell: str, folder: Path) -> Figures:
+def clone(folder: Path, demonstrations: RecordConfig, *overrides: str) -> Figures:
     """Behaviour cloning with grounding; of demonstrations that are recorded where they are missing."""
-    from embodied.record import RecordConfig, record_expert
-    from embodied.train_vla_bc import TrainVLABCConfig, train
-    from experiment.config import build, read_tree
-
-    seed = int(cell.partition("-")[2]) if cell.startswith("clone") else 0
-    count = 10 * DEMONSTRATIONS if cell == "more" else DEMONSTRATIONS
-    demonstrations = RUNS / f"table-demonstrations-{count}-{seed}"
-    record_expert(demonstrations, RecordConfig(episodes=count, seed=seed, noise=0.4))
-    overrides = [f"dataset={demonstrations}", *_common(folder, seed), *OVERRIDES.get(cell, ())]
-    tree = read_tree(CONFIGS / "table_bc.yaml", overrides)
+    described = f"{demonstrations.episodes}-{'-'.join(demonstrations.tasks)}-{demonstrations.randomization}"
+    data = RUNS / f"table-demonstrations-{described}-{demonstrations.seed}"
+    record_expert(data, demonstrations)
+    tree = read_tree(
+        CONFIGS / "table_bc.yaml", [f"dataset={data}", *_common(folder, demonstrations.seed), *overrides]
+    )
     tree.pop("recipe")
-    result = train(build(tree, TrainVLABCConfig))
-    return {"demonstrations": count, "seconds": result.metrics["time/elapsed"]}
+    result = train_vla_bc.train(build(tree, train_vla_bc.TrainVLABCConfig))
+    return {"demonstrations": demonstrations.episodes, "seconds": result.metrics["time/elapsed"]}
 
 
-def fine_tune(folder: Path, seed: int) -> Figures:
-    """PPO from the clone of the same seed."""
-    from embodied.train_vla_ppo import TrainVLAPPOConfig, train
-    from experiment.config import build, read_tree
-    from experiment.metrics import read_metrics
-
-    init = RUNS / f"table-clone-{seed}" / "checkpoints" / "last" / "policy"
-    tree = read_tree(CONFIGS / "table_ppo.yaml", [f"init={init}", *_common(folder, seed)])
+def fine_tune(folder: Path, *overrides: str, init: Path, seed: int) -> Figures:
+    """PPO from the last policy of the run `init`."""
+    policy = init / "checkpoints" / "last" / "policy"
+    tree = read_tree(CONFIGS / "table_ppo.yaml", [f"init={policy}", *_common(folder, seed), *overrides])
     tree.pop("recipe")
-    result = train(build(tree, TrainVLAPPOConfig))
+    return online_figures(folder, train_vla_ppo.train(build(tree, train_vla_ppo.TrainVLAPPOConfig)))
+
+
+def online_figures(folder: Path, result: RunResult) -> Figures:
+    """What a run that plays says of itself."""
     rows = read_metrics(folder / "metrics.jsonl")
     return {
         "env_steps": int(result.metrics["env_steps"]),
@@ -82,12 +84,17 @@ def fine_tune(folder: Path, seed: int) -> Figures:
     }
 
 
+def judge(folder: Path, config: EvaluateVLAConfig) -> Figures:
+    """Of every suite, successes with intervals, over all and by task."""
+    return {name: _kept(suite) for name, suite in evaluate_vla_run(folder, config)["suites"].items()}
+
+
 def _common(folder: Path, seed: int) -> list[str]:
     return [f"run.folder={folder}", f"run.seed={seed}", "run.wandb=disabled"]
 
 
 def _kept(suite: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result keeps of a suite: successes with intervals, over all and by task."""
+    """What a result keeps of a suite."""
     names = ("episodes", "successes", "success_once", "success_once_interval", "success_of_original")
     kept = {name: suite[name] for name in names if name in suite}
     kept["tasks"] = {
@@ -103,18 +110,19 @@ def table(results: Mapping[str, Figures]) -> str:
     for cell, figures in results.items():
         suites = figures["suites"]
         swapped = suites["swapped"]
-        columns = [_share(suites[name]) for name in ("normal", "held_out", "synonyms")]
-        columns.append(f"{_share(swapped)} / {swapped['success_of_original']:.1%}")
+        columns = [share(suites[name]) for name in ("normal", "held_out", "synonyms")]
+        columns.append(f"{share(swapped)} / {swapped['success_of_original']:.1%}")
         lines.append(f"| {cell} | {' | '.join(columns)} |")
     tasks = list(next(iter(results.values()))["suites"]["normal"]["tasks"]) if results else []
     lines += ["", f"| policy | {' | '.join(tasks)} |", f"|---|{'---|' * len(tasks)}"]
     for cell, figures in results.items():
         by_task = figures["suites"]["normal"]["tasks"]
-        lines.append(f"| {cell} | {' | '.join(_share(by_task[task]) for task in tasks)} |")
+        lines.append(f"| {cell} | {' | '.join(share(by_task[task]) for task in tasks)} |")
     return "\n".join(lines)
 
 
-def _share(counts: Mapping[str, Any]) -> str:
+def share(counts: Mapping[str, Any]) -> str:
+    """Of successes, with its interval."""
     low, high = counts["success_once_interval"]
     return f"{counts['success_once']:.1%} ({low:.1%}-{high:.1%})"
 
