@@ -46,7 +46,8 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
                       `file.py:name`: from a Goal to every way to ask for it
     observe           the entries of an observation: image, wrist_image, proprio, instruction, state (privileged)
     image_size        pixels, square
-    reward            "dense": the change of the task's progress, and 1 at success; "sparse": 1 at success
+    reward            "dense": the change of the task's progress, and 1 at success; "sparse": 1 at success; always 0
+                      where the instruction is not understood
     end_on_success    terminate there; else go on to the time limit: success_at_end may differ from success_once
     randomization     a preset of `envs.table.randomization`, or randomizations of your own, or their file.yaml
 
@@ -73,6 +74,9 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
     ) -> None:
         named = [(task, _task(task)) for task in ([tasks] if isinstance(tasks, (str, OwnTask)) else tasks)]
         own = {task.name: task for _, task in named if isinstance(task, OwnTask)}
+        places = [task.place for task in own.values()]
+        if len(set(places)) < len(places):
+            raise ValueError(f"tasks {', '.join(own)} share a place in the state: give each another `place`")
         self._own_task = own.get  # a function, which a capture of the environment takes as constant
         self._like = {name: task.like for name, task in own.items()}
         self._names = {
@@ -232,7 +236,7 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         self._streak = self._streak + 1 if task.done(world, self.slots) else 0
         success = self.judged and self._streak >= task.hold
         reward = SUCCESS_REWARD * success
-        if self._reward == "dense":
+        if self._reward == "dense" and self.judged:
             progress = task.progress(world, self.slots)
             reward += progress - self._progress
             self._progress = progress

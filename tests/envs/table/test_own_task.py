@@ -74,6 +74,12 @@ def test_each_task_of_ones_own_has_its_place_in_the_state() -> None:
     assert told == {"home": [5], "home1": [6], "home2": [7], "stack": [4]}
 
 
+def test_two_tasks_of_ones_own_cannot_share_a_place() -> None:
+    with pytest.raises(ValueError, match="tasks home, away share a place"):
+        TableEnv(tasks=(HOME, replace(HOME, name="away"), "reach"), observe=())
+    TableEnv(tasks=(HOME, HOME), observe=())  # the same one, played more often
+
+
 @pytest.mark.parametrize("place", [-1, 3, 0.5])
 def test_other_places_are_refused(place: Any) -> None:
     with pytest.raises(ValueError, match=f"task 'home': its place is 0, 1 or 2, got {place}"):
