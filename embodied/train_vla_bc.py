@@ -2,25 +2,29 @@
 
     tandem train configs/embodied/table_bc.yaml dataset=PATH
 
-Every control step is a decision: from what was seen there, the labels of the next `policy.chunk` steps (fewer at an
-episode's end). The hand learns their negative log-likelihood; its deviation stays as configured unless `learn_std`,
-so the likelihood is a squared error weighted by 1 / (2 std^2), and PPO starts exploring with that deviation. The
-eyes learn where the named things were. A share of the episodes is held out; the weights that explain them best are
-the run's `best` checkpoint.
+First the eyes learn where the named things were and what was asked, then the hand learns what was done: it reads
+what the finished eyes say of the recorded pictures. Learning both at once cost a seventh of the successes: the hand
+learnt by heart what unfinished eyes said.
 
-With `grounding.scenes`, every update also teaches the eyes where words point to in simulated scenes that nobody
-demonstrated anything in, so that few demonstrations do not make the policy know their scenes by heart.
+To the hand every control step is a decision: from what was seen there, the labels of the next `policy.chunk` steps
+(fewer at an episode's end). It learns their negative log-likelihood; its deviation stays as configured unless
+`learn_std`, so the likelihood is a squared error weighted by 1 / (2 std^2), and PPO starts exploring with that
+deviation. A share of the episodes is held out; the hand that explains them best is the run's `best` checkpoint.
+
+With `grounding.scenes`, every update of the eyes also teaches them where words point to in simulated scenes that
+nobody demonstrated anything in, so that few demonstrations do not make the policy know their scenes by heart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from embodied.control_steps import Chunks, ControlSteps, Shuffled, disturb
 from embodied.datasets.lerobot import LeRobotDataset
@@ -31,6 +35,7 @@ from embodied.policies.augment import AugmentConfig
 from embodied.policies.vla import VLAConfig, VLAPolicy
 from embodied.policies.words import Words
 from envs.table.language import TRAINING_WORDS
+from experiment.checkpoint import Checkpoint
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from policy_core.bc import bc_loss
@@ -39,6 +44,21 @@ from policy_core.schedules import Schedule, scheduled, set_learning_rate
 
 LOG_EVERY = 50
 """Updates."""
+AT_ONCE = 256
+"""Pictures, where no gradient is asked for."""
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """How the eyes or the hand learn; updates may be 0. batch_size: control steps of an update."""
+
+    updates: int
+    batch_size: int
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        if self.updates < 0 or self.batch_size < 1:
+            raise ValueError("updates must not be negative, batch_size at least 1")
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,7 @@ class TrainVLABCConfig:
     episodes            use only the first so many; None = all
     held_out            share of the episodes kept for validation
     init                folder of a policy to start from; it brings its own `policy`, vocabulary and normalisers
+    eyes, hand          how each learns, one after the other, each on the schedule
     learn_std           fit the deviation too
     word_dropout        probability with which a word becomes the unknown one
     evaluate_every      updates between validations, each of which keeps a checkpoint
@@ -66,9 +87,8 @@ class TrainVLABCConfig:
     episodes: int | None = None
     held_out: float = 0.05
     init: str | None = None
-    updates: int = 5_000
-    batch_size: int = 128
-    learning_rate: float = 2e-3
+    eyes: PartConfig = field(default_factory=lambda: PartConfig(updates=5_000, batch_size=64, learning_rate=2e-3))
+    hand: PartConfig = field(default_factory=lambda: PartConfig(updates=2_000, batch_size=256, learning_rate=1e-3))
     schedule: Schedule = "cosine"
     warmup: float = 0.02
     learn_std: bool = False
@@ -78,8 +98,8 @@ class TrainVLABCConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1 or not 0 <= self.word_dropout < 1:
             raise ValueError("held_out and word_dropout must be in [0, 1)")
-        if min(self.updates, self.batch_size, self.evaluate_every) < 1:
-            raise ValueError("updates, batch_size and evaluate_every must be at least 1")
+        if self.eyes.updates + self.hand.updates < 1 or self.evaluate_every < 1:
+            raise ValueError("eyes.updates or hand.updates, and evaluate_every, must be at least 1")
 
 
 def read(config: TrainVLABCConfig) -> list[RecordedEpisode]:
@@ -109,78 +129,152 @@ def divide(
     return [episodes[i] for i in sorted(order[count:])], [episodes[i] for i in sorted(order[:count])]
 
 
-def loss_of(policy: VLAPolicy, chunks: Chunks) -> tuple[Tensor, dict[str, Tensor]]:
-    """The hand's and the eyes' loss, means over decisions; neither has a gradient for the other.
+@dataclass
+class Part:
+    """The eyes or the hand while they learn: their updates are those after the first `done` ones of the run.
 
-    Metrics: nll (nats per decision), percept_loss (squared, in the state's units).
+    loss    (update of this part, from 0) -> loss and metrics
     """
-    percept = policy.perceive(chunks.observations)
-    evaluation = policy.evaluate({**chunks.observations, "percept": percept}, chunks.actions)
-    imitation, metrics = bc_loss(
-        log_probs=evaluation.log_probs.unsqueeze(1),
-        mask=chunks.executed[:, :1],
-        factor_mask=chunks.executed.unsqueeze(1),
-    )
-    seeing = percept_loss(percept, chunks.observations["state"])
-    return imitation + seeing, {**metrics, "percept_loss": seeing.detach()}
+
+    config: PartConfig
+    done: int
+    parameters: list[Parameter]
+    loss: Callable[[int], tuple[Tensor, dict[str, Tensor]]]
+
+    def __post_init__(self) -> None:
+        # PPO's customary epsilon of 1e-5 is above most of these gradients: nothing would be found in the images.
+        self.optimizer = FlatAdam([self.parameters], learning_rate=self.config.learning_rate, epsilon=1e-8)
+
+    def step(self, update: int, schedule: Schedule, warmup: float) -> dict[str, Tensor | float]:
+        """One update of the run; returns the metrics."""
+        index = update - self.done - 1
+        progress = index / self.config.updates
+        rate = scheduled(self.config.learning_rate, schedule=schedule, progress=progress, warmup=warmup)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.zero_grad()
+        loss, metrics = self.loss(index)
+        loss.backward()
+        self.optimizer.step()
+        return {**metrics, "loss": loss.detach(), "learning_rate": rate}
 
 
 def train(config: TrainVLABCConfig, *, resume: Path | None = None) -> RunResult:
     """Clone, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
     episodes, held_out = divide(read(config), config)
+    if config.run.dry_run:
+        config = replace(config, eyes=replace(config.eyes, updates=1), hand=replace(config.hand, updates=1))
     with Run.start(config, recipe="embodied/vla_bc", resume=resume) as run:
-        policy, steps, validation = prepare(config, run, episodes, held_out)
+        policy, steps, validation = prepare(config, run.checkpoint, episodes, held_out)
         del episodes, held_out
         policy.log_std.requires_grad_(config.learn_std)
         scenes = ground(policy, config)
-        # PPO's customary epsilon of 1e-5 is above most of these gradients: nothing would be found in the images.
-        optimizer = FlatAdam(
-            [policy.actor_parameters(), policy.perception.parameters()],
-            learning_rate=config.learning_rate,
-            epsilon=1e-8,
-        )
         generator = torch.Generator().manual_seed(config.run.seed)
-        change = partial(disturb, config=config.augment, word_dropout=config.word_dropout, generator=generator)
-        shuffled = Shuffled(len(steps), config.batch_size, config.run.seed)
+        eyes = Part(
+            config.eyes,
+            0,
+            list(policy.perception.parameters()),
+            eyes_loss(policy, steps, scenes, config, generator),
+        )
+        hand = Part(
+            config.hand, config.eyes.updates, list(policy.actor_parameters()), hand_loss(policy, steps, config)
+        )
         first = 1
         if run.checkpoint is not None:
             first = run.checkpoint.step + 1
-            optimizer.load_state_dict(run.checkpoint.state["optimizer"])
+            for name, part in (("eyes", eyes), ("hand", hand)):
+                part.optimizer.load_state_dict(run.checkpoint.state[name])
             generator.set_state(run.checkpoint.state["generator"])
-        updates = 1 if config.run.dry_run else config.updates
+        updates = config.eyes.updates + config.hand.updates
         run.begin_loop(updates)
         for update in range(first, updates + 1):
-            progress = (update - 1) / updates
-            rate = scheduled(
-                config.learning_rate, schedule=config.schedule, progress=progress, warmup=config.warmup
-            )
-            set_learning_rate(optimizer, rate)
-            chunks = steps.chunks(shuffled.batch(update - 1), policy.config.chunk)
-            chunks = replace(chunks, observations=change(chunks.observations))
-            optimizer.zero_grad()
-            loss, metrics = loss_of(policy, chunks)
-            if scenes is not None:
-                grounding = scenes.loss(policy, scenes.batch(update - 1), change)
-                loss, metrics = loss + grounding, metrics | {"grounding_loss": grounding.detach()}
-            loss.backward()
-            optimizer.step()
-            last = update == updates
+            part = eyes if update <= hand.done else hand
+            metrics = part.step(update, config.schedule, config.warmup)
+            last = update in (hand.done, updates)  # of the part
             if last or update % LOG_EVERY == 0:
-                logged = {f"train/{name}": float(value) for name, value in metrics.items()}
-                logged |= {"train/loss": float(loss.detach()), "train/learning_rate": rate}
-                run.log({**logged, "samples": float(update * shuffled.size)}, global_step=update)
+                run.log({f"train/{name}": float(value) for name, value in metrics.items()}, global_step=update)
             if last or update % config.evaluate_every == 0:
-                metric = look(run, policy, validation, scenes, config, global_step=update)
-                state = {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-                run.save(state, global_step=update, folders={"policy": policy.save_pretrained}, metric=metric)
+                judged = look(run, policy, validation, scenes, global_step=update)
+                state = {
+                    "eyes": eyes.optimizer.state_dict(),
+                    "hand": hand.optimizer.state_dict(),
+                    "generator": generator.get_state(),
+                }
+                folders = {"policy": policy.save_pretrained}
+                run.save(state, global_step=update, folders=folders, metric=judged if part is hand else None)
         return run.finish()
 
 
+def eyes_loss(
+    policy: VLAPolicy,
+    steps: ControlSteps,
+    scenes: GroundingScenes | None,
+    config: TrainVLABCConfig,
+    generator: torch.Generator,
+) -> Callable[[int], tuple[Tensor, dict[str, Tensor]]]:
+    """The squared error of what the eyes say of recorded pictures, and of grounding's scenes.
+
+    Metrics: percept_loss and grounding_loss, in the state's units, squared.
+    """
+    shuffled = Shuffled(len(steps), config.eyes.batch_size, config.run.seed)
+    change = partial(disturb, config=config.augment, word_dropout=config.word_dropout, generator=generator)
+
+    def loss(update: int) -> tuple[Tensor, dict[str, Tensor]]:
+        seen = change(steps.chunks(shuffled.batch(update), 1).observations)
+        recorded = percept_loss(policy.perceive(seen), seen["state"])
+        metrics = {"percept_loss": recorded.detach()}
+        if scenes is None:
+            return recorded, metrics
+        grounding = scenes.loss(policy, scenes.batch(update), change)
+        return recorded + grounding, {**metrics, "grounding_loss": grounding.detach()}
+
+    return loss
+
+
+def hand_loss(
+    policy: VLAPolicy, steps: ControlSteps, config: TrainVLABCConfig
+) -> Callable[[int], tuple[Tensor, dict[str, Tensor]]]:
+    """What is imitated, read as the eyes see it when the hand begins. Metrics: nll (nats per decision)."""
+    shuffled = Shuffled(len(steps), config.hand.batch_size, config.run.seed)
+    blind = replace(steps, images={})
+    percepts: list[Tensor] = []  # one, when the eyes are finished
+
+    def loss(update: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if not percepts:
+            percepts.append(percepts_of(policy, steps))
+        rows = shuffled.batch(update)
+        return imitation(policy, blind.chunks(rows, policy.config.chunk), percepts[0][rows])
+
+    return loss
+
+
+def imitation(policy: VLAPolicy, chunks: Chunks, percepts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The hand's loss on decisions with these percepts [N, n]. Metrics: nll (nats per decision)."""
+    distribution = policy.distribution({**chunks.observations, "percept": percepts})
+    return bc_loss(
+        log_probs=distribution.log_prob(chunks.actions).sum(-1).unsqueeze(1),
+        mask=chunks.executed[:, :1],
+        factor_mask=chunks.executed.unsqueeze(1),
+    )
+
+
+@torch.no_grad()
+def percepts_of(policy: VLAPolicy, steps: ControlSteps) -> Tensor:
+    """[N, n] what the eyes say of every step."""
+    return torch.cat([policy.perceive(steps.chunks(rows, 1).observations) for rows in _in_order(steps)])
+
+
+def _in_order(steps: ControlSteps) -> Sequence[Tensor]:
+    return torch.arange(len(steps)).split(AT_ONCE)
+
+
 def prepare(
-    config: TrainVLABCConfig, run: Run, episodes: Sequence[RecordedEpisode], held_out: Sequence[RecordedEpisode]
+    config: TrainVLABCConfig,
+    checkpoint: Checkpoint | None,
+    episodes: Sequence[RecordedEpisode],
+    held_out: Sequence[RecordedEpisode],
 ) -> tuple[VLAPolicy, ControlSteps, ControlSteps | None]:
     """The policy (new, from `init` or from the checkpoint), the training and the validation steps."""
-    folder = config.init if run.checkpoint is None else run.checkpoint.folder / "policy"
+    folder = config.init if checkpoint is None else checkpoint.folder / "policy"
     start = None if folder is None else VLAPolicy.from_pretrained(folder)
     texts = [episode.instruction for episode in episodes] + [*TRAINING_WORDS] * bool(config.grounding.scenes)
     words = Words.of(texts) if start is None else start.words
@@ -210,15 +304,14 @@ def look(
     policy: VLAPolicy,
     validation: ControlSteps | None,
     scenes: GroundingScenes | None,
-    config: TrainVLABCConfig,
     *,
     global_step: int,
 ) -> float:
-    """Log the loss on held-out episodes and what is found in held-out scenes; returns what `best` is chosen by
-    (higher is better)."""
+    """Log the losses on held-out episodes and what is found in held-out scenes; returns what the hand's `best` is
+    chosen by (higher is better)."""
     logged: dict[str, float] = {}
     if validation is not None:
-        logged |= validate(policy, validation, config.batch_size)
+        logged |= validate(policy, validation)
     if scenes is not None:
         logged |= {f"eval/{name}": value for name, value in scenes.judge(policy).items()}
     if logged:
@@ -227,10 +320,13 @@ def look(
 
 
 @torch.no_grad()
-def validate(policy: VLAPolicy, steps: ControlSteps, batch_size: int) -> dict[str, float]:
+def validate(policy: VLAPolicy, steps: ControlSteps) -> dict[str, float]:
     """Means over all steps. eval/percept_error: root mean square, in the state's units (0.1 m at the table)."""
-    totals = {"nll": 0.0, "percept_loss": 0.0}
-    for rows in torch.arange(len(steps)).split(batch_size):
-        for name, value in loss_of(policy, steps.chunks(rows, policy.config.chunk))[1].items():
-            totals[name] += float(value) * len(rows) / len(steps)
-    return {"eval/nll": totals["nll"], "eval/percept_error": totals["percept_loss"] ** 0.5}
+    percepts = percepts_of(policy, steps)
+    blind = replace(steps, images={})
+    nll = sum(
+        float(imitation(policy, blind.chunks(rows, policy.config.chunk), percepts[rows])[0]) * len(rows)
+        for rows in _in_order(steps)
+    )
+    error = float(percept_loss(percepts, steps.state)) ** 0.5
+    return {"eval/nll": nll / len(steps), "eval/percept_error": error}

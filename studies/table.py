@@ -25,13 +25,13 @@ from experiment.run import RunResult
 from studies.cells import RUNS, Figures, main
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "embodied"
-DEMONSTRATIONS = 200
+DEMONSTRATIONS = 100
 CELLS = ["clone-0", "ppo-0", "clone-1", "ppo-1", "no-image", "no-words", "more", "longer"]
 SUITES: tuple[Suite, ...] = ("normal", "held_out", "synonyms", "swapped")
 OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "no-image": ("policy.ablate=image",),
     "no-words": ("policy.ablate=words",),
-    "longer": ("updates=30000",),
+    "longer": ("eyes.updates=30000",),
 }
 """What makes the other clones."""
 

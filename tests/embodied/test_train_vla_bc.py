@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from embodied import train_vla_bc
+from embodied.control_steps import Shuffled
 from embodied.datasets.lerobot_layout import ACTION, CAMERA, PROPRIO, STATE, demonstration_features, outcome
 from embodied.datasets.lerobot_writer import LeRobotWriter
 from embodied.policies.augment import AugmentConfig
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
-from embodied.train_vla_bc import TrainVLABCConfig
+from embodied.train_vla_bc import PartConfig, TrainVLABCConfig
 from experiment.errors import UserError
 from experiment.run import RunConfig
 
@@ -81,8 +83,8 @@ def config(tmp_path: Path, squares: Path) -> TrainVLABCConfig:
         augment=AugmentConfig(shift=0),
         dataset=str(squares),
         held_out=0.1,
-        updates=6,
-        batch_size=32,
+        eyes=PartConfig(updates=4, batch_size=32, learning_rate=2e-3),
+        hand=PartConfig(updates=5, batch_size=32, learning_rate=2e-3),
         evaluate_every=3,
     )
 
@@ -92,15 +94,17 @@ def elsewhere(config: TrainVLABCConfig, folder: Path, **changes: Any) -> TrainVL
 
 
 def test_it_learns_to_go_where_the_words_say(config: TrainVLABCConfig, rows_of: Rows) -> None:
-    config = replace(config, updates=300, evaluate_every=150, learning_rate=3e-3, batch_size=64)
+    part = PartConfig(updates=300, batch_size=64, learning_rate=3e-3)
+    config = replace(config, eyes=part, hand=part, evaluate_every=200)
     result = train_vla_bc.train(config)
     rows = rows_of(result.folder)
     held_out = [row for row in rows if "eval/nll" in row]
-    assert [row["global_step"] for row in held_out] == [150, 300]
+    assert [row["global_step"] for row in held_out] == [200, 300, 400, 600]  # the eyes are finished at 300
+    assert held_out[1]["eval/percept_error"] == held_out[-1]["eval/percept_error"]
+    assert held_out[0]["eval/nll"] > held_out[1]["eval/nll"] - 0.1 > held_out[-1]["eval/nll"]
     perfect = 2 * (-1.5 + 0.5 * math.log(2 * math.pi))  # two dimensions hit exactly, at log std -1.5
     assert perfect < held_out[-1]["eval/nll"] < perfect + 0.1
     assert held_out[-1]["eval/percept_error"] < 0.1
-    assert rows[-2]["samples"] == 300 * 64
     policy = VLAPolicy.from_pretrained(result.folder / "checkpoints" / "best" / "policy")
     image, places = scene(np.random.default_rng(77))
     for name in COLOURS:  # the same picture: only the words differ
@@ -110,19 +114,20 @@ def test_it_learns_to_go_where_the_words_say(config: TrainVLABCConfig, rows_of: 
         torch.testing.assert_close(action, torch.from_numpy(places[name]), rtol=0, atol=0.2)
 
 
+@pytest.mark.parametrize("step", [4, 9])
 def test_resumed_to_the_bit(
-    config: TrainVLABCConfig, tmp_path: Path, rows_of: Rows, interrupt_at: Callable[..., None]
+    config: TrainVLABCConfig, tmp_path: Path, rows_of: Rows, interrupt_at: Callable[..., None], step: int
 ) -> None:
     config = replace(config, augment=AugmentConfig(), word_dropout=0.2, learn_std=True)
     whole = train_vla_bc.train(elsewhere(config, tmp_path / "whole")).folder
     broken = elsewhere(config, tmp_path / "broken")
-    interrupt_at(6, train_vla_bc.train, broken)
+    interrupt_at(step, train_vla_bc.train, broken)  # among the eyes' updates, or the hand's
     train_vla_bc.train(broken, resume=tmp_path / "broken")
     for file in ("policy/policy.safetensors", "state.safetensors"):
         expected, found = (folder / "checkpoints/last" / file for folder in (whole, tmp_path / "broken"))
         assert found.read_bytes() == expected.read_bytes()
     assert rows_of(tmp_path / "broken") == rows_of(whole)
-    assert [row["global_step"] for row in rows_of(whole)] == [3, 6, 6]
+    assert [row["global_step"] for row in rows_of(whole)] == [3, 4, 4, 6, 9, 9]
 
 
 def test_the_deviation_stays_unless_it_is_to_be_learnt(config: TrainVLABCConfig) -> None:
@@ -135,15 +140,50 @@ def test_the_deviation_stays_unless_it_is_to_be_learnt(config: TrainVLABCConfig)
 
 def test_it_goes_on_from_a_policy(config: TrainVLABCConfig, tmp_path: Path) -> None:
     first = train_vla_bc.train(config).folder / "checkpoints" / "last" / "policy"
-    again = elsewhere(config, tmp_path / "again", init=str(first), learning_rate=0.0, policy=VLAConfig())
+    still = PartConfig(updates=2, batch_size=32, learning_rate=0.0)
+    again = elsewhere(config, tmp_path / "again", init=str(first), eyes=still, hand=still, policy=VLAConfig())
     second = train_vla_bc.train(again).folder / "checkpoints" / "last" / "policy"
     assert (first / "policy.json").read_text() == (second / "policy.json").read_text()
     assert (first / "policy.safetensors").read_bytes() == (second / "policy.safetensors").read_bytes()
 
 
-def test_dry_run_does_one_update(config: TrainVLABCConfig) -> None:
+def test_dry_run_does_one_update_of_each(config: TrainVLABCConfig) -> None:
     result = train_vla_bc.train(replace(config, run=replace(config.run, dry_run=True)))
-    assert result.metrics["global_step"] == 1
+    assert result.metrics["global_step"] == 2
+
+
+def test_the_eyes_learn_first_and_then_the_hand_alone(config: TrainVLABCConfig, tmp_path: Path) -> None:
+    def parts(folder: Path) -> dict[str, list[Tensor]]:
+        policy = VLAPolicy.from_pretrained(folder / "checkpoints" / "last" / "policy")
+        return {"eyes": list(policy.perception.parameters()), "hand": list(policy.actor.parameters())}
+
+    none = replace(config.hand, updates=0)
+    eyes = parts(train_vla_bc.train(elsewhere(config, tmp_path / "eyes", hand=none)).folder)
+    both = parts(train_vla_bc.train(config).folder)
+    longer = replace(config.hand, updates=8)
+    more = parts(train_vla_bc.train(elsewhere(config, tmp_path / "more", hand=longer)).folder)
+    for name, same in (("eyes", True), ("hand", False)):
+        for first, second, third in zip(eyes[name], both[name], more[name], strict=True):
+            assert torch.equal(first, second) == torch.equal(second, third) == same
+
+
+def test_the_hand_reads_what_the_eyes_say_of_the_plain_pictures(config: TrainVLABCConfig) -> None:
+    policy, steps, _ = train_vla_bc.prepare(config, None, train_vla_bc.read(config), [])
+    loss, metrics = train_vla_bc.hand_loss(policy, steps, config)(0)
+    rows = Shuffled(len(steps), 32, config.run.seed).batch(0)
+    chunks = steps.chunks(rows, 1)
+    log_probs = policy.distribution(chunks.observations).log_prob(chunks.actions)  # it looks itself
+    torch.testing.assert_close(loss, -log_probs.sum((1, 2)).mean())
+    assert metrics.keys() == {"nll"}
+    loss.backward()
+    assert all(parameter.grad is None for parameter in policy.perception.parameters())
+
+
+def test_best_is_chosen_among_the_hands(config: TrainVLABCConfig, tmp_path: Path) -> None:
+    eyes_only = elsewhere(config, tmp_path / "eyes", hand=replace(config.hand, updates=0))
+    assert not (train_vla_bc.train(eyes_only).folder / "checkpoints" / "best").exists()
+    best = (train_vla_bc.train(config).folder / "checkpoints" / "best").resolve()
+    assert int(best.name) > config.eyes.updates
 
 
 def test_failures_are_left_out_and_episodes_held_out_whole(config: TrainVLABCConfig, tmp_path: Path) -> None:
@@ -190,7 +230,12 @@ def test_a_policy_for_other_data_is_refused(config: TrainVLABCConfig, tmp_path: 
         train_vla_bc.train(replace(config, init=str(tmp_path / "policy")))
 
 
-@pytest.mark.parametrize("wrong", [{"held_out": 1.0}, {"word_dropout": -0.1}, {"updates": 0}])
+@pytest.mark.parametrize("wrong", [{"held_out": 1.0}, {"word_dropout": -0.1}, {"evaluate_every": 0}])
 def test_impossible_numbers_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         TrainVLABCConfig(**wrong)
+    with pytest.raises(ValueError, match="must not be negative"):
+        PartConfig(updates=-1, batch_size=1, learning_rate=1.0)
+    nothing = PartConfig(updates=0, batch_size=1, learning_rate=1.0)
+    with pytest.raises(ValueError, match=r"eyes\.updates or hand\.updates"):
+        TrainVLABCConfig(eyes=nothing, hand=nothing)
