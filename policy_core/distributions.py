@@ -56,12 +56,18 @@ class TanhGaussian:
         return torch.tanh(DiagonalGaussian(self.mean, self.log_std).sample(generator))
 
     def rsample_with_log_prob(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Reparameterised actions [..., F] and their log-probs [..., F], computed before the squashing: stable
-        where tanh saturates, and without inverting it."""
-        normal = DiagonalGaussian(self.mean, self.log_std)
+        """Reparameterised actions [..., F] and their log-probs [..., F]."""
         noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        raw = self.mean + noise * self.log_std.exp()
-        return torch.tanh(raw), normal.log_prob(raw) - log_tanh_slope(raw)
+        return self.from_noise(noise)
+
+    def from_noise(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions and log-probs for standard normal noise [..., F], any number in front of the mean's dimensions.
+
+        The log-probs are computed before the squashing: stable where tanh saturates, and without inverting it.
+        """
+        raw = torch.addcmul(self.mean, noise, self.log_std.exp())
+        log_probs = torch.addcmul(-(self.log_std + HALF_LOG_TWO_PI), noise, noise, value=-0.5)
+        return torch.tanh(raw), log_probs - log_tanh_slope(raw)
 
     def mode(self) -> Tensor:
         """tanh of the mean, [..., F]: the median; the density's peak differs where the scale is large."""

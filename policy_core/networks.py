@@ -45,6 +45,12 @@ class StackedMLP(nn.Module):
             hidden = self.activation(torch.baddbmm(bias, hidden, weight))
         return hidden.unbind(0)
 
+    def member(self, index: int, inputs: Tensor) -> Tensor:
+        """One network alone, [N, sizes[0]] -> [N, sizes[-1]]."""
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            inputs = self.activation(torch.addmm(bias[index], inputs, weight[index]))
+        return inputs
+
     def _tanh_by_sigmoid(self, hidden: Tensor) -> Tensor:
         """The same tanh layers through tanh(z) = 2 sigmoid(2z) - 1, equal to 1e-6.
 

@@ -41,3 +41,31 @@ class Policy(Protocol):
     def critic_parameters(self) -> Iterator[Parameter]:
         """Those that only the value depends on: the ones a critic warm-up trains. Empty without a critic."""
         ...
+
+
+class Distribution(Protocol):
+    """Of actions; see policy_core.distributions."""
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """[..., A] -> nats [..., F]."""
+        ...
+
+    def mode(self) -> Tensor:
+        """[..., A]."""
+        ...
+
+
+class Actor(Protocol):
+    """What offline and off-policy learning ask of a policy, in the units of their data."""
+
+    def distribution_of(self, observations: Any) -> Any:
+        """Observations [N, ...] -> a `Distribution` of actions; CQL and SAC need one that reparameterises."""
+        ...
+
+    def values_of(self, observations: Any) -> Tensor:
+        """Observations [N, ...] -> state values [N]."""
+        ...
+
+    def actor_parameters(self) -> Iterator[Parameter]:
+        """Those that the distribution depends on."""
+        ...

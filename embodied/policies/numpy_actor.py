@@ -21,14 +21,30 @@ OBSERVATION_LIMIT = 10.0
 """Normalised observations are clipped to +-this, here and in the torch policy."""
 
 
+Head = Literal["gaussian", "bounded", "squashed"]
+
+LOG_STD_BOUNDS = (-20.0, 2.0)
+"""Of a deviation that depends on the state: SAC's customary ones."""
+
+
 @dataclass(frozen=True)
 class StatePolicyConfig:
-    """hidden: widths of both MLPs; log_std: initial log standard deviation of the actions (Gaussian head)."""
+    """hidden      widths of both MLPs
+    log_std     initial log standard deviation of the actions, where it is a parameter
+    head        of continuous actions: "gaussian", normal about a linear mean (PPO's custom); "bounded", normal
+                about the tanh of it (IQL's, TD3's); "squashed", the tanh of a normal whose deviation depends on the
+                state (SAC's, CQL's). The last two reach from bound to bound of the environment's actions
+    """
 
     hidden: tuple[int, ...] = (64, 64)
     activation: Literal["tanh", "relu"] = "tanh"
     log_std: float = 0.0
+    head: Head = "gaussian"
     normalize_observations: bool = True
+
+    def outputs(self, spaces: Spaces) -> int:
+        """Width of the actor's last layer."""
+        return spaces.action_size * (2 if self.head == "squashed" and not spaces.discrete else 1)
 
 
 @dataclass(frozen=True)
@@ -41,10 +57,11 @@ class Spaces:
 
 
 def layout(spaces: Spaces, config: StatePolicyConfig) -> list[tuple[int, ...]]:
-    """Shapes within the flat weights: (weight [in, out], bias [out]) a layer, log_std, then scale and offset."""
-    sizes = (spaces.observation_size, *config.hidden, spaces.action_size)
+    """Shapes within the flat weights: (weight [in, out], bias [out]) a layer, log_std, the action's reach and
+    centre, the observation's scale and offset."""
+    sizes = (spaces.observation_size, *config.hidden, config.outputs(spaces))
     layers: list[tuple[int, ...]] = [shape for i, o in pairwise(sizes) for shape in ((i, o), (o,))]
-    return [*layers, (spaces.action_size,), (spaces.observation_size,), (spaces.observation_size,)]
+    return [*layers, *[(spaces.action_size,)] * 3, *[(spaces.observation_size,)] * 2]
 
 
 def split(weights: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
@@ -65,12 +82,12 @@ class NumpyActor:
 
     def load(self, weights: Array) -> None:
         """Take a copy of exported weights [size]."""
-        *layers, log_std, self._scale, self._offset = split(weights.copy(), self._shapes)
+        *layers, log_std, self._reach, self._centre, self._scale, self._offset = split(weights.copy(), self._shapes)
         self._layers = list(zip(layers[::2], layers[1::2], strict=True))
         self._std = np.exp(log_std)
 
     def outputs(self, observations: Array) -> Array:
-        """[N, D] raw -> means [N, A] or logits [N, K]."""
+        """[N, D] raw -> means [N, A], means and log deviations [N, 2A] (head "squashed"), or logits [N, K]."""
         hidden = observations * self._scale
         hidden += self._offset
         np.minimum(hidden, OBSERVATION_LIMIT, out=hidden)  # a third of np.clip's time on a few rows
@@ -95,9 +112,23 @@ class NumpyActor:
         outputs = self.outputs(observations)
         if self.spaces.discrete:
             return (outputs if noise is None else outputs + noise).argmax(-1)
-        if noise is not None:
-            outputs += noise * self._std
-        return outputs
+        if self.config.head == "gaussian":
+            if noise is not None:
+                outputs += noise * self._std
+            return outputs
+        return self._bounded(outputs, noise)
+
+    def _bounded(self, outputs: Array, noise: Array | None) -> Array:
+        """Actions of a head that reaches from bound to bound."""
+        if self.config.head == "bounded":
+            actions = np.tanh(outputs)
+            if noise is not None:
+                actions += noise * self._std
+        else:
+            means, log_stds = np.split(outputs, 2, axis=-1)
+            raw = means if noise is None else means + noise * np.exp(np.clip(log_stds, *LOG_STD_BOUNDS))
+            actions = np.tanh(raw)
+        return np.asarray(actions * self._reach + self._centre, np.float32)
 
     def noise(self, generator: np.random.Generator, steps: int) -> Array:
         """Noise for `steps` actions of one environment, [steps, A]."""

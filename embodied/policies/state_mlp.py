@@ -14,55 +14,120 @@ from torch.nn import Parameter
 from embodied.normalization import ObservationNormalizer
 from embodied.policies import numpy_actor
 from embodied.policies.folder import read_description, read_weights, reading_policy, write_policy
-from embodied.policies.numpy_actor import Array, Spaces, StatePolicyConfig
-from policy_core.distributions import Categorical, DiagonalGaussian
+from embodied.policies.numpy_actor import LOG_STD_BOUNDS, Array, Spaces, StatePolicyConfig
+from policy_core.distributions import Categorical, DiagonalGaussian, TanhGaussian
 from policy_core.networks import StackedMLP, head
 from policy_core.policy import Evaluation
 
+Distribution = DiagonalGaussian | TanhGaussian | Categorical
+
 
 class StatePolicy(nn.Module):
-    """Observations [..., D] -> actions [..., A] (or [...] int if discrete) and values [...]."""
+    """Observations [..., D] -> actions [..., A] (or [...] int if discrete) and values [...].
+
+    Its heads work in *learner's units*: normalised observations, and actions of which +-1 are the environment's
+    bounds. `forward`, `evaluate` and `values` take raw ones; `distribution_of` and `values_of` the learner's, in
+    which offline learning keeps its data.
+    """
 
     def __init__(self, spaces: Spaces, config: StatePolicyConfig) -> None:
         super().__init__()
         self.spaces, self.config = spaces, config
         self.trunks = StackedMLP(2, (spaces.observation_size, *config.hidden), activation=config.activation)
-        self.actor = head(config.hidden[-1], spaces.action_size, gain=0.01)
+        self.actor = head(config.hidden[-1], config.outputs(spaces), gain=0.01)
         self.critic = head(config.hidden[-1], 1, gain=1.0)
-        if not spaces.discrete:
+        if not spaces.discrete and config.head != "squashed":
             self.log_std = Parameter(torch.full((spaces.action_size,), config.log_std))
         self.normalizer = ObservationNormalizer(spaces.observation_size)
+        saved = config.head != "gaussian"
+        self.register_buffer("action_reach", torch.ones(spaces.action_size), persistent=saved)
+        self.register_buffer("action_centre", torch.zeros(spaces.action_size), persistent=saved)
+
+    action_reach: Tensor
+    action_centre: Tensor
+
+    def set_action_bounds(self, low: Tensor, high: Tensor) -> None:
+        """The environment's bounds [A], for a head that reaches from one to the other.
+
+        Raises ValueError where such a head meets an action without bounds.
+        """
+        if self.config.head == "gaussian" or self.spaces.discrete:
+            return
+        if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise ValueError(f"policy.head {self.config.head!r} needs actions with bounds; take 'gaussian'")
+        self.action_reach.copy_((high - low) / 2)
+        self.action_centre.copy_((high + low) / 2)
 
     def critic_parameters(self) -> Iterator[Parameter]:
         """Those of the critic; the actor's trunk is stacked with its trunk, but gets no gradient from a value."""
         yield from self.trunks.parameters()
         yield from self.critic.parameters()
 
-    def forward(self, observations: Tensor) -> tuple[DiagonalGaussian | Categorical, Tensor]:
-        """Raw observations [..., D] -> distribution of actions [...] and values [...]."""
+    def actor_parameters(self) -> Iterator[Parameter]:
+        """Those of the actor, and the trunks, of which the value's half gets no gradient from actions."""
+        yield from self.trunks.parameters()
+        yield from self.actor.parameters()
+        if hasattr(self, "log_std"):
+            yield self.log_std
+
+    def forward(self, observations: Tensor) -> tuple[Distribution, Tensor]:
+        """Raw observations [..., D] -> distribution of actions [...] in learner's units, and values [...]."""
         leading = observations.shape[:-1]
         actor_features, critic_features = self.trunks(self.normalizer(observations).flatten(0, -2))
-        outputs = F.linear(actor_features, self.actor.weight, self.actor.bias).view(*leading, -1)
         values = F.linear(critic_features, self.critic.weight, self.critic.bias).view(leading)
-        return (Categorical(outputs) if self.spaces.discrete else DiagonalGaussian(outputs, self.log_std)), values
+        return self._act(actor_features, leading), values
+
+    def distribution_of(self, features: Tensor) -> Distribution:
+        """Normalised observations [..., D] -> distribution of actions [...] in learner's units; the actor alone."""
+        hidden = self.trunks.member(0, features.flatten(0, -2))
+        return self._act(hidden, features.shape[:-1])
+
+    def values_of(self, features: Tensor) -> Tensor:
+        """Normalised observations [..., D] -> values [...]; the critic alone."""
+        hidden = self.trunks.member(1, features.flatten(0, -2))
+        return F.linear(hidden, self.critic.weight, self.critic.bias).view(features.shape[:-1])
+
+    def _act(self, hidden: Tensor, leading: torch.Size) -> Distribution:
+        outputs = F.linear(hidden, self.actor.weight, self.actor.bias).view(*leading, -1)
+        if self.spaces.discrete:
+            return Categorical(outputs)
+        if self.config.head == "gaussian":
+            return DiagonalGaussian(outputs, self.log_std)
+        if self.config.head == "bounded":
+            return DiagonalGaussian(torch.tanh(outputs), self.log_std)
+        mean, log_std = outputs.chunk(2, -1)
+        return TanhGaussian(mean, log_std.clamp(*LOG_STD_BOUNDS))
 
     def evaluate(self, observations: Tensor, actions: Tensor) -> Evaluation:
         """observations [B, T, D], actions [B, T, A] ([B, T] if discrete); log-probs [B, T, A] ([B, T])."""
         distribution, values = self(observations)
-        return Evaluation(distribution.log_prob(actions), distribution.entropy(), values)
+        return Evaluation(distribution.log_prob(self.to_learner(actions)), distribution.entropy(), values)
+
+    def to_learner(self, actions: Tensor) -> Tensor:
+        """The environment's actions [..., A] in learner's units."""
+        if self.config.head == "gaussian" or self.spaces.discrete:
+            return actions
+        return (actions - self.action_centre) / self.action_reach
+
+    def to_environment(self, actions: Tensor) -> Tensor:
+        """Learner's actions [..., A] in the environment's units."""
+        if self.config.head == "gaussian" or self.spaces.discrete:
+            return actions
+        return actions * self.action_reach + self.action_centre
 
     @torch.no_grad()
     def values(self, observations: Tensor) -> Tensor:
-        """[..., D] -> [...]."""
+        """Raw observations [..., D] -> [...]."""
         return self(observations)[1]
 
     @torch.no_grad()
     def export_actor(self, weights: Array) -> None:
         """Write the actor into `weights`, the flat vector of a `NumpyActor`."""
-        log_std = torch.zeros(self.spaces.action_size) if self.spaces.discrete else self.log_std
+        log_std = self.log_std if hasattr(self, "log_std") else torch.zeros(self.spaces.action_size)
         hidden = [tensor for i in range(len(self.config.hidden)) for tensor in self.trunks.layer(i, 0)]
         output = [self.actor.weight.t(), self.actor.bias]
-        tensors = [*hidden, *output, log_std, self.normalizer.scale, self.normalizer.offset]
+        reach = [self.action_reach, self.action_centre]
+        tensors = [*hidden, *output, log_std, *reach, self.normalizer.scale, self.normalizer.offset]
         sizes = numpy_actor.layout(self.spaces, self.config)
         for array, tensor in zip(numpy_actor.split(weights, sizes), tensors, strict=True):
             array[:] = tensor.numpy()

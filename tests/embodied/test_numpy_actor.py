@@ -88,13 +88,13 @@ def test_gaussian_noise_is_standard_normal() -> None:
 
 def test_layout_and_size_by_hand() -> None:
     spaces, config = Spaces(3, 2), StatePolicyConfig(hidden=(4, 5))
-    shapes = [(3, 4), (4,), (4, 5), (5,), (5, 2), (2,), (2,), (3,), (3,)]
+    shapes = [(3, 4), (4,), (4, 5), (5,), (5, 2), (2,), (2,), (2,), (2,), (3,), (3,)]
     assert layout(spaces, config) == shapes
-    assert NumpyActor(spaces, config).size == 12 + 4 + 20 + 5 + 10 + 2 + 2 + 3 + 3
-    pieces = split(np.arange(61, dtype=np.float32), shapes)
+    assert NumpyActor(spaces, config).size == 12 + 4 + 20 + 5 + 10 + 2 + 2 + 2 + 2 + 3 + 3
+    pieces = split(np.arange(65, dtype=np.float32), shapes)
     assert [piece.shape for piece in pieces] == shapes
     assert pieces[1].tolist() == [12.0, 13.0, 14.0, 15.0]
-    assert pieces[-1].tolist() == [58.0, 59.0, 60.0]
+    assert pieces[-1].tolist() == [62.0, 63.0, 64.0]
 
 
 def test_loaded_weights_are_a_copy(make_policy: Callable[..., StatePolicy]) -> None:

@@ -234,8 +234,8 @@ def test_export_fills_exactly_its_part(make_policy: Make) -> None:
     policy = make_policy(Spaces(2, 1), hidden=(3,))
     weights = np.full(40, 9.0, np.float32)
     policy.export_actor(weights)
-    used = 2 * 3 + 3 + 3 * 1 + 1 + 1 + 2 + 2
+    used = 2 * 3 + 3 + 3 * 1 + 1 + 1 + 1 + 1 + 2 + 2
     assert bool((weights[used:] == 9.0).all())
-    assert weights[used - 5] == policy.log_std.item()
+    assert weights[used - 7] == policy.log_std.item()
     np.testing.assert_array_equal(weights[used - 4 : used - 2], policy.normalizer.scale.numpy())
     np.testing.assert_array_equal(weights[:6].reshape(2, 3), policy.trunks.layer(0, 0)[0].detach().numpy())

@@ -1,0 +1,149 @@
+"""Implicit Q-learning (Kostrikov 2021, 2110.06169): learn from logged decisions without asking for others.
+
+A value by expectile regression on the critics' minimum, critics by the value at the next observation, a policy by
+weighted likelihood. The losses serve steps, chunks and tokens: [N] is any number of decisions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from policy_core.critics import ActorCritic, Metrics, bootstrap, of_decisions, polyak_, td_loss
+from policy_core.masking import masked_mean
+from policy_core.rollout import Transitions
+
+
+@dataclass(frozen=True)
+class IQLConfig:
+    """expectile             tau of eq. 5: 0.5 is the mean, towards 1 the best that was done
+    inverse_temperature   beta of eq. 7: 0 is cloning
+    max_weight            bound of exp(beta * advantage)
+    target_rate           share of the critics that their slow copy takes over an update
+    """
+
+    expectile: float = 0.7
+    inverse_temperature: float = 3.0
+    max_weight: float = 100.0
+    target_rate: float = 0.005
+
+    def __post_init__(self) -> None:
+        if not 0 < self.expectile < 1:
+            raise ValueError(f"expectile must be in (0, 1), got {self.expectile}")
+        if self.inverse_temperature < 0 or self.max_weight <= 0:
+            raise ValueError("inverse_temperature must not be negative, max_weight must be positive")
+        if not 0 < self.target_rate <= 1:
+            raise ValueError(f"target_rate must be in (0, 1], got {self.target_rate}")
+
+
+def expectile_loss(*, values: Tensor, targets: Tensor, mask: Tensor, expectile: float) -> Tensor:
+    """Mean of |expectile - 1(u < 0)| u^2 with u = targets - values (eq. 5); all [N] -> [].
+
+    No gradient flows into the targets.
+    """
+    error = targets.detach() - values
+    weight = torch.where(error < 0, 1.0 - expectile, expectile)
+    return masked_mean(weight * error.square(), mask)
+
+
+def advantage_weights(*, advantages: Tensor, inverse_temperature: float, max_weight: float) -> Tensor:
+    """min(exp(beta * advantage), max_weight), without gradient (eq. 7); equal shapes in and out."""
+    return (advantages.detach() * inverse_temperature).exp().clamp(max=max_weight)
+
+
+def weighted_likelihood_loss(*, log_probs: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """Negative mean of weight * log-probability over counted decisions; all [N] -> []."""
+    return -masked_mean(weights.detach() * log_probs, mask)
+
+
+def critic_loss(
+    *,
+    values: Tensor,
+    next_values: Tensor,
+    q_values: Tensor,
+    slow_q_values: Tensor,
+    batch: Transitions,
+    expectile: float,
+) -> tuple[Tensor, Metrics]:
+    """Value by expectile regression plus critics by the value at the next observation (eq. 5 and 6).
+
+    values, next_values [N]; q_values [M, N] of the critics, slow_q_values [M, N] of their slow copy.
+    Metrics: value_loss, critic_loss, values, q_values.
+    """
+    targets = bootstrap(batch, next_values)
+    value_loss = expectile_loss(values=values, targets=slow_q_values.amin(0), mask=batch.mask, expectile=expectile)
+    q_loss = td_loss(q_values=q_values, targets=targets, mask=batch.mask)
+    metrics = {
+        "value_loss": value_loss.detach(),
+        "critic_loss": q_loss.detach(),
+        "values": masked_mean(values.detach(), batch.mask),
+        "q_values": masked_mean(q_values.detach().mean(0), batch.mask),
+    }
+    return value_loss + q_loss, metrics
+
+
+def policy_loss(
+    *, log_probs: Tensor, values: Tensor, slow_q_values: Tensor, mask: Tensor, config: IQLConfig
+) -> tuple[Tensor, Metrics]:
+    """Likelihood of what was done, weighted by its advantage (eq. 7).
+
+    log_probs [N] nats; values [N]; slow_q_values [M, N]. Metrics: policy_loss, advantage_weight.
+    """
+    weights = advantage_weights(
+        advantages=slow_q_values.amin(0) - values,
+        inverse_temperature=config.inverse_temperature,
+        max_weight=config.max_weight,
+    )
+    loss = weighted_likelihood_loss(log_probs=log_probs, weights=weights, mask=mask)
+    return loss, {"policy_loss": loss.detach(), "advantage_weight": masked_mean(weights, mask)}
+
+
+def update(
+    networks: ActorCritic,
+    optimizer: torch.optim.Optimizer,
+    batch: Transitions,
+    config: IQLConfig,
+    *,
+    policy_optimizer: torch.optim.Optimizer | None = None,
+) -> Metrics:
+    """One step of everything, in place.
+
+    With one optimizer all losses are taken at the weights before the update and share a backward pass. With one of
+    its own for the policy (`optimizer` then holds critics and value), the policy is weighted by the value after the
+    value's step: d3rlpy's order, a sixth slower.
+    """
+    policy, critic = networks.policy, networks.critic
+    with torch.no_grad():
+        slow = networks.target(batch.observations, batch.actions)
+        following = policy.values_of(batch.next_observations)
+    values = policy.values_of(batch.observations)
+    loss, metrics = critic_loss(
+        values=values,
+        next_values=following,
+        q_values=critic(batch.observations, batch.actions),
+        slow_q_values=slow,
+        batch=batch,
+        expectile=config.expectile,
+    )
+    if policy_optimizer is not None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        policy_optimizer.zero_grad()
+        with torch.no_grad():
+            values = policy.values_of(batch.observations)
+    log_probs = of_decisions(policy.distribution_of(batch.observations).log_prob(batch.actions), batch)
+    imitation, of_policy = policy_loss(
+        log_probs=log_probs, values=values, slow_q_values=slow, mask=batch.mask, config=config
+    )
+    if policy_optimizer is not None:
+        imitation.backward()
+        policy_optimizer.step()
+    else:
+        optimizer.zero_grad()
+        (loss + imitation).backward()
+        optimizer.step()
+    polyak_(networks.target, critic, rate=config.target_rate)
+    return metrics | of_policy
