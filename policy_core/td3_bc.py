@@ -21,7 +21,8 @@ from policy_core.rollout import Transitions
 
 @dataclass(frozen=True)
 class TD3BCConfig:
-    """alpha            weight of the critic against the distance to the data (eq. 5); ReBRAC: 1 / its actor beta
+    """alpha            weight of the normalised critic (eq. 5); ReBRAC: 1
+    imitation        weight of the squared distance to the data; ReBRAC's actor beta
     critic_penalty   ReBRAC's critic beta: what the target loses for the squared distance to the next action done
     policy_delay     critic updates for each of the policy
     target_noise     deviation of the noise on the target's action, clipped to +-noise_clip
@@ -30,6 +31,7 @@ class TD3BCConfig:
     """
 
     alpha: float = 2.5
+    imitation: float = 1.0
     critic_penalty: float = 0.0
     policy_delay: int = 2
     target_noise: float = 0.2
@@ -61,16 +63,16 @@ class TD3Networks(ActorCritic):
 def policy_loss(
     *, actions: Tensor, q_values: Tensor, data_actions: Tensor, mask: Tensor, config: TD3BCConfig
 ) -> tuple[Tensor, Metrics]:
-    """-alpha / mean|Q| * mean(Q) + squared distance to the data's actions (eq. 3 to 5).
+    """-alpha / mean|Q| * mean(Q) + imitation * squared distance to the data's actions (eq. 3 to 5).
 
     actions, data_actions [N, A]; q_values [N]. Metrics: policy_loss, imitation_loss.
     """
     scale = config.alpha / masked_mean(q_values.detach().abs(), mask)
     squares = (data_actions - actions).square()
     distance = squares.mean(-1) if config.distance == "mean" else squares.sum(-1)
-    imitation = masked_mean(distance, mask)
-    loss = imitation - scale * masked_mean(q_values, mask)
-    return loss, {"policy_loss": loss.detach(), "imitation_loss": imitation.detach()}
+    away = masked_mean(distance, mask)
+    loss = config.imitation * away - scale * masked_mean(q_values, mask)
+    return loss, {"policy_loss": loss.detach(), "imitation_loss": away.detach()}
 
 
 def target_values(

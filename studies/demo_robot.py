@@ -2,7 +2,7 @@
 
     python -m studies.demo_robot
 
-A cell is what `tandem demo` does for the robot: 150 demonstrations of reach, push and pick, a clone, PPO for
+A cell is what `tandem demo` does for the robot: 18 demonstrations of reach, push and pick, a clone, PPO for
 450,000 control steps; both are judged on the same 100 test scenes a task.
 """
 

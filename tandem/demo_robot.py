@@ -14,7 +14,8 @@ from typing import Any
 from tandem.recipes import find_config, read_plan
 
 TASKS = ("reach", "push", "pick")
-DEMONSTRATIONS = 150
+DEMONSTRATIONS = 18
+"""Six a task: the hand copies them badly, which is what PPO is there to mend."""
 EPISODES = 100
 """Of each task, to judge."""
 
