@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from d3rlpy.algos import CalQLConfig, IQLConfig as TheirIQLConfig, ReBRACConfig, TD3PlusBCConfig
+from d3rlpy.algos import CalQLConfig, ReBRACConfig, TD3PlusBCConfig
 from d3rlpy.algos import CQLConfig as TheirCQLConfig
+from d3rlpy.algos import IQLConfig as TheirIQLConfig
 from torch import Tensor
 
-from policy_core import cql, iql, sac, td3_bc
-from policy_core.critics import ActorCritic
+from policy_core import cql, iql, td3_bc
 from policy_core.cql import CQLConfig, Multiplier, Noise
+from policy_core.critics import ActorCritic
 from policy_core.iql import IQLConfig
-from policy_core.rollout import Transitions
 from policy_core.sac import Coefficient, Optimizers, SACConfig
 from policy_core.td3_bc import TD3BCConfig, TD3Networks
 from tests.policy_core import d3rlpy_twins as peers
