@@ -17,8 +17,12 @@ from experiment.errors import UserError
 
 # Recipe -> (module, name of its configuration class). The module has `train(config, *, resume=None)`.
 RECIPES: dict[str, tuple[str, str]] = {
+    "embodied/awac": ("embodied.train_awac", "TrainAWACConfig"),
     "embodied/bc": ("embodied.train_bc", "TrainBCConfig"),
+    "embodied/cql": ("embodied.train_cql", "TrainCQLConfig"),
+    "embodied/iql": ("embodied.train_iql", "TrainIQLConfig"),
     "embodied/ppo": ("embodied.train_ppo", "TrainPPOConfig"),
+    "embodied/td3_bc": ("embodied.train_td3_bc", "TrainTD3BCConfig"),
     "embodied/vla_bc": ("embodied.train_vla_bc", "TrainVLABCConfig"),
     "embodied/vla_ppo": ("embodied.train_vla_ppo", "TrainVLAPPOConfig"),
     "embodied/vla_grpo": ("embodied.train_vla_grpo", "TrainVLAGRPOConfig"),
