@@ -14,7 +14,6 @@ from torch import Tensor
 
 from policy_core import sac
 from policy_core.critics import ActorCritic, Metrics, actions_of, bootstrap, polyak_, td_loss
-from policy_core.distributions import TanhGaussian
 from policy_core.masking import masked_mean
 from policy_core.rollout import Transitions
 from policy_core.sac import Coefficient, SACConfig
@@ -26,6 +25,8 @@ class CQLConfig:
     threshold        nats of the term that the multiplier steers to (the Lagrange form, eq. 30); None: no multiplier
     samples          actions a state of each source: uniform, the policy here, the policy at the next observation
     max_backup       the target value is the best of `samples` actions instead of the policy's own
+    rows             states whose sampled actions the critics judge at a time, the gradient adding up: what lies
+                     between forward and backward then stays in a CPU's cache. None: all at once
     sac              its entropy and slow critics; the target has no entropy bonus unless sac.soft_backup
     """
 
@@ -33,6 +34,7 @@ class CQLConfig:
     threshold: float | None = None
     samples: int = 10
     max_backup: bool = False
+    rows: int | None = 64
     sac: SACConfig = field(default_factory=lambda: SACConfig(soft_backup=False))
 
     def __post_init__(self) -> None:
@@ -71,25 +73,37 @@ class Multiplier:
     coefficient: Coefficient
     optimizer: torch.optim.Optimizer
 
-    def ascend(self, excess: Tensor) -> Tensor:
-        """Grow while the term exceeds its threshold, excess [M]; returns the new multiplier [], at most 1e6."""
+    def value(self) -> Tensor:
+        """[], at most 1e6."""
+        return self.coefficient().detach().clamp(max=1e6)
+
+    def ascend(self, excess: Tensor) -> None:
+        """Grow while the term exceeds its threshold; excess [M]."""
         self.optimizer.zero_grad()
         (-(self.coefficient().clamp(max=1e6) * excess.detach()).mean()).backward()
         self.optimizer.step()
-        return self.coefficient().detach().clamp(max=1e6)
 
 
-def conservative_gap(*, q_values: Tensor, log_densities: Tensor, data_q_values: Tensor, mask: Tensor) -> Tensor:
+def conservative_gap(
+    *,
+    q_values: Tensor,
+    log_densities: Tensor,
+    data_q_values: Tensor,
+    mask: Tensor,
+    denominator: Tensor | None = None,
+) -> Tensor:
     """log of the integral of exp Q over actions, by importance sampling, minus Q of what was done (eq. 4, CQL(H)).
 
     q_values        [M, K, N] of sampled actions
     log_densities   [K, N] nats, of the distribution that each was drawn from
     data_q_values   [M, N]
+    denominator     counted decisions of the whole optimizer step, when this is one of several parts
 
     Returns the mean over counted decisions, [M].
     """
     soft_maximum = torch.logsumexp(q_values - log_densities, dim=1)
-    return torch.where(mask, soft_maximum - data_q_values, 0.0).sum(-1) / mask.sum().clamp(min=1)
+    gaps = torch.where(mask, soft_maximum - data_q_values, 0.0).sum(-1)
+    return gaps / (mask.sum().clamp(min=1) if denominator is None else denominator)
 
 
 def discrete_conservative_gap(*, q_values: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
@@ -110,6 +124,44 @@ def calibrated(policy_q_values: Tensor, returns: Tensor) -> Tensor:
     return torch.maximum(policy_q_values, returns)
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """A batch with what its critics are to judge: the logged action first, then the sampled ones.
+
+    actions         [1 + 3K, N, A]: logged, K of the policy here, K of it at the next observation, K uniform
+    log_densities   [3K, N] nats of the sampled ones
+    targets         [N] of the logged ones
+    returns         [N], or None where it is not Cal-QL
+    """
+
+    batch: Transitions
+    actions: Tensor
+    log_densities: Tensor
+    targets: Tensor
+    returns: Tensor | None
+
+
+def critic_terms(
+    networks: ActorCritic, sampled: Sampled, rows: slice, *, samples: int, denominator: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of some rows of a batch: squared error [], conservative gap [M], and Q of what was done [M, n]."""
+    mask, observations = sampled.batch.mask[rows], sampled.batch.observations
+    assert isinstance(observations, Tensor)
+    q_values = networks.critic(observations[rows], sampled.actions[:, rows])
+    done, others = q_values[:, 0], q_values[:, 1:]
+    if sampled.returns is not None:
+        of_policy = calibrated(others[:, : 2 * samples], sampled.returns[rows])
+        others = torch.cat([of_policy, others[:, 2 * samples :]], dim=1)
+    gap = conservative_gap(
+        q_values=others,
+        log_densities=sampled.log_densities[:, rows],
+        data_q_values=done,
+        mask=mask,
+        denominator=denominator,
+    )
+    return td_loss(q_values=done, targets=sampled.targets[rows], mask=mask, denominator=denominator), gap, done
+
+
 def update(
     networks: ActorCritic,
     temperature: Coefficient,
@@ -124,60 +176,80 @@ def update(
 ) -> Metrics:
     """One step of multiplier, critics, temperature, policy and slow critics, in place and in this order.
 
+    With config.rows the multiplier moves after the critics instead of before them: it then answers to the batch's
+    gap one update later than d3rlpy's.
+
     multiplier  of the Lagrange form; needs config.threshold
     returns     [N] makes it Cal-QL
     noise       instead of drawing
     """
-    logged = actions_of(batch)
-    noise = Noise.draw(config.samples, logged, generator) if noise is None else noise
-    with torch.no_grad():
-        here = networks.policy.distribution_of(batch.observations)
-        following = networks.policy.distribution_of(batch.next_observations)
-        sampled = [here.from_noise(noise.here), following.from_noise(noise.following)]
-        targets = bootstrap(batch, _next_values(networks, following, sampled[1], temperature, batch, config))
-        uniform = noise.uniform.new_full(noise.uniform.shape[:-1], -math.log(2.0) * logged.shape[-1])
-        densities = torch.cat([*(log_probs.sum(-1) for _, log_probs in sampled), uniform])
-        actions = torch.cat([logged.unsqueeze(0), *(taken for taken, _ in sampled), noise.uniform])
-    q_values = networks.critic(batch.observations, actions)
-    done, others = q_values[:, 0], q_values[:, 1:]
-    if returns is not None:
-        of_policy = 2 * config.samples
-        others = torch.cat([calibrated(others[:, :of_policy], returns), others[:, of_policy:]], dim=1)
-    gap = conservative_gap(q_values=others, log_densities=densities, data_q_values=done, mask=batch.mask)
-    td = td_loss(q_values=done, targets=targets, mask=batch.mask)
-    if multiplier is None:
-        penalty = config.weight * gap.sum()
-    else:
-        assert config.threshold is not None
-        excess = config.weight * (gap - config.threshold)
-        penalty = multiplier.ascend(excess) * excess.sum()
+    sampled = _sample(networks, temperature, batch, config, returns=returns, noise=noise, generator=generator)
+    count = len(batch)
+    step = config.rows or count
+    denominator = batch.mask.sum().clamp(min=1)
+    new = sampled.targets.new_zeros
+    factor = new(()) + 1.0 if multiplier is None else multiplier.value()
+    error, gap, q_values = new(()), new(networks.critic.members), []
     optimizers.critic.zero_grad()
-    (td + penalty).backward()
+    for start in range(0, count, step):
+        rows = slice(start, start + step)
+        td, part, done = critic_terms(networks, sampled, rows, samples=config.samples, denominator=denominator)
+        if multiplier is not None and step >= count:
+            multiplier.ascend(config.weight * (part - _threshold(config)))
+            factor = multiplier.value()
+        (td + factor * config.weight * part.sum()).backward()
+        error, gap = error + td.detach(), gap + part.detach()
+        q_values.append(done.detach().mean(0))
+    if multiplier is not None and step < count:
+        multiplier.ascend(config.weight * (gap - _threshold(config)))
     optimizers.critic.step()
     metrics = {
-        "critic_loss": td.detach(),
-        "conservative_gap": gap.detach().mean(),
-        "q_values": masked_mean(done.detach().mean(0), batch.mask),
+        "critic_loss": error,
+        "conservative_gap": gap.mean(),
+        "q_values": masked_mean(torch.cat(q_values), batch.mask),
     }
     if multiplier is not None:
-        metrics["multiplier"] = multiplier.coefficient().detach()
+        metrics["multiplier"] = multiplier.value()
     metrics |= sac.improve_policy(networks, temperature, optimizers, batch, config.sac, generator=generator)
     polyak_(networks.target, networks.critic, rate=config.sac.target_rate)
     return metrics
 
 
-def _next_values(
+def _threshold(config: CQLConfig) -> float:
+    if config.threshold is None:
+        raise ValueError("a multiplier needs cql.threshold")
+    return config.threshold
+
+
+@torch.no_grad()
+def _sample(
     networks: ActorCritic,
-    following: TanhGaussian,
-    sampled: tuple[Tensor, Tensor],
     temperature: Coefficient,
     batch: Transitions,
     config: CQLConfig,
-) -> Tensor:
-    """The value at the next observations [N]: of the policy's mode, a sample with its entropy, or the best."""
+    *,
+    returns: Tensor | None,
+    noise: Noise | None,
+    generator: torch.Generator | None,
+) -> Sampled:
+    """Draw the actions that the critics are to judge, and compute the targets."""
+    logged = actions_of(batch)
+    noise = Noise.draw(config.samples, logged, generator) if noise is None else noise
+    here, here_log_probs = networks.policy.distribution_of(batch.observations).from_noise(noise.here)
+    distribution = networks.policy.distribution_of(batch.next_observations)
+    following, following_log_probs = distribution.from_noise(noise.following)
     if config.max_backup:
-        return networks.target(batch.next_observations, sampled[0]).amin(0).amax(0)
-    if config.sac.soft_backup:
-        q_values = networks.target(batch.next_observations, sampled[0][0])
-        return q_values.amin(0) - temperature() * sampled[1][0].sum(-1)
-    return networks.target(batch.next_observations, following.mode()).amin(0)
+        next_values = networks.target(batch.next_observations, following).amin(0).amax(0)
+    elif config.sac.soft_backup:
+        next_values = networks.target(batch.next_observations, following[0]).amin(0)
+        next_values = next_values - temperature() * following_log_probs[0].sum(-1)
+    else:
+        next_values = networks.target(batch.next_observations, distribution.mode()).amin(0)
+    uniform = noise.uniform.new_full(noise.uniform.shape[:-1], -math.log(2.0) * logged.shape[-1])
+    return Sampled(
+        batch=batch,
+        actions=torch.cat([logged.unsqueeze(0), here, following, noise.uniform]),
+        log_densities=torch.cat([here_log_probs.sum(-1), following_log_probs.sum(-1), uniform]),
+        targets=bootstrap(batch, next_values),
+        returns=returns,
+    )

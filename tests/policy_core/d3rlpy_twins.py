@@ -109,11 +109,8 @@ def members_of(critic: EnsembleCritic, what: str) -> list[list[tuple[Tensor, Ten
 
     members = []
     for index in range(critic.members):
-        first = torch.cat([of(critic.state_weight)[index], of(critic.action_weight)[index]]).t()
-        layers = [(first, of(critic.biases[0])[index, 0])]
-        for weight, bias in zip(critic.weights, list(critic.biases)[1:], strict=True):
-            layers.append((of(weight)[index].t(), of(bias)[index, 0]))
-        members.append(layers)
+        layers = zip(critic.weights, critic.biases, strict=True)
+        members.append([(of(weight)[index].t(), of(bias)[index, 0]) for weight, bias in layers])
     return members
 
 
@@ -122,13 +119,9 @@ def copy_critics(q_functions: nn.ModuleList) -> EnsembleCritic:
     """Our ensemble with d3rlpy's weights."""
     critic = EnsembleCritic(len(q_functions), OBSERVATIONS, ACTIONS, HIDDEN).double()
     for index, q_function in enumerate(q_functions):
-        first, *rest = linear_layers(q_function)
-        critic.state_weight[index] = first.weight[:, :OBSERVATIONS].t()
-        critic.action_weight[index] = first.weight[:, OBSERVATIONS:].t()
-        critic.biases[0][index, 0] = first.bias
-        for layer, linear in enumerate(rest):
+        for layer, linear in enumerate(linear_layers(q_function)):
             critic.weights[layer][index] = linear.weight.t()
-            critic.biases[layer + 1][index, 0] = linear.bias
+            critic.biases[layer][index, 0] = linear.bias
     return critic
 
 

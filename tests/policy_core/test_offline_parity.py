@@ -158,7 +158,9 @@ def test_a_hundred_cql_updates(
         temperature=torch.optim.Adam(temperature.parameters(), lr=1e-4),
     )
     multiplier = Multiplier(coefficient, torch.optim.Adam(coefficient.parameters(), lr=1e-4)) if lagrange else None
-    config = CQLConfig(samples=SAMPLES, threshold=10.0 if lagrange else None, sac=SACConfig(soft_backup=False))
+    config = CQLConfig(
+        rows=None, samples=SAMPLES, threshold=10.0 if lagrange else None, sac=SACConfig(soft_backup=False)
+    )
     losses = []
     for step in range(100):
         theirs, ours = peers.batches(step)
