@@ -118,7 +118,7 @@ def update(
     with torch.no_grad():
         slow = networks.target(batch.observations, batch.actions)
         following = policy.values_of(batch.next_observations)
-    values = policy.values_of(batch.observations)
+    distribution, values = policy.both_of(batch.observations)
     loss, metrics = critic_loss(
         values=values,
         next_values=following,
@@ -134,7 +134,7 @@ def update(
         policy_optimizer.zero_grad()
         with torch.no_grad():
             values = policy.values_of(batch.observations)
-    log_probs = of_decisions(policy.distribution_of(batch.observations).log_prob(batch.actions), batch)
+    log_probs = of_decisions(distribution.log_prob(batch.actions), batch)
     imitation, of_policy = policy_loss(
         log_probs=log_probs, values=values, slow_q_values=slow, mask=batch.mask, config=config
     )

@@ -66,6 +66,10 @@ class Actor(Protocol):
         """Observations [N, ...] -> state values [N]."""
         ...
 
+    def both_of(self, observations: Any) -> tuple[Any, Tensor]:
+        """The distribution and the values, in one pass where that is cheaper."""
+        ...
+
     def actor_parameters(self) -> Iterator[Parameter]:
         """Those that the distribution depends on."""
         ...

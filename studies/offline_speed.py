@@ -3,8 +3,8 @@
     python -m studies.offline_speed --cell iql-2
 
 100,000 synthetic transitions (17 observations, 6 actions), batch 256, two critics, 256x256 ReLU networks, CQL with
-ten sampled actions of each source. A cell is an algorithm and a number of threads; every round times d3rlpy, ours in
-float32 and ours in bfloat16 one after the other, sampling included, so that a slow spell of the machine meets all.
+ten sampled actions of each source. A cell is an algorithm and a number of threads; every round times d3rlpy, ours
+in float32 and ours in bfloat16 one after the other, sampling included: a slow spell of the machine meets all.
 """
 
 from __future__ import annotations

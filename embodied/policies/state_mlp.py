@@ -72,8 +72,12 @@ class StatePolicy(nn.Module):
 
     def forward(self, observations: Tensor) -> tuple[Distribution, Tensor]:
         """Raw observations [..., D] -> distribution of actions [...] in learner's units, and values [...]."""
-        leading = observations.shape[:-1]
-        actor_features, critic_features = self.trunks(self.normalizer(observations).flatten(0, -2))
+        return self.both_of(self.normalizer(observations))
+
+    def both_of(self, features: Tensor) -> tuple[Distribution, Tensor]:
+        """The same of normalised observations."""
+        leading = features.shape[:-1]
+        actor_features, critic_features = self.trunks(features.flatten(0, -2))
         values = F.linear(critic_features, self.critic.weight, self.critic.bias).view(leading)
         return self._act(actor_features, leading), values
 

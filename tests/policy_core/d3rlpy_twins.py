@@ -90,6 +90,9 @@ class TwinActor(nn.Module):
         assert self.value is not None
         return self.value(observations).squeeze(-1)
 
+    def both_of(self, observations: Tensor) -> tuple[DiagonalGaussian | TanhGaussian, Tensor]:
+        return self.distribution_of(observations), self.values_of(observations)
+
     def actor_parameters(self) -> Iterator[nn.Parameter]:
         yield from self.policy.parameters()
 
