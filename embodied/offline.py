@@ -39,11 +39,10 @@ class CriticConfig:
 
 
 @dataclass(frozen=True)
-class OfflineConfig:
-    """What every recipe of this kind takes; each adds its algorithm.
+class LoggedDataConfig:
+    """What every recipe that learns from logged data takes; each adds its algorithm.
 
     policy          head is the algorithm's; hidden and activation are free
-    updates         gradient steps
     log_every       updates between lines of metrics
     evaluate_every  updates between evaluations, with a checkpoint each; `best` is of the evaluations
     episodes        played at each (0 = none: then `best` is the last)
@@ -59,7 +58,6 @@ class OfflineConfig:
         )
     )
     critic: CriticConfig = field(default_factory=CriticConfig)
-    updates: int = 100_000
     batch_size: int = 256
     log_every: int = 1_000
     evaluate_every: int = 10_000
@@ -67,11 +65,23 @@ class OfflineConfig:
     precision: Literal["float32", "bf16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "log_every", "evaluate_every"):
+        for name in ("batch_size", "log_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.episodes < 0:
             raise ValueError(f"episodes must not be negative, got {self.episodes}")
+
+
+@dataclass(frozen=True)
+class OfflineConfig(LoggedDataConfig):
+    """updates: gradient steps."""
+
+    updates: int = 100_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.updates < 1:
+            raise ValueError(f"updates must be at least 1, got {self.updates}")
 
 
 @dataclass(frozen=True)
@@ -82,13 +92,13 @@ class Inputs:
     episodes: list[Episode]
 
     @classmethod
-    def read(cls, config: OfflineConfig) -> Inputs:
+    def read(cls, config: LoggedDataConfig) -> Inputs:
         """UserError if something is missing, damaged or made for another environment."""
         environment = environment_spec(config.environment)
         return cls(environment, read_offline(config.data, environment))
 
 
-def new_policy(config: OfflineConfig, inputs: Inputs, head: Head) -> StatePolicy:
+def new_policy(config: LoggedDataConfig, inputs: Inputs, head: Head) -> StatePolicy:
     """A fresh policy with the data's units. UserError if the configuration asks for another head."""
     if config.policy.head not in ("gaussian", head):
         raise UserError(f"policy.head: {config.policy.head!r} is not what this algorithm learns; leave it out")
@@ -98,14 +108,14 @@ def new_policy(config: OfflineConfig, inputs: Inputs, head: Head) -> StatePolicy
     return policy
 
 
-def new_networks(config: OfflineConfig, policy: StatePolicy) -> ActorCritic:
+def new_networks(config: LoggedDataConfig, policy: StatePolicy) -> ActorCritic:
     """The policy with fresh critics and their slow copy."""
     spaces, critic = policy.spaces, config.critic
     sizes = (spaces.observation_size, spaces.action_size, critic.hidden)
     return ActorCritic.of(policy, EnsembleCritic(critic.members, *sizes, layer_norm=critic.layer_norm))
 
 
-def offline_data(config: OfflineConfig, inputs: Inputs, policy: StatePolicy) -> OfflineData:
+def offline_data(config: LoggedDataConfig, inputs: Inputs, policy: StatePolicy) -> OfflineData:
     """Everything logged, in the policy's units."""
     return to_transitions(inputs.episodes, policy, inputs.environment, config.data)
 
@@ -150,7 +160,7 @@ class Parts:
         return checkpoint.step + 1
 
 
-def precision(config: OfflineConfig) -> contextlib.AbstractContextManager[Any]:
+def precision(config: LoggedDataConfig) -> contextlib.AbstractContextManager[Any]:
     """The context in which an update is made. Weights stay float32; casts of them are not kept across a step."""
     if config.precision == "float32":
         return contextlib.nullcontext()

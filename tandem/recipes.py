@@ -22,6 +22,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "embodied/cql": ("embodied.train_cql", "TrainCQLConfig"),
     "embodied/iql": ("embodied.train_iql", "TrainIQLConfig"),
     "embodied/ppo": ("embodied.train_ppo", "TrainPPOConfig"),
+    "embodied/rlpd": ("embodied.train_rlpd", "TrainRLPDConfig"),
     "embodied/td3_bc": ("embodied.train_td3_bc", "TrainTD3BCConfig"),
     "embodied/vla_bc": ("embodied.train_vla_bc", "TrainVLABCConfig"),
     "embodied/vla_ppo": ("embodied.train_vla_ppo", "TrainVLAPPOConfig"),

@@ -1,0 +1,246 @@
+"""Off-policy learning online with prior data: half of every batch from the data set, half from one's own replay.
+
+    tandem train configs/embodied/adroit_door_rlpd.yaml data.path=door_human.hdf5
+    tandem train configs/embodied/adroit_door_rlpd.yaml data.path=door_human.hdf5 init=runs/door-cal-ql
+
+RLPD (Ball 2023, 2302.02948): soft actor-critic with many normalised critics; prior data is never evicted. With
+`conservative` the critics are Cal-QL's, for going on from an offline Cal-QL run without a dip (2303.05479).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
+from embodied.learning import continue_environments, episode_metrics
+from embodied.off_policy import OpenEpisodes, experienced
+from embodied.offline import (
+    CriticConfig,
+    Inputs,
+    LoggedDataConfig,
+    Parts,
+    adam,
+    new_networks,
+    new_policy,
+    precision,
+)
+from embodied.policies.state_mlp import StatePolicy
+from embodied.rollout import Collector, Experience
+from embodied.transitions import OfflineData, mixed, reward_scale, to_transitions
+from envs.stepper import EpisodeRecord
+from experiment.checkpoint import load_checkpoint
+from experiment.errors import UserError
+from experiment.run import Run, RunResult
+from policy_core import cql, sac
+from policy_core.cql import CQLConfig
+from policy_core.critics import ActorCritic, Metrics
+from policy_core.replay import Replay
+from policy_core.rollout import Transitions
+from policy_core.sac import Coefficient, Optimizers, SACConfig
+
+
+@dataclass(frozen=True)
+class TrainRLPDConfig(LoggedDataConfig):
+    """sac                  entropy and slow critics
+    conservative         Cal-QL's term in the critics' loss (null: none); `sac` above counts, not its own
+    init                 run folder of embodied/cql to go on from: policy, critics and temperature
+    total_steps          environment steps over all environments
+    horizon              steps of each environment in a round; log_every and evaluate_every count rounds
+    updates_per_step     gradient steps for each environment step
+    prior                share of each batch from the data set
+    replay_size          own transitions that are kept
+    random_steps         environment steps before the first gradient step
+    """
+
+    critic: CriticConfig = field(default_factory=lambda: CriticConfig(members=10, layer_norm=True))
+    sac: SACConfig = field(default_factory=lambda: SACConfig(target_critics=2))
+    conservative: CQLConfig | None = None
+    init: str | None = None
+    total_steps: int = 300_000
+    horizon: int = 32
+    updates_per_step: float = 1.0
+    prior: float = 0.5
+    replay_size: int = 1_000_000
+    random_steps: int = 5_000
+    policy_learning_rate: float = 3e-4
+    critic_learning_rate: float = 3e-4
+    log_every: int = 10
+    evaluate_every: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.prior < 1:
+            raise ValueError(f"prior must be in [0, 1), got {self.prior}")
+        if self.horizon < 1 or self.updates_per_step <= 0 or self.random_steps < 0:
+            raise ValueError("horizon and updates_per_step must be positive, random_steps not negative")
+        if self.replay_size < self.environment.count * max(self.horizon, 1_000):
+            raise ValueError("replay_size must hold 1,000 steps of every environment at least")
+
+
+@dataclass
+class Learner:
+    """Everything that learns or remembers in a run."""
+
+    policy: StatePolicy
+    networks: ActorCritic
+    temperature: Coefficient
+    optimizers: Optimizers
+    parts: Parts
+    prior: OfflineData
+    replay: Replay
+    open: OpenEpisodes
+    scale: float
+    recent: deque[EpisodeRecord] = field(default_factory=lambda: deque(maxlen=100))
+    episodes: int = 0
+
+    @classmethod
+    def build(cls, config: TrainRLPDConfig, inputs: Inputs) -> Learner:
+        """Fresh, or from the run that `config.init` names. UserError if that does not fit."""
+        policy = new_policy(config, inputs, "squashed")
+        networks = new_networks(config, policy)
+        temperature = Coefficient(config.sac.initial_temperature)
+        if config.init is not None:
+            begin_from(Path(config.init), policy, networks, temperature)
+        movers = {
+            "policy": adam(policy.parameters(), config.policy_learning_rate),
+            "critic": adam(networks.critic.parameters(), config.critic_learning_rate),
+            "temperature": adam(temperature.parameters(), config.policy_learning_rate),
+        }
+        modules = {
+            "policy": policy,
+            "critic": networks.critic,
+            "target": networks.target,
+            "temperature": temperature,
+        }
+        return cls(
+            policy=policy,
+            networks=networks,
+            temperature=temperature,
+            optimizers=Optimizers(movers["policy"], movers["critic"], movers["temperature"]),
+            parts=Parts(modules, movers, torch.Generator().manual_seed(config.run.seed)),
+            prior=to_transitions(inputs.episodes, policy, inputs.environment, config.data),
+            replay=Replay(config.replay_size),
+            open=OpenEpisodes(config.environment.count, config.data.gamma),
+            scale=reward_scale(inputs.episodes, config.data),
+        )
+
+    def remember(self, experience: Experience, config: TrainRLPDConfig) -> None:
+        """Into the replay, in the units of the prior data."""
+        settings = {"gamma": config.data.gamma, "scale": self.scale, "shift": config.data.shift}
+        transitions = experienced(experience, self.policy, **settings)
+        shape = experience.rewards.shape
+        where = self.replay.add(transitions).view(shape)
+        ended = experience.terminated | experience.truncated
+        self.open.add(self.replay, where, transitions.rewards.view(shape), ended)
+        self.recent.extend(experience.episodes)
+        self.episodes += len(experience.episodes)
+
+    def draw(self, config: TrainRLPDConfig) -> tuple[Transitions, Tensor]:
+        """A batch of both kinds, and its returns."""
+        count = round(config.prior * config.batch_size)
+        own, own_returns = self.replay.draw(config.batch_size - count, self.parts.generator)
+        if count == 0:
+            return own, own_returns
+        prior, prior_returns, _ = self.prior.draw(count, self.parts.generator)
+        return mixed(prior, own), torch.cat([prior_returns, own_returns])
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint; the policy has a folder of its own there."""
+        return {
+            "parts": self.parts.state_dict(),
+            "replay": self.replay.state_dict(),
+            "open": self.open.state_dict(),
+            "recent": [tuple(record) for record in self.recent],
+            "episodes": self.episodes,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.parts.load_state_dict(state["parts"])
+        self.policy.normalizer.refresh()
+        self.replay.load_state_dict(state["replay"])
+        self.open.load_state_dict(state["open"])
+        self.recent.extend(EpisodeRecord(*record) for record in state["recent"])
+        self.episodes = state["episodes"]
+
+
+def begin_from(run: Path, policy: StatePolicy, networks: ActorCritic, temperature: Coefficient) -> None:
+    """Take over what an offline run learned. UserError if the run is not one of embodied/cql or has other sizes."""
+    state = load_checkpoint(run / "checkpoints" / "last").state
+    modules = state.get("parts", {}).get("modules", {})
+    targets = {"policy": policy, "critic": networks.critic, "target": networks.target, "temperature": temperature}
+    if missing := targets.keys() - modules.keys():
+        raise UserError(f"init: {run} has no {', '.join(sorted(missing))}: give a run of embodied/cql")
+    try:
+        for name, module in targets.items():
+            assert isinstance(module, torch.nn.Module)
+            module.load_state_dict(modules[name])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"init: {run} does not fit policy and critic of this configuration: {reason}") from error
+    policy.normalizer.refresh()
+
+
+def train(config: TrainRLPDConfig, *, resume: Path | None = None) -> RunResult:
+    """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
+    steps = config.environment.count * config.horizon
+    rounds = 1 if config.run.dry_run else max(1, -(-config.total_steps // steps))
+    inputs = Inputs.read(config)
+    learner = Learner.build(config, inputs)
+    policy = learner.policy
+    with Run.start(config, recipe="embodied/rlpd", resume=resume) as run:
+        with Collector(config.environment, policy, steps=config.horizon, seed=config.run.seed) as collector:
+            first = 1
+            if run.checkpoint is not None:
+                first = run.checkpoint.step + 1
+                learner.load_state_dict(run.checkpoint.state["learner"])
+                continue_environments(collector.workers, run.checkpoint.state["environments"])
+            run.begin_loop(rounds)
+            for number in range(first, rounds + 1):
+                started = time.perf_counter()
+                learner.remember(collector.collect(policy), config)
+                collected = time.perf_counter()
+                metrics = improve(learner, config, steps) if number * steps >= config.random_steps else {}
+                finished = time.perf_counter()
+                last = number == rounds
+                if last or number % config.log_every == 0:
+                    logged = {f"train/{name}": float(value) for name, value in metrics.items()}
+                    logged |= episode_metrics(learner.recent, learner.episodes)
+                    logged |= {"time/rollout": collected - started, "time/update": finished - collected}
+                    run.log({**logged, "env_steps": float(number * steps)}, global_step=number)
+                if last or number % config.evaluate_every == 0:
+                    look(run, learner, collector, config, number=number)
+        return run.finish()
+
+
+def improve(learner: Learner, config: TrainRLPDConfig, steps: int) -> Metrics:
+    """The gradient steps that belong to `steps` environment steps; the last one's metrics."""
+    metrics: Metrics = {}
+    common = (learner.networks, learner.temperature, learner.optimizers)
+    for _ in range(max(1, round(steps * config.updates_per_step))):
+        batch, returns = learner.draw(config)
+        with precision(config):
+            if config.conservative is None:
+                metrics = sac.update(*common, batch, config.sac, generator=learner.parts.generator)
+            else:
+                calibrated = replace(config.conservative, sac=config.sac)
+                metrics = cql.update(*common, batch, calibrated, returns=returns, generator=learner.parts.generator)
+    return metrics
+
+
+def look(run: Run, learner: Learner, collector: Collector, config: TrainRLPDConfig, *, number: int) -> None:
+    """Play the policy's mode and write a checkpoint."""
+    metric = float(number)
+    if config.episodes:
+        played = summarize(collector.evaluate(learner.policy, seeds(VALIDATION_SEEDS, config.episodes)))
+        run.log(played, global_step=number)
+        metric = played.get("eval/success_once", played["eval/mean_reward"])
+    state = {"learner": learner.state_dict(), "environments": collector.workers.state()}
+    run.save(state, global_step=number, folders={"policy": learner.policy.save_pretrained}, metric=metric)
