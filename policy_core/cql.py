@@ -38,8 +38,8 @@ class CQLConfig:
     sac: SACConfig = field(default_factory=lambda: SACConfig(soft_backup=False))
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or self.samples < 1:
-            raise ValueError("weight must not be negative and samples at least 1")
+        if self.weight < 0 or self.samples < 1 or (self.rows is not None and self.rows < 1):
+            raise ValueError("weight must not be negative, samples and rows at least 1")
 
 
 @dataclass(frozen=True)

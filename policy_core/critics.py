@@ -107,8 +107,8 @@ def td_loss(*, q_values: Tensor, targets: Tensor, mask: Tensor, denominator: Ten
     q_values [M, N], targets [N] (no gradient flows into them), mask [N] -> [].
     denominator: counted decisions of the whole optimizer step, when this is one of several parts.
     """
-    squares = torch.where(mask, (q_values - targets.detach()).square(), 0.0)
-    return squares.sum() / (mask.sum().clamp(min=1) if denominator is None else denominator)
+    errors = torch.where(mask, q_values - targets.detach(), 0.0)
+    return errors.square().sum() / (mask.sum().clamp(min=1) if denominator is None else denominator)
 
 
 def bootstrap(batch: Transitions, next_values: Tensor) -> Tensor:

@@ -43,9 +43,9 @@ def expectile_loss(*, values: Tensor, targets: Tensor, mask: Tensor, expectile: 
 
     No gradient flows into the targets.
     """
-    error = targets.detach() - values
+    error = torch.where(mask, targets.detach() - values, 0.0)
     weight = torch.where(error < 0, 1.0 - expectile, expectile)
-    return masked_mean(weight * error.square(), mask)
+    return (weight * error.square()).sum() / mask.sum().clamp(min=1)
 
 
 def advantage_weights(*, advantages: Tensor, inverse_temperature: float, max_weight: float) -> Tensor:
