@@ -2,8 +2,8 @@
 
     python -m studies.demo_robot
 
-A cell is what `tandem demo` does for the robot: 18 demonstrations of reach, push and pick, a clone, PPO for
-450,000 control steps; both are judged on the same 100 test scenes a task.
+A cell is what `tandem demo` does for the robot: 12 demonstrations of reach, push and pick, a clone, PPO for
+550,000 control steps; both are judged on the same 200 test scenes a task.
 """
 
 from __future__ import annotations

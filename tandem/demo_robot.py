@@ -14,9 +14,9 @@ from typing import Any
 from tandem.recipes import find_config, read_plan
 
 TASKS = ("reach", "push", "pick")
-DEMONSTRATIONS = 18
-"""Six a task: the hand copies them badly, which is what PPO is there to mend."""
-EPISODES = 100
+DEMONSTRATIONS = 12
+"""Four a task: the hand copies them badly, which is what PPO is there to mend."""
+EPISODES = 200
 """Of each task, to judge."""
 
 
