@@ -53,9 +53,7 @@ class LoggedDataConfig:
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     policy: StatePolicyConfig = field(
-        default_factory=lambda: StatePolicyConfig(
-            hidden=(256, 256), activation="relu", normalize_observations=False
-        )
+        default_factory=lambda: StatePolicyConfig(hidden=(256, 256), activation="relu")
     )
     critic: CriticConfig = field(default_factory=CriticConfig)
     batch_size: int = 256

@@ -193,9 +193,11 @@ def train(config: TrainRLPDConfig, *, resume: Path | None = None) -> RunResult:
     steps = config.environment.count * config.horizon
     rounds = 1 if config.run.dry_run else max(1, -(-config.total_steps // steps))
     inputs = Inputs.read(config)
-    learner = Learner.build(config, inputs)
-    policy = learner.policy
+    if config.init is not None:
+        Learner.build(config, inputs)  # what does not fit is told before there is a folder
     with Run.start(config, recipe="embodied/rlpd", resume=resume) as run:
+        learner = Learner.build(config, inputs)
+        policy = learner.policy
         with Collector(config.environment, policy, steps=config.horizon, seed=config.run.seed) as collector:
             first = 1
             if run.checkpoint is not None:
