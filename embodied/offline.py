@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -82,6 +82,16 @@ class OfflineConfig(LoggedDataConfig):
             raise ValueError(f"updates must be at least 1, got {self.updates}")
 
 
+class HasData(Protocol):
+    """A configuration that names an environment and data."""
+
+    @property
+    def environment(self) -> EnvironmentConfig: ...
+
+    @property
+    def data(self) -> DataConfig: ...
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What the configuration names, read before the run has a folder: a mistake in it leaves nothing behind."""
@@ -90,7 +100,7 @@ class Inputs:
     episodes: list[Episode]
 
     @classmethod
-    def read(cls, config: LoggedDataConfig) -> Inputs:
+    def read(cls, config: HasData) -> Inputs:
         """UserError if something is missing, damaged or made for another environment."""
         environment = environment_spec(config.environment)
         return cls(environment, read_offline(config.data, environment))

@@ -18,6 +18,7 @@ from experiment.errors import UserError
 # Recipe -> (module, name of its configuration class). The module has `train(config, *, resume=None)`.
 RECIPES: dict[str, tuple[str, str]] = {
     "embodied/awac": ("embodied.train_awac", "TrainAWACConfig"),
+    "embodied/backend": ("embodied.train_backend", "TrainBackendConfig"),
     "embodied/bc": ("embodied.train_bc", "TrainBCConfig"),
     "embodied/cql": ("embodied.train_cql", "TrainCQLConfig"),
     "embodied/iql": ("embodied.train_iql", "TrainIQLConfig"),
@@ -37,6 +38,7 @@ RECIPES: dict[str, tuple[str, str]] = {
 # may have `REPORT`, the file that is written instead of eval.json, and its own `print_results(results)`.
 EVALUATORS: dict[str, str] = {
     "embodied": "embodied.evaluate",
+    "embodied/backend": "embodied.evaluate_backend",
     "embodied/vla_bc": "embodied.evaluate_vla",
     "embodied/vla_grpo": "embodied.evaluate_vla",
     "embodied/vla_ppo": "embodied.evaluate_vla",

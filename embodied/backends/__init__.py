@@ -1,0 +1,1 @@
+"""Other libraries' algorithms behind the same data, evaluation, run folder and logging."""

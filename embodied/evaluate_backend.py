@@ -1,0 +1,48 @@
+"""`tandem eval RUN` of a run whose algorithm is another library's: the same test episodes, the same figures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from embodied.backends import d3rlpy_backend, sb3_backend
+from embodied.backends.backend import Backend, Units, play
+from embodied.evaluate import TEST_SEEDS, EvaluateConfig, seeds, summarize
+from embodied.train_backend import UNITS, TrainBackendConfig
+from experiment.checkpoint import write_atomically
+from experiment.config import build, read_tree
+from experiment.errors import UserError
+
+__all__ = ["EvaluateConfig", "evaluate_run"]
+
+
+def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
+    """Evaluate a run's checkpoint and write RUN/eval.json; returns the figures.
+
+    UserError if the folder is no such run or holds no checkpoint yet, or if a film is asked for.
+    """
+    if config.videos:
+        raise UserError("videos: not of a back end's run")
+    tree = read_tree(run_folder / "config.yaml")
+    tree.pop("recipe", None)
+    trained = build(tree, TrainBackendConfig)
+    folder = run_folder / "checkpoints" / config.checkpoint / "policy"
+    if not folder.exists():
+        raise UserError(f"{run_folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
+    units = Units.from_json(json.loads((folder / UNITS).read_text()))
+    backend: Backend
+    if trained.algorithm.startswith("d3rlpy/"):
+        backend = d3rlpy_backend.load(folder)
+    else:
+        backend = sb3_backend.load(folder, trained.environment, units)
+    figures = summarize(play(backend, units, trained.environment, seeds(TEST_SEEDS, config.episodes)))
+    report = {
+        "checkpoint": folder.parent.resolve().name,
+        "environment": asdict(trained.environment),
+        "first_seed": TEST_SEEDS,
+        "config": asdict(config),
+        "figures": figures,
+    }
+    write_atomically(run_folder / "eval.json", json.dumps(report, indent=2) + "\n")
+    return figures
