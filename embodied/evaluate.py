@@ -133,19 +133,36 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
         max_episode_steps=config.max_episode_steps or environment.max_episode_steps,
         options={**environment.options, **config.options} if config.environment_id is None else config.options,
     )
-    folder = run_folder / "checkpoints" / config.checkpoint
-    if not folder.exists():
-        raise UserError(f"{run_folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
+    folder = checkpoint_to_evaluate(run_folder, config)
     policy = StatePolicy.from_pretrained(folder / "policy")
     figures = evaluate_policy(policy, environment, config)
-    report = {
-        "checkpoint": folder.resolve().name,
-        "environment": asdict(environment),
-        "first_seed": TEST_SEEDS,
-        "config": asdict(config),
-        "figures": figures,
-    }
-    write_atomically(run_folder / "eval.json", json.dumps(report, indent=2) + "\n")
+    write_report(run_folder, folder, environment, config, figures)
     for index in range(config.videos):  # last: where nothing can be drawn, the figures are kept
         film(policy, environment, run_folder / "videos" / f"eval-{index}.mp4", seed=TEST_SEEDS + index)
     return figures
+
+
+def write_report(
+    run_folder: Path,
+    checkpoint: Path,
+    environment: EnvironmentConfig,
+    config: EvaluateConfig,
+    figures: Mapping[str, float],
+) -> None:
+    """RUN/eval.json: the figures and what they are of."""
+    report = {
+        "checkpoint": checkpoint.resolve().name,
+        "environment": asdict(environment),
+        "first_seed": TEST_SEEDS,
+        "config": asdict(config),
+        "figures": dict(figures),
+    }
+    write_atomically(run_folder / "eval.json", json.dumps(report, indent=2) + "\n")
+
+
+def checkpoint_to_evaluate(run_folder: Path, config: EvaluateConfig) -> Path:
+    """The checkpoint's folder. UserError if there is none yet."""
+    folder = run_folder / "checkpoints" / config.checkpoint
+    if not folder.exists():
+        raise UserError(f"{run_folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
+    return folder

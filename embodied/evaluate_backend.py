@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from embodied.backends import d3rlpy_backend, sb3_backend
 from embodied.backends.backend import Backend, Units, play
-from embodied.evaluate import TEST_SEEDS, EvaluateConfig, seeds, summarize
+from embodied.evaluate import (
+    TEST_SEEDS,
+    EvaluateConfig,
+    checkpoint_to_evaluate,
+    seeds,
+    summarize,
+    write_report,
+)
 from embodied.train_backend import UNITS, TrainBackendConfig
-from experiment.checkpoint import write_atomically
 from experiment.config import build, read_tree
 from experiment.errors import UserError
 
@@ -27,9 +32,8 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
     tree = read_tree(run_folder / "config.yaml")
     tree.pop("recipe", None)
     trained = build(tree, TrainBackendConfig)
-    folder = run_folder / "checkpoints" / config.checkpoint / "policy"
-    if not folder.exists():
-        raise UserError(f"{run_folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
+    checkpoint = checkpoint_to_evaluate(run_folder, config)
+    folder = checkpoint / "policy"
     units = Units.from_json(json.loads((folder / UNITS).read_text()))
     backend: Backend
     if trained.algorithm.startswith("d3rlpy/"):
@@ -37,12 +41,5 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
     else:
         backend = sb3_backend.load(folder, trained.environment, units)
     figures = summarize(play(backend, units, trained.environment, seeds(TEST_SEEDS, config.episodes)))
-    report = {
-        "checkpoint": folder.parent.resolve().name,
-        "environment": asdict(trained.environment),
-        "first_seed": TEST_SEEDS,
-        "config": asdict(config),
-        "figures": figures,
-    }
-    write_atomically(run_folder / "eval.json", json.dumps(report, indent=2) + "\n")
+    write_report(run_folder, checkpoint, trained.environment, config, figures)
     return figures

@@ -21,6 +21,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "embodied/backend": ("embodied.train_backend", "TrainBackendConfig"),
     "embodied/bc": ("embodied.train_bc", "TrainBCConfig"),
     "embodied/cql": ("embodied.train_cql", "TrainCQLConfig"),
+    "embodied/dt": ("embodied.train_dt", "TrainDTConfig"),
     "embodied/iql": ("embodied.train_iql", "TrainIQLConfig"),
     "embodied/ppo": ("embodied.train_ppo", "TrainPPOConfig"),
     "embodied/rlpd": ("embodied.train_rlpd", "TrainRLPDConfig"),
@@ -39,6 +40,7 @@ RECIPES: dict[str, tuple[str, str]] = {
 EVALUATORS: dict[str, str] = {
     "embodied": "embodied.evaluate",
     "embodied/backend": "embodied.evaluate_backend",
+    "embodied/dt": "embodied.evaluate_dt",
     "embodied/vla_bc": "embodied.evaluate_vla",
     "embodied/vla_grpo": "embodied.evaluate_vla",
     "embodied/vla_ppo": "embodied.evaluate_vla",
