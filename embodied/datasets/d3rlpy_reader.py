@@ -1,8 +1,8 @@
 """Reader of what d3rlpy's `ReplayBuffer.dump` writes: one HDF5 file, a data set for every column of every episode.
 
     columns: names; num_episodes; version ("2.1")
-    observations_I [T, ...] (or observations_I_J, parts of a tuple); actions_I [T, A]; rewards_I [T, 1];
-    terminated_I
+    observations_I [T, ...] (or observations_I_J, parts of a tuple)
+    actions_I [T, A]; rewards_I [T, 1]; terminated_I
 
 https://d3rlpy.readthedocs.io/en/latest/references/dataset.html and the files of d3rlpy 2.8. An episode that is not
 terminated was stopped. d3rlpy does not keep what was seen after the last action, and does not train on a stopped
@@ -13,7 +13,6 @@ the task was done in `success_I`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
 
 import h5py
 import numpy as np
@@ -29,7 +28,7 @@ VERSION = "2.1"
 class D3rlpySource(Source):
     """One file. UserError when it is missing, damaged, or not d3rlpy's version 2.1."""
 
-    kind: ClassVar[str] = "d3rlpy"
+    kind = "d3rlpy"
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -78,7 +77,7 @@ class D3rlpySource(Source):
         """Name -> [T, ...]: `state`, or `0`, `1`, ... of a tuple; pictures [T, H, W, 3]."""
         key = f"observations_{index}"
         present = {"state": file[key]} if key in file else {}
-        while not key in file and f"{key}_{len(present)}" in file:
+        while key not in file and f"{key}_{len(present)}" in file:
             present[str(len(present))] = file[f"{key}_{len(present)}"]
         if not present:
             raise UserError(f"{where}: has no {key}; was it cut off?")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import ClassVar
 
 import h5py
 import numpy as np
@@ -33,7 +32,7 @@ _ROWS_AT_ONCE = 100_000
 class D4RLSource(Source):
     """One file. UserError when it is missing, damaged, or not D4RL's."""
 
-    kind: ClassVar[str] = "d4rl"
+    kind = "d4rl"
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

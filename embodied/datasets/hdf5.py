@@ -55,7 +55,7 @@ def array(group: h5py.Group, key: str, where: str, *, columns: bool, rows: slice
 def finite(values: np.ndarray, where: str) -> np.ndarray:
     """The same [T, ...] values. Raises UserError naming the first row that is NaN or infinite."""
     if values.dtype.kind == "f":
-        bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
         if len(bad):
             raise UserError(f"{where} row {bad[0]} is not finite: {values[bad[0]].tolist()}")
     return values

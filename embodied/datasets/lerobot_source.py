@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
@@ -33,10 +32,10 @@ def open_lerobot(folder: Path) -> LeRobotDataset:
 class LeRobotSource(Source):
     """A folder. `dataset` is what it holds, as LeRobot describes it."""
 
-    kind: ClassVar[str] = "lerobot"
+    kind = "lerobot"
 
     def __init__(self, path: str | Path, subset: str | None = None) -> None:
-        """subset: a name among `splits` of `meta/info.json`. Raises UserError as `LeRobotDataset`, or without it."""
+        """subset: a name among `splits` of `meta/info.json`. Raises UserError as `LeRobotDataset` does."""
         self.path = Path(path)
         self.dataset = open_lerobot(self.path)
         self._indices = range(len(self.dataset)) if subset is None else self._split(subset)

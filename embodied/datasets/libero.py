@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import ClassVar
 
 import h5py
 
@@ -29,7 +28,7 @@ from experiment.errors import UserError
 class LiberoSource(RobomimicSource):
     """A file. UserError when it is missing, damaged, or lacks what makes it LIBERO's."""
 
-    kind: ClassVar[str] = "libero"
+    kind = "libero"
 
     def __init__(self, path: str | Path, subset: str | None = None) -> None:
         super().__init__(path, subset)

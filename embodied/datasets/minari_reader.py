@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,7 +35,7 @@ METADATA = "metadata.json"
 
 
 def minari_folder(name: str | Path) -> Path | None:
-    """The folder with the `metadata.json` of a data set that is named by its path or its id; None where there is none."""
+    """Where the `metadata.json` of a data set lies that is named by its path or its id; None without one."""
     kept = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
     for folder in (Path(name), Path(name) / "data", kept / name / "data"):
         if (folder / METADATA).is_file():
@@ -44,9 +44,9 @@ def minari_folder(name: str | Path) -> Path | None:
 
 
 class MinariSource(Source):
-    """A data set. `metadata` is what `metadata.json` says; `action_space` and `observation_space` are Gymnasium's."""
+    """A data set. `details` is what `metadata.json` says."""
 
-    kind: ClassVar[str] = "minari"
+    kind = "minari"
 
     def __init__(self, path: str | Path) -> None:
         """Raises UserError when there is no such data set, or it is damaged."""
@@ -54,16 +54,15 @@ class MinariSource(Source):
         folder = minari_folder(path)
         if folder is None:
             raise UserError(f"{path}: not a Minari data set (it has no {METADATA})")
-        self.metadata, self._storage = _opened(folder, self.path)
-        self.observation_space, self.action_space = self._storage.observation_space, self._storage.action_space
-        episodes = int(self.metadata.get("total_episodes", 0))
+        self.details, self._storage = _opened(folder, self.path)
+        episodes = int(self.details.get("total_episodes", 0))
         try:
             told = list(self._storage.get_episode_metadata(range(episodes)))
             self.lengths = tuple(int(one["total_steps"]) for one in told)
         except Exception as error:  # h5py, pyarrow, JSON: each has exceptions of its own
             raise UserError(f"{self.path}: damaged or cut off ({_brief(error)})") from error
         self._told = told
-        self.choices = _choices(self.action_space)
+        self.choices = _choices(self._storage.action_space)
 
     def _read(self, index: int, images: bool) -> RecordedEpisode:
         where = f"{self.path}: episode {index}"
@@ -102,7 +101,7 @@ class MinariSource(Source):
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Camera -> [T, H, W, 3], vector -> [T, d], feature -> [d] after the last action."""
         pictures, vectors, final = {}, {}, {}
-        for name, values in _leaves(observations, self.observation_space):
+        for name, values in _leaves(observations, self._storage.observation_space):
             if len(values) not in (length, length + 1):
                 raise UserError(f"{where}: {length} actions but {len(values)} observations of {name or 'state'}")
             if values.dtype == np.uint8 and values.ndim == 4 and values.shape[3] == 3:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import h5py
 import numpy as np
@@ -32,7 +32,7 @@ class RobomimicSource(Source):
     of their names. An episode is truncated, or terminated where `done_means` says so: see `read_episodes`.
     """
 
-    kind: ClassVar[str] = "robomimic"
+    kind = "robomimic"
 
     def __init__(self, path: str | Path, subset: str | None = None, done_means: DoneMeaning = "truncated") -> None:
         """subset: as in `read_episodes`. Raises UserError when the file is none of robomimic's, or damaged."""

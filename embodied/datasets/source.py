@@ -1,11 +1,12 @@
-"""Data sets as lazy sources of episodes, whatever their format, and the flat view that state-based training needs."""
+"""Data sets of any format as lazy sources of episodes, and the flat view that training from states needs."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from experiment.errors import UserError
 
 
 class Source(ABC):
-    """Episodes on the disk. Opening reads counts and lengths; an episode's data are read when asked for, and not kept.
+    """Episodes on the disk. Opening reads counts and lengths; episodes are read when asked for, and not kept.
 
     kind: the format's name, such as "minari".
     path: what was opened.
@@ -24,15 +25,17 @@ class Source(ABC):
     choices: how many discrete actions there are, None for continuous ones.
     robot_type: what LeRobot calls the robot, None elsewhere.
     names: feature -> what its dimensions are called, where the format says.
+    details: what else the format says of the whole, such as Minari's metadata.
     """
 
-    kind: ClassVar[str]
+    kind: str
     path: Path
     lengths: tuple[int, ...]
     fps: int | None = None
     choices: int | None = None
     robot_type: str | None = None
-    names: Mapping[str, Any] = {}
+    names: Mapping[str, Any] = MappingProxyType({})
+    details: Mapping[str, Any] = MappingProxyType({})
 
     def __len__(self) -> int:
         """Episodes."""
@@ -45,6 +48,10 @@ class Source(ABC):
     def parts(self) -> tuple[Source, ...]:
         """The data sets that this one is made of."""
         return (self,)
+
+    def identity(self) -> Any:
+        """What tells this source from others, as JSON."""
+        return [self.kind, str(self.path.resolve()), len(self), sum(self.lengths)]
 
     def read(self, index: int, *, images: bool = True) -> RecordedEpisode:
         """One episode, by its number from 0.
