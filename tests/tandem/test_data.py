@@ -167,7 +167,7 @@ def test_the_family_of_verbs_has_an_overview(words: list[str], capsys: pytest.Ca
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert "usage: tandem data VERB ..." in out
-    assert "  data validate FOLDER" in out
+    assert "  data validate PATH" in out
     assert "train CONFIG" not in out
 
 
