@@ -2,8 +2,9 @@
 
     python -m studies.dataset_memory
 
-Episodes of 100 frames of 128 x 128 pixels of noise (which nothing compresses) are written to a temporary folder, read
-one by one, or converted, in a process of its own each, whose peak of resident memory is kept. The data are deleted.
+Episodes of 100 frames of 128 x 128 pixels of noise (which nothing compresses) are written to a temporary folder,
+read one by one, or converted, in a process of its own each, whose peak of resident memory is kept. The data are
+deleted.
 """
 
 from __future__ import annotations

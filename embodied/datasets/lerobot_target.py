@@ -68,7 +68,11 @@ def features_of(examples: Sequence[RecordedEpisode], fps: int, source: Source) -
     found: dict[str, Feature] = {}
     first, columns = examples[0], [columns_of(example) for example in examples]
     for camera, pictures in first.images.items():
-        found[CAMERA + camera] = camera_feature(*pictures.shape[1:3], fps)
+        height, width = pictures.shape[1:3]
+        feature = camera_feature(height, width, fps)
+        if feature.dtype == "video" and (height % 2 or width % 2):  # which h264 cannot have
+            feature = Feature("image", feature.shape, feature.names)
+        found[CAMERA + camera] = feature
     for name, values in columns[0].items():
         ahead = name.startswith(NEXT + OBSERVATION) or name == OBSERVED
         known = any(example.final for example in examples) if ahead else all(name in one for one in columns)

@@ -105,7 +105,7 @@ def test_a_damaged_older_lerobot(tmp_path: Path, name: str, text: str, message: 
 # ---------------------------------------------------------------- Minari
 
 
-@pytest.mark.parametrize("data_format", ["hdf5", "arrow"])
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow", "parquet"])
 def test_minari_from_its_folder_its_data_and_its_id(make: Make, told: Told, data_format: str) -> None:
     folder = make("minari", data_format=data_format)
     for path in (folder, folder / "data", "minari-v0"):
