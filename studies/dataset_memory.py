@@ -2,14 +2,16 @@
 
     python -m studies.dataset_memory
 
-Episodes of 100 frames of 128 x 128 pixels of noise (which nothing compresses) are written to a temporary folder,
-read one by one, or converted, in a process of its own each, whose peak of resident memory is kept. The data are
-deleted.
+Episodes of 100 frames of 128 x 128 pixels are written to a temporary folder, as robomimic's uncompressed arrays or
+as LeRobot's PNG (without compression, so that the files are as large as the pictures), and read one by one or
+converted, in a process of its own each, whose peak of resident memory is kept. The data are deleted.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import io
 import json
 import shutil
 import subprocess
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from PIL import Image
 
 from embodied.datasets.formats import open_dataset
 from embodied.datasets.lerobot_episode import EpisodeEncoder
@@ -35,8 +38,9 @@ EPISODE_BYTES = FRAMES * SIZE * SIZE * 3
 
 
 def write_robomimic(path: Path, episodes: int) -> None:
-    """A file whose pictures are not compressed, as robomimic writes them."""
-    pictures = np.random.default_rng(0).integers(0, 256, (FRAMES, SIZE, SIZE, 3), np.uint8)
+    """A file whose pictures are not compressed, as robomimic writes them; a conversion compresses them well."""
+    pictures = np.zeros((FRAMES, SIZE, SIZE, 3), np.uint8)
+    pictures[:, : SIZE // 8] = np.random.default_rng(0).integers(0, 256, (FRAMES, SIZE // 8, SIZE, 3), np.uint8)
     with h5py.File(path, "w") as file:
         for number in range(episodes):
             demo = file.create_group(f"data/demo_{number}")
@@ -54,16 +58,25 @@ def write_lerobot(folder: Path, episodes: int) -> None:
     for step in range(FRAMES):
         encoder.add(
             {
-                "observation.images.front": rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8),
+                "observation.images.front": np.zeros((SIZE, SIZE, 3), np.uint8),
                 "observation.state": np.zeros(8),
                 "action": np.zeros(4),
                 **outcome(reward=0.0, terminated=step == FRAMES - 1, truncated=False, success=False),
             }
         )
     episode = encoder.finish("wait")
+    episode = dataclasses.replace(episode, pictures={name: [stored_png(rng)] * FRAMES for name in episode.pictures})
     with LeRobotWriter(folder, fps=FPS, features=features) as writer:
         for _ in range(episodes):
             writer.append(episode)
+
+
+def stored_png(rng: np.random.Generator) -> bytes:
+    """A PNG file of noise that is as large as its pixels."""
+    content = io.BytesIO()
+    picture = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8))
+    picture.save(content, format="PNG", compress_level=0)
+    return content.getvalue()
 
 
 def peak_of(what: str, source: str, target: str) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -94,7 +95,7 @@ def merge(arguments: argparse.Namespace) -> int:
     from embodied.datasets.formats import open_dataset
     from embodied.datasets.selecting import Joined
 
-    sources = [told(lambda path=path: open_dataset(path)) for path in arguments.sources]
+    sources = [told(partial(open_dataset, path)) for path in arguments.sources]
     _write(Joined(sources), arguments.out, arguments.to or _own(sources[0]), arguments.fps)
     return 0
 

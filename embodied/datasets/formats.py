@@ -70,7 +70,8 @@ def open_dataset(path: str | Path, *, subset: str | None = None) -> Source:
     subset: a filter key of robomimic's (`mask/NAME`), or a split that LeRobot's `meta/info.json` names.
     Raises UserError as `detect`, or when the data set is damaged or has no such subset.
     """
-    match detect(path):
+    kind = detect(path)
+    match kind:
         case "lerobot":
             return LeRobotSource(path, subset)
         case "robomimic":
@@ -79,7 +80,7 @@ def open_dataset(path: str | Path, *, subset: str | None = None) -> Source:
             return LiberoSource(path, subset)
     if subset is not None:
         raise UserError(f"{path}: has no subsets; only robomimic's and LeRobot's data sets do")
-    match detect(path):
+    match kind:
         case "minari":
             return MinariSource(path)
         case "d4rl":

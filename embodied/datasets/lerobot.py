@@ -57,6 +57,8 @@ class LeRobotDataset:
         or not all files were copied) is left out with a warning.
     """
 
+    tasks_file = TASKS
+
     def __init__(self, folder: str | Path) -> None:
         """Raises UserError when this is no v3 data set or `meta/` is damaged."""
         self.folder = Path(folder)
@@ -212,7 +214,8 @@ class LeRobotDataset:
         task = int(numbers["task_index"][0])
         if not 0 <= task < len(self.tasks):
             raise UserError(
-                f"{self.folder}: episode {entry.index}: task_index {task}, but {TASKS} has {len(self.tasks)} tasks"
+                f"{self.folder}: episode {entry.index}: task_index {task}, but {self.tasks_file} has"
+                f" {len(self.tasks)} tasks"
             )
         return self.tasks[task]
 

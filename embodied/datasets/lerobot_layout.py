@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from embodied.datasets.recorded import PROPRIO, STATE
 from experiment.errors import UserError
 
 VERSION = "v3.0"
@@ -37,12 +38,7 @@ LARGEST_PNG = 128
 UNFINISHED = ".part"
 """End of the name of a file that is being written."""
 
-ACTION, EXPERT_ACTION, PROPRIO, STATE = (
-    "action",
-    "expert_action",
-    "observation.state",
-    "observation.environment_state",
-)
+ACTION, EXPERT_ACTION = "action", "expert_action"
 REWARD, DONE, SUCCESS, TRUNCATED = "next.reward", "next.done", "next.success", "next.truncated"
 CAMERA = "observation.images."
 

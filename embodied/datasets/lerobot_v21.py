@@ -30,6 +30,8 @@ EPISODES, TASKS, EPISODES_STATS = "meta/episodes.jsonl", "meta/tasks.jsonl", "me
 class LeRobotV21Dataset(LeRobotDataset):
     """`LeRobotDataset`, of the older layout. UserError when it is none or `meta/` is damaged."""
 
+    tasks_file = TASKS
+
     def _read_meta(self) -> tuple[Info, Stats, tuple[str, ...], list[EpisodeEntry]]:
         version, told = read_told(self.folder)
         if not version.lstrip("v").startswith("2."):

@@ -13,7 +13,7 @@ from embodied.datasets.minari_writer import MinariTarget
 from embodied.datasets.recorded import OBSERVATION, RecordedEpisode
 from embodied.datasets.source import Source
 from embodied.datasets.staging import StagedEpisodes, Staging
-from experiment.errors import UserError
+from experiment.errors import StorageError, UserError
 
 WRITTEN = ("lerobot", "minari", "d3rlpy")
 """The formats that are written."""
@@ -90,9 +90,10 @@ def write_dataset(
                 sink.finish()
             finally:
                 sink.close()
-        except UserError as error:
-            if "cannot write" not in str(error):
-                staging.discard()
+        except StorageError:
+            raise  # there will be room, and what is finished stays
+        except UserError:
+            staging.discard()
             raise
         staging.deliver()
     return WriteReport(len(source), sum(source.lengths), tuple(sorted(left_out)), unknown)

@@ -32,8 +32,11 @@ def live(source: Path, target: Path, to: str, flushes: int, log: Path) -> None:
         if done == flushes:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    lerobot_state.sync = staging.sync = sync  # type: ignore[attr-defined]
-    write_dataset(open_dataset(source), target, to, on_episode=lambda count: log.write_text(str(count)))
+    def claim(finished: int) -> None:
+        log.write_text(str(finished))
+
+    lerobot_state.sync = staging.sync = sync
+    write_dataset(open_dataset(source), target, to, on_episode=claim)
 
 
 def finished(target: Path, to: str) -> int:
@@ -49,7 +52,7 @@ def main(source: Path, target: Path, to: str, seed: int) -> None:
     """Lives and deaths until the target is there."""
     rng = random.Random(seed)
     log = target.with_name("log")
-    lives = []
+    lives: list[dict[str, object]] = []
     while not target.exists() and len(lives) < 100:
         log.write_text("0")
         child = os.fork()

@@ -91,7 +91,7 @@ def test_an_older_lerobot_without_a_video(tmp_path: Path) -> None:
         ("episodes.jsonl", '{"episode_index": 1, "tasks": ["a"], "length": 6}', "episode_index is not 0, 1, 2"),
         ("episodes.jsonl", '{"episode_index": 0, "tasks": ["a"]}', "episode 0 lacks or garbles 'length'"),
         ("tasks.jsonl", '{"task": "a"}', "tasks.jsonl: damaged or cut off ('task_index')"),
-        ("tasks.jsonl", "", "task_index 0, but meta/tasks.parquet has 0 tasks"),
+        ("tasks.jsonl", "", "task_index 0, but meta/tasks.jsonl has 0 tasks"),
     ],
 )
 def test_a_damaged_older_lerobot(tmp_path: Path, name: str, text: str, message: str) -> None:
