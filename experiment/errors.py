@@ -20,7 +20,7 @@ class UserError(Exception):
 
 
 class StorageError(UserError):
-    """What was to be written cannot be: no space, read-only, no permission. What was written before is untouched."""
+    """Something cannot be written: no space, read-only, no permission. What was written before is untouched."""
 
 
 class NonFiniteMetric(UserError):
