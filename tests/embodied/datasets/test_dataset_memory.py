@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_iterating(tmp_path: Path, kind: str) -> None:
     write = dataset_memory.write_robomimic if kind == "robomimic" else dataset_memory.write_lerobot
     write(tmp_path / "small", 3)
     write(tmp_path / "large", 12)
-    small, large = (peak(lambda name=name: iterate(tmp_path / name)) for name in ("small", "large"))
+    small, large = (peak(partial(iterate, tmp_path / name)) for name in ("small", "large"))
     assert small > 20 * 64 * 64 * 3
     assert large < 1.1 * small  # the study asks for 1.05 of what is far larger
 
@@ -54,5 +55,5 @@ def test_converting(tmp_path: Path, to: str) -> None:
         done.append(len(done))
         write_dataset(open_dataset(tmp_path / name), tmp_path / f"{name}{len(done)}", to)
 
-    small, large = (peak(lambda name=name: convert(name)) for name in ("small", "large"))
+    small, large = (peak(partial(convert, name)) for name in ("small", "large"))
     assert large < 1.1 * small
