@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embodied.datasets.episode import Episode, check_against
-from embodied.datasets.robomimic import read_episodes
+from embodied.datasets.formats import read_dataset
 from embodied.policies.state_mlp import StatePolicy
 from envs.make import EnvironmentSpec
 from policy_core.bc import bc_loss
@@ -32,8 +32,11 @@ class DemonstrationTerm:
 
 
 def read_demonstrations(path: str, environment: EnvironmentSpec) -> list[Episode]:
-    """The episodes of a file. UserError if it is damaged or was recorded in another environment."""
-    episodes = read_episodes(path)
+    """The episodes of a data set of any format, with rewards of 0 where there are none.
+
+    UserError if it is damaged or was recorded in another environment.
+    """
+    episodes = read_dataset(path, need_rewards=False)
     check_against(episodes, environment, path)
     return episodes
 

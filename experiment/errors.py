@@ -19,13 +19,17 @@ class UserError(Exception):
     """
 
 
+class StorageError(UserError):
+    """Something cannot be written: no space, read-only, no permission. What was written before is untouched."""
+
+
 class NonFiniteMetric(UserError):
     """A loss became NaN or infinite; the message names run, metric, step and the last kept checkpoint."""
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn "no space left", "read-only" and "permission denied" below this line into a `UserError`.
+    """Turn "no space left", "read-only" and "permission denied" below this line into a `StorageError`.
 
     Libraries written in Rust or C++ report a full disk with exceptions of their own, so the text is looked at
     too.
@@ -38,7 +42,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         reason = _storage_problem(error)
         if reason is None:
             raise
-        raise UserError(f"{path}: cannot write ({reason}); make room or fix the permissions") from error
+        raise StorageError(f"{path}: cannot write ({reason}); make room or fix the permissions") from error
 
 
 def _storage_problem(error: Exception) -> str | None:

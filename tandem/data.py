@@ -1,19 +1,23 @@
-"""`tandem data`: look at demonstrations, check them, watch them, record them."""
+"""`tandem data`: look at data sets, check them, watch them, record them; `data_files` converts them."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError
+from tandem import data_files
+from tandem.data_files import told
 
 if TYPE_CHECKING:
     from embodied.datasets.lerobot import LeRobotDataset
+    from embodied.datasets.lerobot_stats import Stats
+    from embodied.datasets.source import Source
     from embodied.record import RecordReport
 
 _MOST_TASKS = 20
@@ -24,7 +28,7 @@ _MOST_PROBLEMS = 100
 
 
 def _folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="a data set in the LeRobot v3 layout")
+    parser.add_argument("path", metavar="PATH", help="a data set of any format, or the id of a local Minari one")
 
 
 def view_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +37,7 @@ def view_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--episode", type=int, default=0, metavar="N", help="which one, from 0 (0)")
     parser.add_argument("--camera", action="append", default=[], metavar="NAME", help="only this one; repeatable")
     parser.add_argument("--sheet", action="store_true", help="one picture instead of a video")
-    parser.add_argument("--out", metavar="FILE", help="FOLDER_episode_N.mp4, or .png, in this folder")
+    parser.add_argument("--out", metavar="FILE", help="PATH_episode_N.mp4, or .png, in this folder")
 
 
 def record_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,23 +74,51 @@ def record_arguments(parser: argparse.ArgumentParser) -> None:
 
 def inspect(arguments: argparse.Namespace) -> int:
     """Counts, features, instructions, success rate, ranges of the actions."""
-    from embodied.datasets.lerobot import LeRobotDataset
+    from embodied.datasets.formats import open_dataset
+    from embodied.datasets.lerobot_source import LeRobotSource
 
-    dataset = _told(lambda: LeRobotDataset(arguments.folder))
+    source = told(lambda: open_dataset(arguments.path))
+    return _inspect_lerobot(source.dataset) if isinstance(source, LeRobotSource) else _inspect_any(source)
+
+
+def _inspect_lerobot(dataset: LeRobotDataset) -> int:
+    """From `meta/` alone."""
     lengths = [entry.length for entry in dataset.episodes]
     minutes = sum(lengths) / dataset.fps / 60
     spread = f"; {min(lengths)} to {max(lengths)} frames" if lengths else ""
     print(f"data set   {dataset.folder}" + (f" (robot {dataset.robot_type})" if dataset.robot_type else ""))
     print(f"episodes   {len(lengths):,} ({sum(lengths):,} frames, {minutes:.1f} min at {dataset.fps} fps{spread})")
-    print(f"success    {_success(dataset)}")
-    _print_features(dataset)
-    _print_tasks(dataset)
+    print(f"success    {_success(dataset.successes())}")
+    features = [(name, one.dtype, one.shape) for name, one in dataset.features.items()]
+    _print_features(features, dataset.stats)
+    _print_tasks([task for entry in dataset.episodes for task in entry.tasks])
+    return 0
+
+
+def _inspect_any(source: Source) -> int:
+    """By reading every episode, one at a time; the pictures of the first only."""
+    from embodied.datasets.overview import overview
+
+    found = overview(source)
+    spread = f"; {min(source.lengths)} to {max(source.lengths)} steps" if len(source) else ""
+    print(f"data set   {source.path} ({source.kind})")
+    print(f"episodes   {len(source):,} ({sum(source.lengths):,} steps{spread})")
+    print(f"ends       {found.terminated:,} terminated, {found.truncated:,} truncated")
+    if found.truncated:
+        print(f"           {found.final:,} of these say what was seen after the last action")
+    if found.returns:
+        low, high = min(found.returns), max(found.returns)
+        print(f"returns    {sum(found.returns) / len(found.returns):.4g} on average, {low:.4g} to {high:.4g}")
+    print(f"success    {_success(found.successes)}")
+    _print_features(found.features, found.stats)
+    if any(found.instructions):
+        _print_tasks(found.instructions)
     return 0
 
 
 def validate(arguments: argparse.Namespace) -> int:
     """Every problem on a line; exit code 1 if there is one."""
-    from embodied.datasets.lerobot_check import problems
+    from embodied.datasets.check import problems
 
     said, looked_at = time.monotonic(), 0
 
@@ -98,7 +130,7 @@ def validate(arguments: argparse.Namespace) -> int:
             print(f"{looked_at} episodes checked", file=sys.stderr)
 
     found = 0
-    for problem in problems(arguments.folder, progress):
+    for problem in problems(arguments.path, progress):
         found += 1
         if found <= _MOST_PROBLEMS:
             print(problem)
@@ -112,27 +144,35 @@ def view(arguments: argparse.Namespace) -> int:
     """Write an episode as a video, or as one picture, and say where."""
     from PIL import Image
 
+    from embodied.datasets.curves import draw_curves
     from embodied.datasets.drawing import film, sheet
-    from embodied.datasets.lerobot import LeRobotDataset
+    from embodied.datasets.formats import open_dataset
+    from embodied.datasets.lerobot_target import FPS
     from experiment.errors import storage_errors
     from experiment.video import write_mp4
 
-    kind = Path(arguments.out).suffix if arguments.out else (".png" if arguments.sheet else ".mp4")
-    if kind not in (".mp4", ".png") or (kind == ".mp4" and arguments.sheet):
+    kind = Path(arguments.out).suffix if arguments.out else (".png" if arguments.sheet else "")
+    if kind not in (".mp4", ".png", "") or (arguments.out and not kind) or (kind == ".mp4" and arguments.sheet):
         raise UserError(f"--out {arguments.out}: a video ends in .mp4, a sheet (--sheet) in .png")
-    dataset = _told(lambda: LeRobotDataset(arguments.folder))
-    episode = dataset.read(arguments.episode)
+    source = told(lambda: open_dataset(arguments.path))
+    episode = source.read(arguments.episode)
     cameras = tuple(arguments.camera)
-    name = f"{dataset.folder.resolve().name}_episode_{arguments.episode:03d}{kind}"
-    path = Path(arguments.out or name)
-    if kind == ".mp4":
-        write_mp4(film(episode, cameras), path, dataset.fps)
+    seen = bool(episode.images or cameras)
+    kind = kind or (".mp4" if seen else ".png")
+    path = Path(arguments.out or f"{source.path.resolve().stem}_episode_{arguments.episode:03d}{kind}")
+    if not seen and kind == ".mp4":
+        raise UserError(f"--out {arguments.out}: {episode.name} has no pictures; its curves go to a .png")
+    if not seen:
+        draw_curves(episode, path)
+    elif kind == ".mp4":
+        write_mp4(film(episode, cameras), path, source.fps or FPS)
     else:
         picture = sheet(episode, cameras)
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path)
-    print(f"{episode.instruction!r}, {len(episode)} frames")
+    words = f"{episode.instruction!r}, " if episode.instruction else ""
+    print(f"{words}{len(episode)} {'frames' if seen else 'steps'}")
     print(path)
     return 0
 
@@ -198,26 +238,22 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "validate": validate,
     "view": view,
     "record": record,
+    "convert": data_files.convert,
+    "split": data_files.split,
+    "merge": data_files.merge,
 }
 ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "inspect": _folder,
     "validate": _folder,
     "view": view_arguments,
     "record": record_arguments,
+    "convert": data_files.convert_arguments,
+    "split": data_files.split_arguments,
+    "merge": data_files.merge_arguments,
 }
 
 
 # ---------------------------------------------------------------- parts
-
-
-def _told(open_it: Callable[[], LeRobotDataset]) -> LeRobotDataset:
-    """Warnings as lines on stderr, without where in the source they came from."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        dataset = open_it()
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    return dataset
 
 
 def _listed(words: str) -> list[str]:
@@ -231,8 +267,8 @@ def _rate(successes: int, attempts: int) -> str:
     return f"{successes} of {attempts} ({successes / attempts:.1%}, 95% interval {low:.1%} to {high:.1%})"
 
 
-def _success(dataset: LeRobotDataset) -> str:
-    known = [success for success in dataset.successes() if success is not None]
+def _success(successes: Sequence[bool | None]) -> str:
+    known = [success for success in successes if success is not None]
     return _rate(sum(known), len(known)) if known else "not recorded"
 
 
@@ -247,15 +283,15 @@ def _show(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(table)
 
 
-def _print_features(dataset: LeRobotDataset) -> None:
+def _print_features(features: Sequence[tuple[str, str, tuple[int, ...]]], found: Stats) -> None:
     rows: list[tuple[str, ...]] = []
-    for name, feature in dataset.features.items():
-        stats = dataset.stats.get(name, {})
+    for name, dtype, shape in features:
+        stats = found.get(name, {})
         known = {"min", "max"} <= stats.keys()
         span = f"{stats['min'].min():.3g} to {stats['max'].max():.3g}" if known else ""
-        rows.append((name, feature.dtype, "x".join(map(str, feature.shape)), span))
+        rows.append((name, dtype, "x".join(map(str, shape)), span))
     _show(("feature", "type", "shape", "range"), rows)
-    stats, keys = dataset.stats.get("action", {}), ("min", "max", "mean", "std")
+    stats, keys = found.get("action", {}), ("min", "max", "mean", "std")
     if stats.keys() >= set(keys):
         columns = [stats[key].ravel() for key in keys]
         rows = [
@@ -265,11 +301,8 @@ def _print_features(dataset: LeRobotDataset) -> None:
         _show(("action", *keys), rows)
 
 
-def _print_tasks(dataset: LeRobotDataset) -> None:
-    counts: dict[str, int] = {}
-    for entry in dataset.episodes:
-        for task in entry.tasks:
-            counts[task] = counts.get(task, 0) + 1
+def _print_tasks(tasks: Sequence[str]) -> None:
+    counts = Counter(tasks)
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     rows = [(task, str(count)) for task, count in most[:_MOST_TASKS]]
     _show(("instruction", "episodes"), rows)

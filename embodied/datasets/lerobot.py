@@ -32,9 +32,10 @@ from embodied.datasets.lerobot_layout import (
     SUCCESS,
     TASKS,
     TRUNCATED,
+    Info,
     read_info,
 )
-from embodied.datasets.lerobot_stats import read_stats
+from embodied.datasets.lerobot_stats import Stats, read_stats
 from embodied.datasets.lerobot_tables import (
     EpisodeEntry,
     episode_files,
@@ -56,16 +57,22 @@ class LeRobotDataset:
         or not all files were copied) is left out with a warning.
     """
 
+    tasks_file = TASKS
+
     def __init__(self, folder: str | Path) -> None:
         """Raises UserError when this is no v3 data set or `meta/` is damaged."""
         self.folder = Path(folder)
-        self.info = read_info(self.folder)
+        self.info, self.stats, self.tasks, entries = self._read_meta()
         self.fps, self.features = self.info.fps, self.info.features
         self.robot_type = self.info.robot_type
-        self.stats = read_stats(self.folder / STATS)
         self.cameras = {camera_name(name): name for name, one in self.features.items() if one.picture}
-        self.tasks = tuple(read_tasks(self.folder / TASKS)) if (self.folder / TASKS).is_file() else ()
-        self.episodes = tuple(self._finished(read_entries(self.folder, self.info)))
+        self.episodes = tuple(self._finished(entries))
+
+    def _read_meta(self) -> tuple[Info, Stats, tuple[str, ...], list[EpisodeEntry]]:
+        """What `meta/` holds: the counts, the statistics, the instructions by task_index, the episodes."""
+        info = read_info(self.folder)
+        tasks = tuple(read_tasks(self.folder / TASKS)) if (self.folder / TASKS).is_file() else ()
+        return info, read_stats(self.folder / STATS), tasks, read_entries(self.folder, info)
 
     def __len__(self) -> int:
         """Episodes."""
@@ -207,7 +214,8 @@ class LeRobotDataset:
         task = int(numbers["task_index"][0])
         if not 0 <= task < len(self.tasks):
             raise UserError(
-                f"{self.folder}: episode {entry.index}: task_index {task}, but {TASKS} has {len(self.tasks)} tasks"
+                f"{self.folder}: episode {entry.index}: task_index {task}, but {self.tasks_file} has"
+                f" {len(self.tasks)} tasks"
             )
         return self.tasks[task]
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from embodied.datasets.recorded import PROPRIO, STATE
 from experiment.errors import UserError
 
 VERSION = "v3.0"
@@ -37,12 +38,7 @@ LARGEST_PNG = 128
 UNFINISHED = ".part"
 """End of the name of a file that is being written."""
 
-ACTION, EXPERT_ACTION, PROPRIO, STATE = (
-    "action",
-    "expert_action",
-    "observation.state",
-    "observation.environment_state",
-)
+ACTION, EXPERT_ACTION = "action", "expert_action"
 REWARD, DONE, SUCCESS, TRUNCATED = "next.reward", "next.done", "next.success", "next.truncated"
 CAMERA = "observation.images."
 
@@ -233,6 +229,16 @@ def read_info(folder: Path) -> Info:
     Raises:
         UserError: no such folder, not a data set, another version of the layout, or a damaged file.
     """
+    version, told = read_told(folder)
+    if version.lstrip("v").split(".")[0] != "3":
+        old = version.lstrip("v").startswith("2")
+        hint = "`tandem data convert OLD NEW --to lerobot` makes one" if old else "it needs another Tandem"
+        raise UserError(f"{folder / INFO}: codebase_version is {version}, v3.x is needed here: {hint}")
+    return info_of(told, folder / INFO)
+
+
+def read_told(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The version of the layout, such as "v3.0", and all that `meta/info.json` says. Raises as `read_info`."""
     path = folder / INFO
     if not path.is_file():
         if not folder.is_dir():
@@ -240,13 +246,13 @@ def read_info(folder: Path) -> Info:
         raise UserError(f"{folder}: not a LeRobot data set (it has no {INFO})")
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        version = str(told["codebase_version"])
+        return str(told["codebase_version"]), told
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a LeRobot {INFO}, or damaged ({error})") from error
-    if version.lstrip("v").split(".")[0] != "3":
-        old = version.lstrip("v").startswith(("1", "2"))
-        hint = "convert it with lerobot's convert_dataset_v21_to_v30" if old else "it needs a newer Tandem"
-        raise UserError(f"{path}: codebase_version is {version}, Tandem reads v3.x: {hint}")
+
+
+def info_of(told: Mapping[str, Any], path: Path) -> Info:
+    """What `meta/info.json` (at `path`) says. Raises UserError where it lacks or garbles something."""
     try:
         features = {name: Feature.from_json(name, one, path) for name, one in told["features"].items()}
         info = Info(

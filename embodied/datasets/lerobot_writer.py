@@ -69,7 +69,7 @@ class LeRobotWriter:
         fresh = Info(fps, self.features | INDEX_FEATURES, robot_type=robot_type, video_path=video_path)
         with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder)
+            self._lock = lock_folder(self.folder)
             try:
                 self._state = open_folder(self.folder, fresh)
             except BaseException:
@@ -194,8 +194,8 @@ class OpenEpisode:
         return self._encoder
 
 
-def _lock(folder: Path) -> int:
-    """A lock on the folder that the system gives back when this process ends, however it ends."""
+def lock_folder(folder: Path) -> int:
+    """A lock on the folder that the system gives back when this process ends. UserError when another has it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

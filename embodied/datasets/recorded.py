@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+OBSERVATION = "observation."
+PROPRIO, STATE = "observation.state", "observation.environment_state"
+
 
 @dataclass(frozen=True)
 class RecordedEpisode:
@@ -23,7 +26,10 @@ class RecordedEpisode:
     rewards: [T] float32, what action t earned; None where they were not recorded.
     success: whether the task was done at any time, None where the recording does not say.
     timestamps: [T] float32, seconds since the episode's first frame.
-    others: name -> [T, ...], every other feature that is a number.
+    others: name -> [T, ...], every other feature that is a number; those that were observed are called
+        `observation.NAME`.
+    final: name -> [d], what was seen after the last action, of the vectors of which it was recorded.
+    initial_state: what a simulator needs to begin here, None where it was not recorded.
     name: where the episode comes from.
     """
 
@@ -39,6 +45,8 @@ class RecordedEpisode:
     success: bool | None = None
     timestamps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     others: Mapping[str, np.ndarray] = field(default_factory=dict)
+    final: Mapping[str, np.ndarray] = field(default_factory=dict)
+    initial_state: Mapping[str, np.ndarray] | None = None
     name: str = ""
 
     def __len__(self) -> int:
@@ -49,3 +57,16 @@ class RecordedEpisode:
     def labels(self) -> np.ndarray:
         """[T, A]: what a student should do, the teacher's actions where there are any."""
         return self.actions if self.expert_actions is None else self.expert_actions
+
+    @property
+    def vectors(self) -> dict[str, np.ndarray]:
+        """Name -> [T, d], everything observed that is no picture.
+
+        `observation.state` (`proprio`) and `observation.environment_state` (`state`) come first, then the others in
+        the order in which the recording has them.
+        """
+        found = {PROPRIO: self.proprio} if self.proprio.shape[1] else {}
+        if self.state is not None:
+            found[STATE] = self.state
+        others = {name: values for name, values in self.others.items() if name.startswith(OBSERVATION)}
+        return found | {name: values.reshape(len(values), -1) for name, values in others.items()}

@@ -2,14 +2,14 @@
 
 https://robomimic.github.io/docs/datasets/overview.html. Beyond it, an optional group `initial_state` of a
 demonstration holds what the simulator needs to begin there, and an optional `success` (data set or
-attribute) says whether the task was done.
+attribute) says whether the task was done. Filter keys (`mask/NAME`) are subsets.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +17,100 @@ import h5py
 import numpy as np
 
 from embodied.datasets.episode import Episode
+from embodied.datasets.hdf5 import array, opened
+from embodied.datasets.recorded import OBSERVATION, RecordedEpisode
+from embodied.datasets.source import Source, recorded
 from experiment.errors import UserError
 
 DoneMeaning = Literal["truncated", "terminated"]
+
+
+class RobomimicSource(Source):
+    """A file: everything under `obs`, pictures (uint8 [T, H, W, 3]) as cameras, and [T, d] or [T] as vectors.
+
+    What is neither (depth maps) is left out, and so are the simulator's `states`. The order of the vectors is that
+    of their names. An episode is truncated, or terminated where `done_means` says so: see `read_episodes`.
+    """
+
+    kind = "robomimic"
+
+    def __init__(self, path: str | Path, subset: str | None = None, done_means: DoneMeaning = "truncated") -> None:
+        """subset: as in `read_episodes`. Raises UserError when the file is none of robomimic's, or damaged."""
+        self.path, self._done_means = Path(path), done_means
+        with opened(self.path) as file:
+            found = demonstrations(file, self.path, subset)
+            self._demos = [name for name, _ in found]
+            self.lengths = tuple(_length(demo, f"{self.path}: data/{name}") for name, demo in found)
+            self.fps = _control_rate(file["data"])
+
+    def _read(self, index: int, images: bool) -> RecordedEpisode:
+        where = f"{self.path}: data/{self._demos[index]}"
+        with opened(self.path) as file:
+            return self._recorded(file["data"][self._demos[index]], where, images)
+
+    def _recorded(self, demo: h5py.Group, where: str, images: bool) -> RecordedEpisode:
+        actions = array(demo, "actions", where, columns=True)
+        if not len(actions):
+            raise UserError(f"{where}: has no steps")
+        rewards = array(demo, "rewards", where, columns=False)
+        if len(rewards) != len(actions):
+            raise UserError(f"{where}: {len(actions)} actions but {len(rewards)} rewards")
+        pictures, vectors, final = _observations(demo, where, len(actions), images)
+        return recorded(
+            images=pictures,
+            vectors=vectors,
+            final={OBSERVATION + key: row for key, row in final.items()},
+            actions=actions,
+            rewards=rewards,
+            terminated=self._done_means == "terminated",
+            truncated=self._done_means == "truncated",
+            success=_success(demo),
+            initial_state=_initial_state(demo),
+            name=where,
+        )
+
+
+def _length(demo: h5py.Group, where: str) -> int:
+    if not isinstance(demo.get("actions"), h5py.Dataset):
+        raise UserError(f"{where}: has no actions; the demonstration has {sorted(demo)}")
+    return int(demo["actions"].shape[0])
+
+
+def _control_rate(data: h5py.Group) -> int | None:
+    """Steps a second, which robosuite's environments say."""
+    try:
+        rate = json.loads(data.attrs["env_args"])["env_kwargs"]["control_freq"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return int(rate) if isinstance(rate, int | float) and rate >= 1 else None
+
+
+def _observations(
+    demo: h5py.Group, where: str, length: int, images: bool
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Camera -> [T, H, W, 3], vector -> [T, d], vector -> [d] after the last action."""
+    pictures, vectors, final = {}, {}, {}
+    seen, ahead = demo.get("obs"), demo.get("next_obs", {})
+    for key in sorted(seen) if isinstance(seen, h5py.Group) else []:
+        dataset = seen[key]
+        if not isinstance(dataset, h5py.Dataset) or dataset.ndim not in (1, 2, 4):
+            continue
+        if len(dataset) not in (length, length + 1):
+            raise UserError(f"{where}: {length} actions but {len(dataset)} rows of obs/{key}")
+        if dataset.ndim == 4:
+            if images and dataset.dtype == np.uint8 and dataset.shape[3] == 3:
+                pictures[key] = dataset[:length]
+            continue
+        rows = array(demo, f"obs/{key}", where, columns=dataset.ndim == 2).reshape(len(dataset), -1)
+        vectors[key] = rows[:length]
+        if len(rows) > length:
+            final[key] = rows[length]
+        elif key in ahead:
+            last = array(demo, f"next_obs/{key}", where, columns=dataset.ndim == 2)
+            if last.shape[0] != length or last.reshape(length, -1).shape != vectors[key].shape:
+                raise UserError(f"{where}: next_obs/{key} is {list(last.shape)}, obs/{key} {list(dataset.shape)}")
+            final[key] = last[-1].reshape(-1)
+    return pictures, vectors, final
 
 
 def read_episodes(
@@ -45,10 +136,10 @@ def read_episodes(
     path = Path(path)
     if not observation_keys:
         raise UserError("observation_keys is empty: name at least one data set under obs")
-    with _opened(path) as file:
+    with opened(path) as file:
         episodes = [
             _read_episode(demo, f"{path}: data/{name}", observation_keys, done_means)
-            for name, demo in _demonstrations(file, path, subset)
+            for name, demo in demonstrations(file, path, subset)
         ]
     first = episodes[0]
     for episode in episodes[1:]:
@@ -59,21 +150,8 @@ def read_episodes(
     return episodes
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
-    if not path.is_file():
-        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, RuntimeError) as error:  # h5py raises either, also while reading
-        reason = " ".join(str(error).split())
-        if "signature" in reason:
-            raise UserError(f"{path}: not an HDF5 file") from error
-        raise UserError(f"{path}: damaged or cut off, fetch it again ({reason})") from error
-
-
-def _demonstrations(file: h5py.File, path: Path, subset: str | None) -> list[tuple[str, h5py.Group]]:
+def demonstrations(file: h5py.File, path: Path, subset: str | None) -> list[tuple[str, h5py.Group]]:
+    """Name and group of every demonstration, in the order of their numbers. UserError as `read_episodes`."""
     data = file.get("data")
     names = [name for name in data if re.fullmatch(r"demo_\d+", name)] if isinstance(data, h5py.Group) else []
     if not names:
@@ -94,21 +172,21 @@ def _demonstrations(file: h5py.File, path: Path, subset: str | None) -> list[tup
 def _read_episode(
     demo: h5py.Group, where: str, observation_keys: Sequence[str], done_means: DoneMeaning
 ) -> Episode:
-    actions = _array(demo, "actions", where, columns=True)
+    actions = array(demo, "actions", where, columns=True)
     length = len(actions)
     if length == 0:
         raise UserError(f"{where}: has no steps")
-    rewards = _array(demo, "rewards", where, columns=False)
+    rewards = array(demo, "rewards", where, columns=False)
     if len(rewards) != length:
         raise UserError(f"{where}: {length} actions but {len(rewards)} rewards")
-    parts = [_array(demo, f"obs/{key}", where, columns=True) for key in observation_keys]
+    parts = [array(demo, f"obs/{key}", where, columns=True) for key in observation_keys]
     for key, part in zip(observation_keys, parts, strict=True):
         if len(part) not in (length, length + 1) or len(part) != len(parts[0]):
             raise UserError(f"{where}: {length} actions but {len(part)} rows of obs/{key}")
     observations = np.concatenate(parts, axis=1)
     final = observations[length] if len(observations) > length else None
     if final is None and "next_obs" in demo:
-        ahead = [_array(demo, f"next_obs/{key}", where, columns=True) for key in observation_keys]
+        ahead = [array(demo, f"next_obs/{key}", where, columns=True) for key in observation_keys]
         for key, part in zip(observation_keys, ahead, strict=True):
             if len(part) != length:
                 raise UserError(f"{where}: {length} actions but {len(part)} rows of next_obs/{key}")
@@ -126,28 +204,6 @@ def _read_episode(
         initial_state=_initial_state(demo),
         name=where,
     )
-
-
-def _array(demo: h5py.Group, key: str, where: str, *, columns: bool) -> np.ndarray:
-    """A data set as finite float32, [T, d] or, without columns, [T] (also where it was written as [T, 1])."""
-    dataset = demo.get(key)
-    if not isinstance(dataset, h5py.Dataset):
-        parent = key.rpartition("/")[0]
-        group = demo.get(parent) if parent else demo
-        present = sorted(group) if isinstance(group, h5py.Group) else "nothing"
-        raise UserError(f"{where}: has no {key}; {parent or 'the demonstration'} has {present}")
-    shape = dataset.shape
-    if not columns and len(shape) == 2 and shape[1] == 1:
-        shape = shape[:1]
-    if len(shape) != (2 if columns else 1) or dataset.dtype.kind not in "fiub":
-        expected = "[T, d] numbers" if columns else "[T] numbers"
-        raise UserError(f"{where}: {key} is {dataset.dtype} {list(dataset.shape)}, expected {expected}")
-    values = dataset[()].astype(np.float32).reshape(shape)
-    finite = np.isfinite(values)
-    bad = np.flatnonzero(~(finite.all(axis=1) if columns else finite))
-    if len(bad):
-        raise UserError(f"{where}: {key} row {bad[0]} is not finite: {values[bad[0]].tolist()}")
-    return values
 
 
 def _success(demo: h5py.Group) -> bool | None:

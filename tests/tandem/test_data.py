@@ -135,7 +135,7 @@ def test_half_written_episodes_are_a_warning(demonstrations: Path, capsys: pytes
     ("words", "message"),
     [
         (["data", "inspct", "x"], "unknown verb 'data inspct'; did you mean data inspect?"),
-        (["data", "inspect", "nowhere"], "nowhere: no such folder"),
+        (["data", "inspect", "nowhere"], "nowhere: no such file or folder"),
         (["data", "view", "demos", "--episode", "3"], "demos: has no episode 3; there are 0 to 2"),
         (["data", "view", "demos", "--camera", "top"], "demos: episode 0: has no camera 'top'; it has front"),
         (
@@ -167,7 +167,7 @@ def test_the_family_of_verbs_has_an_overview(words: list[str], capsys: pytest.Ca
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert "usage: tandem data VERB ..." in out
-    assert "  data validate FOLDER" in out
+    assert "  data validate PATH" in out
     assert "train CONFIG" not in out
 
 

@@ -149,11 +149,11 @@ def test_not_a_dataset(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "hint"),
-    [("v2.1", "convert it with lerobot's convert_dataset_v21_to_v30"), ("v4.0", "newer Tandem")],
+    [("v2.1", "`tandem data convert OLD NEW --to lerobot` makes one"), ("v4.0", "another Tandem")],
 )
 def test_another_version(filled: Path, version: str, hint: str) -> None:
     change_info(filled, codebase_version=version)
-    assert f"codebase_version is {version}, Tandem reads v3.x" in wrong(filled)
+    assert f"codebase_version is {version}, v3.x is needed here" in wrong(filled)
     assert hint in wrong(filled)
 
 

@@ -1,0 +1,112 @@
+"""Episodes of any source as a LeRobot v3 data set.
+
+Besides what `demonstration_features` lists: every other observation under its name, `next.observation.NAME` and
+`next.observed` where what was seen after an episode's last action is known (see `lerobot_source`), and other
+numbers of the source that have at most one dimension a frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embodied.datasets.lerobot_layout import (
+    ACTION,
+    CAMERA,
+    DONE,
+    EXPERT_ACTION,
+    REWARD,
+    SUCCESS,
+    TRUNCATED,
+    Feature,
+    camera_feature,
+)
+from embodied.datasets.lerobot_source import NEXT, OBSERVED
+from embodied.datasets.lerobot_writer import LeRobotWriter
+from embodied.datasets.recorded import OBSERVATION, RecordedEpisode
+from embodied.datasets.source import Source, final_row
+from experiment.errors import UserError
+
+FPS = 20
+"""Where a source does not say: the control rate of robosuite, whose data robomimic and LIBERO hold."""
+
+
+class LeRobotTarget:
+    """A folder that grows episode by episode. examples: an episode of every data set that goes into it."""
+
+    def __init__(self, folder: Path, source: Source, examples: Sequence[RecordedEpisode], fps: int) -> None:
+        self._features = features_of(examples, fps, source)
+        self._writer = LeRobotWriter(folder, fps=fps, features=self._features, robot_type=source.robot_type)
+
+    def __len__(self) -> int:
+        return len(self._writer)
+
+    def append(self, episode: RecordedEpisode) -> None:
+        """One more, on the disk when this returns. Raises UserError when it does not fit the others."""
+        columns = columns_of(episode)
+        if missing := [name for name in self._features if name not in columns]:
+            raise UserError(f"{episode.name}: does not say {missing[0]}, as the first episode does")
+        with self._writer.episode(episode.instruction) as opened:
+            for step in range(len(episode)):
+                opened.add({name: columns[name][step] for name in self._features})
+            opened.save()
+
+    def finish(self) -> None:
+        """Let go of the folder."""
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._writer.close()
+
+
+def features_of(examples: Sequence[RecordedEpisode], fps: int, source: Source) -> dict[str, Feature]:
+    """What is written: what all examples have, and what comes after the last action where one of them knows it."""
+    found: dict[str, Feature] = {}
+    first, columns = examples[0], [columns_of(example) for example in examples]
+    for camera, pictures in first.images.items():
+        height, width = pictures.shape[1:3]
+        feature = camera_feature(height, width, fps)
+        if feature.dtype == "video" and (height % 2 or width % 2):  # which h264 cannot have
+            feature = Feature("image", feature.shape, feature.names)
+        found[CAMERA + camera] = feature
+    for name, values in columns[0].items():
+        ahead = name.startswith(NEXT + OBSERVATION) or name == OBSERVED
+        known = any(example.final for example in examples) if ahead else all(name in one for one in columns)
+        if known and name not in found:
+            shape = values.shape[1:] or (1,)
+            dtype = str(values.dtype)
+            if name == ACTION and source.choices is not None:
+                dtype = "int64"
+            found[name] = Feature(dtype, shape, source.names.get(name))
+    return found
+
+
+def columns_of(episode: RecordedEpisode) -> dict[str, Any]:
+    """Feature -> [T, ...], everything that LeRobot's frames can hold of the episode."""
+    length = len(episode)
+    vectors = {name: values.astype(np.float32) for name, values in episode.vectors.items()}
+    columns: dict[str, Any] = {CAMERA + name: pictures for name, pictures in episode.images.items()}
+    columns |= vectors
+    columns[ACTION] = episode.actions
+    if episode.expert_actions is not None:
+        columns[EXPERT_ACTION] = episode.expert_actions
+    last = np.arange(length) == length - 1
+    if episode.rewards is not None:
+        columns[REWARD] = episode.rewards
+    columns[DONE] = last
+    if episode.success is not None:
+        columns[SUCCESS] = last & episode.success
+    columns[TRUNCATED] = last & episode.truncated
+    for name, values in vectors.items():
+        after = final_row(episode, name) if name in episode.final else values[-1]
+        columns[NEXT + name] = np.concatenate([values[1:], after[None]])
+    columns[OBSERVED] = ~last | all(name in episode.final for name in vectors)
+    return columns | {name: values for name, values in _numbers(episode.others).items() if name not in columns}
+
+
+def _numbers(others: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: one for name, one in others.items() if one.ndim <= 2 and not name.startswith(OBSERVATION)}
