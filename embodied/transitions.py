@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from embodied.datasets.episode import Episode, check_against
-from embodied.demonstrations import read_demonstrations
+from embodied.datasets.formats import read_dataset
 from embodied.policies.state_mlp import StatePolicy
 from envs.make import EnvironmentSpec
 from experiment.errors import UserError
@@ -28,6 +28,8 @@ class DataConfig:
     """What is learned from.
 
     path        a data set in any format that `tandem data inspect` reads
+    observation_keys   which of its vectors make the observation, in which order; None: all of them
+    subset      only the episodes of this filter key (robomimic's mask)
     gamma       discount of a step
     n_steps     rewards summed before the value takes over (n-step returns; 1: none)
     best        share of the episodes that is kept, those of the highest return (filtered cloning); 1: all
@@ -36,6 +38,8 @@ class DataConfig:
     """
 
     path: str = ""
+    observation_keys: tuple[str, ...] | None = None
+    subset: str | None = None
     gamma: float = 0.99
     n_steps: int = 1
     best: float = 1.0
@@ -81,7 +85,7 @@ def read_offline(config: DataConfig, environment: EnvironmentSpec) -> list[Episo
         raise UserError(
             f"environment.id: {environment.env_id} has discrete actions; this recipe needs continuous ones"
         )
-    episodes = read_demonstrations(config.path, environment)
+    episodes = read_dataset(config.path, observation_keys=config.observation_keys, subset=config.subset)
     check_against(episodes, environment, config.path)
     if config.best < 1:
         count = max(1, round(config.best * len(episodes)))

@@ -338,6 +338,13 @@ VERBS: dict[str, Verb] = {
         _data_arguments("merge"),
         _data("merge"),
     ),
+    "data play": Verb(
+        "RUN --steps N --out DST",
+        "log what a run's policy does, as a data set",
+        "For runs that learned from states. With --checkpoint all, every checkpoint plays its share.",
+        _data_arguments("play"),
+        _data("play"),
+    ),
     "data record": Verb(
         "--expert|--teleop --out FOLDER",
         "record demonstrations at the table: a scripted expert, or you",

@@ -241,6 +241,7 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "convert": data_files.convert,
     "split": data_files.split,
     "merge": data_files.merge,
+    "play": data_files.play,
 }
 ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "inspect": _folder,
@@ -250,6 +251,7 @@ ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "convert": data_files.convert_arguments,
     "split": data_files.split_arguments,
     "merge": data_files.merge_arguments,
+    "play": data_files.play_arguments,
 }
 
 

@@ -1,4 +1,4 @@
-"""`tandem data convert | split | merge`: episodes from one data set into others."""
+"""`tandem data convert | split | merge | play`: episodes from one data set into others, or from a run's policy."""
 
 from __future__ import annotations
 
@@ -55,6 +55,19 @@ def merge_arguments(parser: argparse.ArgumentParser) -> None:
     _how(parser, default=" (the first source's, where it is one of these; else lerobot)")
 
 
+def play_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `tandem data play`."""
+    parser.add_argument("run", metavar="RUN", help="the folder of a robot run that learned from states")
+    parser.add_argument("--steps", type=int, required=True, metavar="N", help="environment steps, about")
+    parser.add_argument("--out", required=True, metavar="DST", help="a new folder; for d3rlpy a new file")
+    parser.add_argument(
+        "--checkpoint", choices=("last", "best", "all"), default="last", help="all: each plays its share (last)"
+    )
+    parser.add_argument("--deterministic", action="store_true", help="the policy's mode instead of samples")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other episodes (0)")
+    _how(parser, default=" (minari)")
+
+
 # ---------------------------------------------------------------- what the verbs do
 
 
@@ -97,6 +110,24 @@ def merge(arguments: argparse.Namespace) -> int:
 
     sources = [told(partial(open_dataset, path)) for path in arguments.sources]
     _write(Joined(sources), arguments.out, arguments.to or _own(sources[0]), arguments.fps)
+    return 0
+
+
+def play(arguments: argparse.Namespace) -> int:
+    """Log what a run's policy does, or what every checkpoint of it did."""
+    from embodied.played import PlayedSource, play_policies, run_to_play
+
+    if arguments.steps < 1 or arguments.seed < 0:
+        raise UserError("tandem data play: --steps must be at least 1, --seed not negative")
+    _absent(arguments.out)
+    run = Path(arguments.run)
+    environment, folders = run_to_play(run, arguments.checkpoint)
+    episodes = play_policies(
+        folders, environment, steps=arguments.steps, seed=arguments.seed, deterministic=arguments.deterministic
+    )
+    returns = [float(episode.rewards.sum()) for episode in episodes]
+    print(f"{len(episodes)} episodes by {len(folders)} policies, mean return {sum(returns) / len(returns):.1f}")
+    _write(PlayedSource(episodes, run, {}), arguments.out, arguments.to or "minari", arguments.fps)
     return 0
 
 
