@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from embodied.backends import d3rlpy_backend, sb3_backend
 from embodied.backends.backend import Backend, Units, play
 from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
 from embodied.offline import Inputs
-from embodied.transitions import DataConfig
+from embodied.transitions import DataConfig, reward_scale
 from embodied.workers import EnvironmentConfig
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
@@ -32,7 +34,7 @@ class TrainBackendConfig:
     """algorithm        d3rlpy/NAME or sb3/NAME
     options          of that algorithm, by the library's own names
     hidden           widths of its networks
-    data             only path and best count: gamma and rewards are the library's affair
+    data             gamma and n_steps are the library's affair, and do not count here
     total            updates (d3rlpy) or environment steps (sb3)
     log_every, evaluate_every: in the same
     episodes         played at each evaluation
@@ -73,7 +75,7 @@ def begin(config: TrainBackendConfig, inputs: Inputs, units: Units) -> Any:
 
 def train(config: TrainBackendConfig, *, resume: Path | None = None) -> RunResult:
     """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
-    inputs = Inputs.read(config)
+    inputs = scaled(Inputs.read(config), config.data)
     units = Units.of(inputs.episodes, inputs.environment)
     begin(config, inputs, units)  # what is not known is told before there is a folder
     pieces = 1 if config.run.dry_run else max(1, config.total // config.log_every)
@@ -92,6 +94,13 @@ def train(config: TrainBackendConfig, *, resume: Path | None = None) -> RunResul
             if piece == pieces or piece * config.log_every % config.evaluate_every == 0:
                 look(run, backend, units, config, piece=piece)
         return run.finish()
+
+
+def scaled(inputs: Inputs, data: DataConfig) -> Inputs:
+    """With the rewards that `data` asks for."""
+    factor = reward_scale(inputs.episodes, data)
+    episodes = [replace(e, rewards=(e.rewards * factor + data.shift).astype(np.float32)) for e in inputs.episodes]
+    return replace(inputs, episodes=episodes)
 
 
 def look(run: Run, backend: Backend, units: Units, config: TrainBackendConfig, *, piece: int) -> None:

@@ -1,0 +1,188 @@
+"""Offline learning on HalfCheetah-v5 and Walker2d-v5 beside d3rlpy, in D4RL's manner, from data recorded here.
+
+    python -m studies.offline_locomotion
+
+The data come from our own PPO: `medium` is 200,000 steps of the first checkpoint halfway from the untrained
+return to the best one's, `replay` the same number of steps from all checkpoints up to it. Every algorithm gets the same updates
+(30,000; CQL 10,000, on HalfCheetah alone), networks (2 x 256), units and data, IQL rewards scaled by the spread of
+returns; the last policy plays the same 20 test episodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiment.config import build, read_tree
+from studies.cells import RUNS, Figures, main, mean_and_error
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "embodied"
+ENVIRONMENTS = {"cheetah": "HalfCheetah-v5", "walker": "Walker2d-v5"}
+KINDS = ("medium", "replay")
+SEEDS = range(3)
+PPO_STEPS, LOGGED = 2_000_000, 200_000
+UPDATES = {"cql": 10_000}
+OURS = ("bc", "iql", "iql_bf16", "td3_bc", "cql", "cql_bf16")
+THEIRS = ("d3rlpy_iql", "d3rlpy_cql")
+PAIRS = (("iql", "d3rlpy_iql"), ("cql", "d3rlpy_cql"), ("iql_bf16", "iql"), ("cql_bf16", "cql"))
+
+
+def _cells() -> list[str]:
+    cells = [f"data-{name}" for name in ENVIRONMENTS]
+    for seed in SEEDS:
+        for name in ENVIRONMENTS:
+            for kind in KINDS:
+                algorithms = [a for a in (*OURS, *THEIRS) if name == "cheetah" or "cql" not in a]
+                cells += [f"{algorithm}-{name}-{kind}-{seed}" for algorithm in algorithms]
+    return cells
+
+
+CELLS = _cells()
+
+
+def run(cell: str, options: argparse.Namespace) -> Figures:
+    """Make the data, or learn from them and judge."""
+    algorithm, name, *rest = cell.split("-")
+    if algorithm == "data":
+        return make_data(name)
+    kind, seed = rest[0], int(rest[1])
+    folder = RUNS / f"offline-{cell}"
+    shutil.rmtree(folder, ignore_errors=True)
+    seconds = learn(algorithm, name, RUNS / f"offline-data-{name}" / kind, folder, seed)
+    return {"seconds": seconds, **judge(folder)}
+
+
+def make_data(name: str) -> Figures:
+    """PPO, then both data sets of an environment."""
+    from embodied import train_ppo
+    from embodied.datasets.writing import write_dataset
+    from embodied.evaluate import EvaluateConfig, evaluate_policy
+    from embodied.played import PlayedSource, play_policies, run_to_play
+    from embodied.policies.state_mlp import StatePolicy
+
+    folder, data = RUNS / f"offline-ppo-{name}", RUNS / f"offline-data-{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(data, ignore_errors=True)
+    overrides = [
+        f"environment.id={ENVIRONMENTS[name]}",
+        f"total_steps={PPO_STEPS}",
+        "run.keep=1000",
+        *common(folder, 0),
+    ]
+    train_ppo.train(_config("half_cheetah_ppo", train_ppo.TrainPPOConfig, overrides))
+    environment, policies = run_to_play(folder, "all")
+    judged = EvaluateConfig(episodes=10)
+    returns = [
+        evaluate_policy(StatePolicy.from_pretrained(policy), environment, judged)["eval/mean_reward"]
+        for policy in policies
+    ]
+    halfway = (returns[0] + max(returns)) / 2
+    medium = next(i for i, value in enumerate(returns) if value >= halfway)
+    figures: Figures = {"returns": returns, "medium": medium}
+    for kind, chosen in (("medium", policies[medium : medium + 1]), ("replay", policies[: medium + 1])):
+        episodes = play_policies(chosen, environment, steps=LOGGED, seed=7)
+        write_dataset(PlayedSource(episodes, folder, {}), data / kind, "minari")
+        logged = [float(episode.rewards.sum()) for episode in episodes if not _cut_short(episode)]
+        figures[kind] = {"episodes": len(episodes), "mean_return": statistics.fmean(logged)}
+    return figures
+
+
+def _cut_short(episode: Any) -> bool:
+    """Whether the recording ended before the episode did."""
+    return not episode.terminated and len(episode) < 1000
+
+
+def learn(algorithm: str, name: str, data: Path, folder: Path, seed: int) -> float:
+    """Train; returns the seconds it took."""
+    from embodied import train_backend, train_bc, train_cql, train_iql, train_td3_bc
+
+    updates = UPDATES.get(algorithm.removeprefix("d3rlpy_").removesuffix("_bf16"), 30_000)
+    shared = [f"environment.id={ENVIRONMENTS[name]}", *common(folder, seed)]
+    ours = [*shared, f"data.path={data}", f"updates={updates}", f"evaluate_every={updates}", "episodes=5"]
+    if algorithm.endswith("_bf16"):
+        ours.append("precision=bf16")
+    module: Any
+    if algorithm.startswith("d3rlpy_"):
+        kind = algorithm.removeprefix("d3rlpy_").upper()
+        module = train_backend
+        options = [f"algorithm=d3rlpy/{kind}", f"total={updates}", f"evaluate_every={updates}", "episodes=5"]
+        if kind == "CQL":
+            options += ["options.alpha_learning_rate=0.0", "options.alpha_threshold=0.0"]
+        else:
+            options.append("data.rewards=returns")
+        plan: Any = _config("backend", train_backend.TrainBackendConfig, [*shared, f"data.path={data}", *options])
+    elif algorithm == "bc":
+        module = train_bc
+        widths = ["policy.hidden=[256,256]", "policy.activation=relu", f"updates={updates}"]
+        chosen = [f"demonstrations={data}", f"evaluate_every={updates}", "episodes=5", "learning_rate=3e-4"]
+        plan = _config("adroit_door_bc", train_bc.TrainBCConfig, [*shared, *widths, *chosen, "observation_noise=0"])
+    else:
+        base = algorithm.removesuffix("_bf16")
+        module, config = {
+            "iql": (train_iql, train_iql.TrainIQLConfig),
+            "td3_bc": (train_td3_bc, train_td3_bc.TrainTD3BCConfig),
+            "cql": (train_cql, train_cql.TrainCQLConfig),
+        }[base]
+        plan = _config(f"half_cheetah_{base}", config, ours)
+    return float(module.train(plan).metrics["time/elapsed"])
+
+
+def judge(folder: Path) -> Figures:
+    """The last policy's return over 20 test episodes."""
+    from tandem.recipes import evaluator_for
+
+    module = evaluator_for(str(read_tree(folder / "config.yaml").values["recipe"]))
+    figures = module.evaluate_run(folder, module.EvaluateConfig(checkpoint="last", episodes=20))
+    return {"mean_return": figures["eval/mean_reward"]}
+
+
+def common(folder: Path, seed: int) -> list[str]:
+    """Of every run."""
+    return [f"run.folder={folder}", f"run.seed={seed}", "run.wandb=disabled", "run.threads=2"]
+
+
+def _config(name: str, kind: type, overrides: list[str]) -> Any:
+    tree = read_tree(CONFIGS / f"{name}.yaml", overrides)
+    tree.pop("recipe")
+    return build(tree, kind)
+
+
+def table(results: Mapping[str, Figures]) -> str:
+    """Mean return by data set, and paired differences with their standard errors."""
+    sets = [f"{name}-{kind}" for name in ENVIRONMENTS for kind in KINDS]
+    lines = [f"| algorithm | {' | '.join(sets)} |", f"|---|{'---|' * len(sets)}"]
+    for algorithm in (*OURS, *THEIRS):
+        columns = []
+        for chosen in sets:
+            values = _returns(results, algorithm, chosen)
+            columns.append("{:.0f} ± {:.0f}".format(*mean_and_error(values)) if len(values) > 1 else "")
+        lines.append(f"| {algorithm} | {' | '.join(columns)} |")
+    lines += ["", "| paired difference | mean | standard error | pairs |", "|---|---|---|---|"]
+    for first, second in PAIRS:
+        differences = []
+        for chosen in sets:
+            ours, theirs = (_by_seed(results, algorithm, chosen) for algorithm in (first, second))
+            differences += [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+        if len(differences) > 1:
+            error = statistics.stdev(differences) / math.sqrt(len(differences))
+            mean = statistics.fmean(differences)
+            lines.append(f"| {first} - {second} | {mean:+.0f} | {error:.0f} | {len(differences)} |")
+    return "\n".join(lines)
+
+
+def _by_seed(results: Mapping[str, Figures], algorithm: str, chosen: str) -> dict[int, float]:
+    cells = {seed: f"{algorithm}-{chosen}-{seed}" for seed in SEEDS}
+    return {seed: results[cell]["mean_return"] for seed, cell in cells.items() if cell in results}
+
+
+def _returns(results: Mapping[str, Figures], algorithm: str, chosen: str) -> list[float]:
+    return list(_by_seed(results, algorithm, chosen).values())
+
+
+if __name__ == "__main__":
+    main("offline_locomotion", cells=CELLS, run=run, table=table)
