@@ -2,8 +2,8 @@
 
     python -m studies.offline_locomotion
 
-The data come from our own PPO: `medium` is 200,000 steps of the first checkpoint halfway from the untrained
-return to the best one's, `replay` the same number of steps from all checkpoints up to it. Every algorithm gets the same updates
+The data come from our own PPO: `medium` is 200,000 steps of the first checkpoint halfway from the untrained return
+to the best one's, `replay` as many steps from all checkpoints up to it. Every algorithm gets the same updates
 (30,000; CQL 10,000, on HalfCheetah alone), networks (2 x 256), units and data, IQL rewards scaled by the spread of
 returns; the last policy plays the same 20 test episodes.
 """
