@@ -92,13 +92,16 @@ def conservative_gap(*, q_values: Tensor, log_densities: Tensor, data_q_values: 
     return torch.where(mask, soft_maximum - data_q_values, 0.0).sum(-1) / mask.sum().clamp(min=1)
 
 
-def discrete_conservative_gap(*, q_values: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
+def discrete_conservative_gap(
+    *, q_values: Tensor, actions: Tensor, mask: Tensor, denominator: float | None = None
+) -> Tensor:
     """logsumexp of Q over all choices minus Q of the chosen, averaged over counted decisions.
 
     q_values [..., V] (choices or words), actions [...] int, mask [...] -> []. Cross-entropy of Q read as logits.
+    denominator     as in `masked_mean`
     """
     chosen = q_values.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
-    return masked_mean(torch.logsumexp(q_values, dim=-1) - chosen, mask)
+    return masked_mean(torch.logsumexp(q_values, dim=-1) - chosen, mask, denominator=denominator)
 
 
 def calibrated(policy_q_values: Tensor, returns: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from policy_core.masking import masked_mean
 from policy_core.policy import Actor
-from policy_core.rollout import Transitions
+from policy_core.rollout import Outcomes, Transitions
 
 Metrics = dict[str, Tensor]
 
@@ -104,17 +105,18 @@ def polyak_(target: Any, online: Any, *, rate: float) -> None:
         torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
 
 
-def td_loss(*, q_values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+def td_loss(*, q_values: Tensor, targets: Tensor, mask: Tensor, denominator: float | None = None) -> Tensor:
     """Squared error of every critic, averaged over counted decisions and summed over critics.
 
-    q_values [M, N], targets [N] (no gradient flows into them), mask [N] -> [].
+    q_values [M, ...], targets [...] (no gradient flows into them), mask [...] -> [].
+    denominator     as in `masked_mean`
     """
     squares = (q_values - targets.detach()).square()
-    return torch.where(mask, squares, 0.0).sum() / mask.sum().clamp(min=1)
+    return masked_mean(squares.sum(0), mask, denominator=denominator)
 
 
-def bootstrap(batch: Transitions, next_values: Tensor) -> Tensor:
-    """r + discount * V(s'), without V(s') where the episode terminated; next_values [N] -> [N]."""
+def bootstrap(batch: Outcomes, next_values: Tensor) -> Tensor:
+    """r + discount * V(s'), without V(s') where the episode terminated; next_values [...] -> [...]."""
     return batch.rewards + batch.discount * torch.where(batch.terminated, 0.0, next_values)
 
 
