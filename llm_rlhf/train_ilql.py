@@ -1,17 +1,19 @@
 """Implicit language Q-learning: learn from logged texts with rewards which token was worth what, and write by it.
 
 A checkpoint's `policy` folder is a plain transformers model; the value heads lie in it as `ilql_heads.safetensors`,
-with the strength `beta` at which they steer. `tandem eval` steers; whoever starts from the folder starts from the model.
+with the strength `beta` at which they steer. `tandem eval` steers; who starts from the folder starts from the model.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.ilql import AdvantageSteering, ValueHeads, heads_for, loss_of
@@ -40,7 +42,8 @@ RECIPE = "llm/ilql"
 
 @dataclass(frozen=True)
 class LearningConfig:
-    """steps, batch_size  updates and texts per update; micro_batch_size: texts per backward pass, None = all at once
+    """steps, batch_size    updates and texts per update
+    micro_batch_size    texts per backward pass; None = all at once
     learning_rate       of the value heads
     model_learning_rate of the language model under them; 0 freezes it
     gamma               discount per chosen token
@@ -99,7 +102,7 @@ class TrainILQLConfig:
 
 
 def train(config: TrainILQLConfig, *, resume: Path | None = None) -> RunResult:
-    """Learn from the task's logged texts; the run's `policy` folder is a plain transformers model, heads beside it."""
+    """Learn from the task's logged texts; the run's `policy` folder is a plain transformers model with heads."""
     task = build_task(config.task)
     texts = logged_texts(task, config.rewards)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
@@ -128,16 +131,10 @@ def train(config: TrainILQLConfig, *, resume: Path | None = None) -> RunResult:
                 position = {"samples": counters.samples, "tokens": counters.tokens, "epoch": learner.batches.epoch}
                 run.log({**losses, **position, **looked}, global_step=step)
             if last or run.should_save(step):
-                write_model = writer(policy, tokenizer)["policy"]
-
-                def write(folder: Path) -> None:
-                    write_model(folder)
-                    learner.steering.save(folder)
-
                 run.save(
                     learner.state_dict(),
                     global_step=step,
-                    folders={"policy": write},
+                    folders=folders_of(learner, tokenizer),
                     metric=looked.get("eval/greedy"),
                 )
             if last:
@@ -175,7 +172,7 @@ class Learner:
 
 
 def build_learner(run: Run, policy: LanguagePolicy, config: TrainILQLConfig, *, texts: int) -> Learner:
-    """A learner at the run's start, with the heads of model.path if it has some, or where the checkpoint left it."""
+    """A learner at the run's start, with the heads of model.path if it has any, or as the checkpoint left it."""
     path = checkpoint_policy(run, config.model).path
     known = None if path is None else AdvantageSteering.load(Path(model_folder(path)), policy)
     heads = heads_for(policy) if known is None else known.heads
@@ -201,6 +198,17 @@ def build_learner(run: Run, policy: LanguagePolicy, config: TrainILQLConfig, *, 
     if run.checkpoint is not None:
         learner.load_state_dict(run.checkpoint.state)
     return learner
+
+
+def folders_of(learner: Learner, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[Path], None]]:
+    """The checkpoint's `policy` folder: a plain transformers model, its tokenizer, the heads."""
+    write_model = writer(learner.policy, tokenizer)["policy"]
+
+    def write(folder: Path) -> None:
+        write_model(folder)
+        learner.steering.save(folder)
+
+    return {"policy": write}
 
 
 def update(learner: Learner, data: LoggedTexts, config: TrainILQLConfig, *, step: int) -> dict[str, float]:

@@ -25,7 +25,7 @@ MASKED_OUT = -1e9
 class ILQLConfig:
     """conservative_weight  of the conservative term (the paper's alpha)
     likelihood_weight    of the language model's own term; 0 leaves it to the other terms
-    iql                  expectile and slow critics; an inverse_temperature above 0 weighs the likelihood by advantage
+    iql                  expectile and slow critics; above 0, inverse_temperature weighs the likelihood by advantage
     """
 
     conservative_weight: float = 0.1

@@ -5,8 +5,8 @@ A row is {"prompt": ..., "completion": ..., "reward": 0.5}, or a conversation
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...], "reward": 0.5}
 
 in which any assistant message may have a reward of its own; the row's is added to the last one. A conversation is
-read as lines "ROLE: CONTENT". Every assistant message is chosen and ends with EOS; everything else is given. What the
-model is asked for in validation and evaluation is the first assistant message.
+read as lines "ROLE: CONTENT". Every assistant message is chosen and ends with EOS; everything else is given. What
+the model is asked for in validation and evaluation is the first assistant message.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ WRITER = "assistant"
 
 @dataclass(frozen=True)
 class ScoredConfig:
-    """prompt, completion, messages, reward: names of the columns; validation, test: shares of the prompts kept out
-    of training; judge: `file.py:function` that scores what is written in validation and evaluation (None = "logged":
-    the mean reward that this very completion has in the file, nothing where it is not there)."""
+    """prompt, completion, messages, reward: names of the columns; validation, test: shares of prompts kept out
+
+    judge   `file.py:function` that scores what is written in validation and evaluation; None = "logged", the mean
+            reward that this very completion has in the file, nothing where it is not there
+    """
 
     prompt: str = "prompt"
     completion: str = "completion"
