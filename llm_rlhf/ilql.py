@@ -53,8 +53,7 @@ class ValueHeads(nn.Module):
 
 def heads_for(policy: LanguagePolicy) -> ValueHeads:
     """New heads for this model, initialised from torch's global generator."""
-    vocabulary = policy.model.get_output_embeddings().weight.shape[0]
-    return ValueHeads(hidden_width(policy.model), int(vocabulary))
+    return ValueHeads(hidden_width(policy.model), int(policy.model.config.get_text_config().vocab_size))
 
 
 class AdvantageSteering:

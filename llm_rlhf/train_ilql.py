@@ -1,7 +1,7 @@
 """Implicit language Q-learning: learn from logged texts with rewards which token was worth what, and write by it.
 
 A checkpoint's `policy` folder is a plain transformers model; the value heads lie in it as `ilql_heads.safetensors`,
-with the strength `beta` at which they steer. `tandem eval` steers; who starts from the folder starts from the model.
+with the strength `beta` at which they steer. `tandem eval` steers; other recipes start from the model alone.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ def text_column(row: Mapping[str, Any], name: str, place: str) -> str:
     if not isinstance(value, str):
         what = f"is {type(value).__name__}, not text" if name in row else f"is missing (there is {', '.join(row)})"
         raise UserError(f"{place}: column {name!r} {what}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise UserError(
-            f"{place}: column {name!r} holds half of a character (a lone surrogate, \\ud800 to \\udfff)"
-        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: column {name!r} holds half of a character (a lone surrogate)") from None
     return value

@@ -277,10 +277,10 @@ def test_judging_agrees_with_drawing() -> None:
 
 def test_steering_is_kept_beside_a_plain_model(tmp_path: Path) -> None:
     policy, tokenizer, heads = tiny()
-    policy.steering = AdvantageSteering(heads, beta=2.5, top_k=4)
+    policy.steering = steering = AdvantageSteering(heads, beta=2.5, top_k=4)
     expected = draw(policy, PROMPTS, seed=1)
     policy.save_pretrained(tmp_path)
-    policy.steering.save(tmp_path)
+    steering.save(tmp_path)
     tokenizer.save_pretrained(str(tmp_path))
     assert (tmp_path / HEADS).is_file()
     plain = AutoModelForCausalLM.from_pretrained(str(tmp_path))
@@ -288,9 +288,9 @@ def test_steering_is_kept_beside_a_plain_model(tmp_path: Path) -> None:
         assert torch.equal(tensor, policy.model.state_dict()[name]), name
     again = LanguagePolicy.from_pretrained(tmp_path)
     assert again.steering is None
-    again.steering = AdvantageSteering.load(tmp_path, again)
-    assert isinstance(again.steering, AdvantageSteering)
-    assert (again.steering.beta, again.steering.top_k) == (2.5, 4)
+    again.steering = kept = AdvantageSteering.load(tmp_path, again)
+    assert kept is not None
+    assert (kept.beta, kept.top_k) == (2.5, 4)
     assert torch.equal(draw(again, PROMPTS, seed=1).input_ids, expected.input_ids)
     (tmp_path / HEADS).unlink()
     assert AdvantageSteering.load(tmp_path, again) is None

@@ -105,7 +105,7 @@ def test_the_folder_is_a_plain_model(trained: Path) -> None:
 
 
 def test_evaluation_steers_as_the_run_says(trained: Path) -> None:
-    """With the run's own beta unless another is asked for; beta 0 and top_k 8 still leave eight tokens."""
+    """With the run's own beta unless another is asked for."""
     splits = ("prompted",)
     own = evaluate_run(trained, EvaluateConfig(splits=splits, samples=4))
     assert own == evaluate_run(trained, EvaluateConfig(splits=splits, samples=4, beta=3.0))
@@ -152,7 +152,7 @@ def scored(path: Path) -> str:
         for word, reward in (("yes", 2.0), ("no", -1.0))
     ]
     lines[0] = {
-        "messages": [{"role": "user", "content": "hm"}, {"role": "assistant", "content": "yes", "reward": 1}]
+        "messages": [{"role": "user", "content": "hm"}, {"role": "assistant", "content": "yes", "reward": 2}]
     }
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
@@ -194,8 +194,9 @@ def test_a_diverged_run_stops_with_one_line(tmp_path: Path) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    for bad in ({"steps": 0}, {"micro_batch_size": -1}, {"gamma": 0.0}, {"learning_rate": 0.0}):
+    cases: list[dict[str, Any]] = [{"steps": 0}, {"micro_batch_size": -1}, {"gamma": 0.0}, {"learning_rate": 0.0}]
+    for bad in cases:
         with pytest.raises(ValueError, match="learning"):
-            LearningConfig(**bad)  # type: ignore[arg-type]
+            LearningConfig(**bad)
     with pytest.raises(ValueError, match="top_k"):
         DecodingConfig(top_k=0)
