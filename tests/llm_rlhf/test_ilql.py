@@ -202,7 +202,7 @@ def test_values_of_a_chain_approach_the_exact_optimum() -> None:
     with torch.no_grad():
         values = heads.values(columns.hidden)[0]
         q_values = heads.slow_q_values(columns.hidden)[:, 0].amin(0)
-    r, eos = int(tokenizer.convert_tokens_to_ids("r")), int(tokenizer.eos_token_id)
+    (r,), eos = tokenizer.encode("r"), int(tokenizer.eos_token_id)
     torch.testing.assert_close(values, torch.tensor(best), atol=0.05, rtol=0)
     torch.testing.assert_close(q_values[:4, r], torch.tensor([GAMMA * v for v in best[1:]]), atol=0.05, rtol=0)
     torch.testing.assert_close(q_values[:, eos], torch.tensor(EARNS), atol=0.05, rtol=0)

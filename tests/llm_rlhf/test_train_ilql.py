@@ -160,11 +160,11 @@ def scored(path: Path) -> str:
 
 def test_scored_texts_from_a_file(tmp_path: Path) -> None:
     """Two answers equally often, one of them good: the model says both, steered it says the good one."""
-    task = {"name": "scored", "data": scored(tmp_path / "rows.jsonl"), "scored": {"test": 0.2, "validation": 0.1}}
+    shares = {"test": 0.2, "validation": 0.1, "max_new_tokens": 5}
     config = small(
         tmp_path / "run",
         steps=60,
-        task={**task, "scored": {**task["scored"], "max_new_tokens": 5}},
+        task={"name": "scored", "data": scored(tmp_path / "rows.jsonl"), "scored": shares},
         model={**MODEL, "context": 32},
         learning={"batch_size": 32, "steps": 60, "learning_rate": 1e-2, "model_learning_rate": 1e-2},
         ilql={"iql": {"target_rate": 0.1}},
