@@ -21,6 +21,7 @@ from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
 from experiment.statistics import bootstrap_interval, wilson_interval
 from llm_rlhf.generation import Samples, generate
+from llm_rlhf.ilql import AdvantageSteering
 from llm_rlhf.models import LanguagePolicy, model_folder
 from llm_rlhf.rewards import RewardSet, resolve
 from llm_rlhf.tasks.examples import Example
@@ -43,6 +44,8 @@ class EvaluateConfig:
     seed            of the draws
     checkpoint      which one of a run
     reference       a model to measure the KL to; None = the run's own reference, if it has one
+    beta            of a run with value heads (llm/ilql): how strongly they steer, 0 = the language model alone;
+                    None = as the run was configured
     """
 
     splits: tuple[str, ...] = ()
@@ -52,6 +55,7 @@ class EvaluateConfig:
     seed: int = 10_000
     checkpoint: Literal["last", "best"] = "last"
     reference: str | None = None
+    beta: float | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch_size < 1:
@@ -157,6 +161,16 @@ def numbers(result: Result, *, prefix: str) -> dict[str, float]:
     return {f"{prefix}/{name}": float(value) for name, value in result.items() if not isinstance(value, list)}
 
 
+def _steering(source: Path, policy: LanguagePolicy, beta: float | None) -> AdvantageSteering | None:
+    """What the folder's value heads do to the decoding. Raises UserError for a beta without heads."""
+    steering = AdvantageSteering.load(source, policy)
+    if beta is None:
+        return steering
+    if steering is None:
+        raise UserError(f"evaluation.beta: {source} has no value heads, so nothing can steer; leave beta out")
+    return AdvantageSteering(steering.heads, beta=beta, top_k=steering.top_k)
+
+
 def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig()) -> dict[str, Result]:
     """Evaluate a run's checkpoint on its task's held-out prompts and write RUN/eval.json.
 
@@ -171,6 +185,7 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
         raise UserError(f"{folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
     tokenizer = load_tokenizer(source)
     policy = LanguagePolicy.from_pretrained(source).eval()
+    policy.steering = _steering(source, policy, config.beta)
     reference_path = config.reference or (folder / "reference" if (folder / "reference").is_dir() else None)
     reference = None
     if reference_path is not None:

@@ -135,7 +135,8 @@ def generate(
     logits, hidden, mask = per_sample(logits), per_sample(hidden), per_sample(prompt_mask)
 
     for column in range(max_new_tokens):
-        token, token_log_probs, token_entropy = _draw(logits[:, -1] / policy.temperature, generator)
+        offered = policy.decoding_logits(logits[:, -1], hidden[:, -1])
+        token, token_log_probs, token_entropy = _draw(offered / policy.temperature, generator)
         new_ids[alive, column] = token
         drawn[alive, column] = True
         log_probs[alive, column] = token_log_probs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -141,8 +141,27 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What a model says of the tokens in columns `first` to `last` - 1 of a batch, from what stands before them.
+
+    logits [B, last - first, V], not divided by the temperature; hidden [B, last - first, D]
+    """
+
+    first: int
+    last: int
+    logits: Tensor
+    hidden: Tensor
+
+
+Steering = Callable[[Tensor, Tensor], Tensor]
+"""Logits [..., V] and hidden states [..., D] -> the logits that tokens are drawn from."""
+
+
 class LanguagePolicy(nn.Module):
     """A causal language model with a temperature and, for PPO, a value head on its last hidden state.
+
+    `steering`, where it is set, moves the logits that tokens are drawn from and judged by; it is not saved.
 
     The value head starts at zero, so that the first advantages are the rewards themselves.
     """
@@ -154,8 +173,9 @@ class LanguagePolicy(nn.Module):
         self.model = model
         self.temperature = temperature
         self.value_head: nn.Linear | None = None
+        self.steering: Steering | None = None
         if value_head:
-            self.value_head = nn.Linear(_width(model), 1)
+            self.value_head = nn.Linear(hidden_width(model), 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         self._head_is_linear = _head_is_linear(model)
@@ -173,6 +193,26 @@ class LanguagePolicy(nn.Module):
         """`evaluate`, under the name by which distributed wrappers call a module."""
         return self.evaluate(observations, actions)
 
+    def decoding_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """What tokens are drawn from, before the temperature: the model's logits [..., V], steered where it is."""
+        return logits if self.steering is None else self.steering(logits, hidden)
+
+    def columns(self, observations: Nested) -> Columns | None:
+        """Logits and hidden states of the columns that hold decisions; None where there is no decision.
+
+        observations    as `evaluate` takes them
+        """
+        assert isinstance(observations, Mapping), "observations must be named tensors"
+        input_ids, attention_mask = observations["input_ids"], observations["attention_mask"]
+        first, last = _column_range(observations.get("decisions"), input_ids.shape[1])
+        if last <= first:
+            return None
+        lead = _leading_padding(attention_mask, limit=first - 1)
+        logits, hidden = self._outputs(
+            input_ids[:, lead : last - 1], attention_mask[:, lead : last - 1], prefix=first - lead
+        )
+        return Columns(first, last, logits, hidden)
+
     def evaluate(self, observations: Nested, actions: Nested) -> Evaluation:
         """Judge tokens that are there.
 
@@ -183,24 +223,18 @@ class LanguagePolicy(nn.Module):
         Returns log_probs [B, T] of the tokens, entropy [B, T] in nats and values [B, T] (None without a value
         head); columns that were not computed are 0. Logits are divided by the temperature.
         """
-        assert isinstance(observations, Mapping), "observations must be named tensors"
         assert isinstance(actions, Tensor)
-        attention_mask = observations["attention_mask"]
-        decisions = observations.get("decisions")
-        width = actions.shape[1]
-        first, last = _column_range(decisions, width)
-        if last <= first:
+        columns = self.columns(observations)
+        if columns is None:
             zeros = next(self.parameters()).new_zeros(actions.shape)
             return Evaluation(zeros, zeros, None if self.value_head is None else zeros)
-        lead = _leading_padding(attention_mask, limit=first - 1)
-        logits, hidden = self._outputs(
-            observations["input_ids"][:, lead : last - 1], attention_mask[:, lead : last - 1], prefix=first - lead
-        )
+        logits = self.decoding_logits(columns.logits, columns.hidden)
         log_softmax = torch.log_softmax(logits / self.temperature, dim=-1)
-        log_probs = log_softmax.gather(-1, actions[:, first:last].unsqueeze(-1)).squeeze(-1)
+        taken = actions[:, columns.first : columns.last].unsqueeze(-1)
+        log_probs = log_softmax.gather(-1, taken).squeeze(-1)
         entropy = -(log_softmax.exp() * log_softmax).sum(-1)
-        values = None if self.value_head is None else self.value_head(hidden).squeeze(-1)
-        padding = (first, width - last)
+        values = None if self.value_head is None else self.value_head(columns.hidden).squeeze(-1)
+        padding = (columns.first, actions.shape[1] - columns.last)
 
         def widen(columns: Tensor) -> Tensor:
             return nn.functional.pad(columns, padding)
@@ -309,7 +343,7 @@ def build_policy(
     return policy, tokenizer
 
 
-def _width(model: PreTrainedModel) -> int:
+def hidden_width(model: PreTrainedModel) -> int:
     """Size of the last hidden state."""
     weight = (model.get_output_embeddings() or model.get_input_embeddings()).weight
     assert isinstance(weight, Tensor)

@@ -90,14 +90,14 @@ def conservative_gap(
     log_densities: Tensor,
     data_q_values: Tensor,
     mask: Tensor,
-    denominator: Tensor | None = None,
+    denominator: float | None = None,
 ) -> Tensor:
     """log of the integral of exp Q over actions, by importance sampling, minus Q of what was done (eq. 4, CQL(H)).
 
     q_values        [M, K, N] of sampled actions
     log_densities   [K, N] nats, of the distribution that each was drawn from
     data_q_values   [M, N]
-    denominator     counted decisions of the whole optimizer step, when this is one of several parts
+    denominator     as in `masked_mean`
 
     Returns the mean over counted decisions, [M].
     """
@@ -106,13 +106,16 @@ def conservative_gap(
     return gaps / (mask.sum().clamp(min=1) if denominator is None else denominator)
 
 
-def discrete_conservative_gap(*, q_values: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
+def discrete_conservative_gap(
+    *, q_values: Tensor, actions: Tensor, mask: Tensor, denominator: float | None = None
+) -> Tensor:
     """logsumexp of Q over all choices minus Q of the chosen, averaged over counted decisions.
 
     q_values [..., V] (choices or words), actions [...] int, mask [...] -> []. Cross-entropy of Q read as logits.
+    denominator     as in `masked_mean`
     """
     chosen = q_values.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
-    return masked_mean(torch.logsumexp(q_values, dim=-1) - chosen, mask)
+    return masked_mean(torch.logsumexp(q_values, dim=-1) - chosen, mask, denominator=denominator)
 
 
 def calibrated(policy_q_values: Tensor, returns: Tensor) -> Tensor:
@@ -142,7 +145,7 @@ class Sampled:
 
 
 def critic_terms(
-    networks: ActorCritic, sampled: Sampled, rows: slice, *, samples: int, denominator: Tensor
+    networks: ActorCritic, sampled: Sampled, rows: slice, *, samples: int, denominator: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of some rows of a batch: squared error [], conservative gap [M], and Q of what was done [M, n]."""
     mask, observations = sampled.batch.mask[rows], sampled.batch.observations
@@ -186,7 +189,7 @@ def update(
     sampled = _sample(networks, temperature, batch, config, returns=returns, noise=noise, generator=generator)
     count = len(batch)
     step = config.rows or count
-    denominator = batch.mask.sum().clamp(min=1)
+    denominator = max(1.0, float(batch.mask.sum()))
     new = sampled.targets.new_zeros
     factor = new(()) + 1.0 if multiplier is None else multiplier.value()
     error, gap, q_values = new(()), new(networks.critic.members), []

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from policy_core.masking import masked_mean
 from policy_core.networks import LARGE
 from policy_core.policy import Actor
-from policy_core.rollout import Transitions
+from policy_core.rollout import Outcomes, Transitions
 
 Metrics = dict[str, Tensor]
 
@@ -101,18 +102,18 @@ def polyak_(target: Any, online: Any, *, rate: float) -> None:
         torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
 
 
-def td_loss(*, q_values: Tensor, targets: Tensor, mask: Tensor, denominator: Tensor | None = None) -> Tensor:
+def td_loss(*, q_values: Tensor, targets: Tensor, mask: Tensor, denominator: float | None = None) -> Tensor:
     """Squared error of every critic, averaged over counted decisions and summed over critics.
 
-    q_values [M, N], targets [N] (no gradient flows into them), mask [N] -> [].
-    denominator: counted decisions of the whole optimizer step, when this is one of several parts.
+    q_values [M, ...], targets [...] (no gradient flows into them), mask [...] -> [].
+    denominator     as in `masked_mean`
     """
     errors = torch.where(mask, q_values - targets.detach(), 0.0)
-    return errors.square().sum() / (mask.sum().clamp(min=1) if denominator is None else denominator)
+    return masked_mean(errors.square().sum(0), mask, denominator=denominator)
 
 
-def bootstrap(batch: Transitions, next_values: Tensor) -> Tensor:
-    """r + discount * V(s'), without V(s') where the episode terminated; next_values [N] -> [N]."""
+def bootstrap(batch: Outcomes, next_values: Tensor) -> Tensor:
+    """r + discount * V(s'), without V(s') where the episode terminated; next_values [...] -> [...]."""
     return batch.rewards + batch.discount * torch.where(batch.terminated, 0.0, next_values)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from policy_core.critics import ActorCritic, Metrics, bootstrap, of_decisions, polyak_, td_loss
 from policy_core.masking import masked_mean
-from policy_core.rollout import Transitions
+from policy_core.rollout import Outcomes, Transitions
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,16 @@ class IQLConfig:
             raise ValueError(f"target_rate must be in (0, 1], got {self.target_rate}")
 
 
-def expectile_loss(*, values: Tensor, targets: Tensor, mask: Tensor, expectile: float) -> Tensor:
-    """Mean of |expectile - 1(u < 0)| u^2 with u = targets - values (eq. 5); all [N] -> [].
+def expectile_loss(
+    *, values: Tensor, targets: Tensor, mask: Tensor, expectile: float, denominator: float | None = None
+) -> Tensor:
+    """Mean of |expectile - 1(u < 0)| u^2 with u = targets - values (eq. 5); equal shapes -> [].
 
-    No gradient flows into the targets.
+    No gradient flows into the targets. denominator: as in `masked_mean`.
     """
     error = torch.where(mask, targets.detach() - values, 0.0)
     weight = torch.where(error < 0, 1.0 - expectile, expectile)
-    return (weight * error.square()).sum() / mask.sum().clamp(min=1)
+    return masked_mean(weight * error.square(), mask, denominator=denominator)
 
 
 def advantage_weights(*, advantages: Tensor, inverse_temperature: float, max_weight: float) -> Tensor:
@@ -53,9 +55,14 @@ def advantage_weights(*, advantages: Tensor, inverse_temperature: float, max_wei
     return (advantages.detach() * inverse_temperature).exp().clamp(max=max_weight)
 
 
-def weighted_likelihood_loss(*, log_probs: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    """Negative mean of weight * log-probability over counted decisions; all [N] -> []."""
-    return -masked_mean(weights.detach() * log_probs, mask)
+def weighted_likelihood_loss(
+    *, log_probs: Tensor, weights: Tensor, mask: Tensor, denominator: float | None = None
+) -> Tensor:
+    """Negative mean of weight * log-probability over counted decisions; equal shapes -> [].
+
+    denominator: as in `masked_mean`.
+    """
+    return -masked_mean(weights.detach() * log_probs, mask, denominator=denominator)
 
 
 def critic_loss(
@@ -64,40 +71,53 @@ def critic_loss(
     next_values: Tensor,
     q_values: Tensor,
     slow_q_values: Tensor,
-    batch: Transitions,
+    batch: Outcomes,
     expectile: float,
+    denominator: float | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Value by expectile regression plus critics by the value at the next observation (eq. 5 and 6).
 
-    values, next_values [N]; q_values [M, N] of the critics, slow_q_values [M, N] of their slow copy.
+    values, next_values [...]; q_values [M, ...] of the critics, slow_q_values [M, ...] of their slow copy.
+    denominator     as in `masked_mean`, of losses and metrics alike
+
     Metrics: value_loss, critic_loss, values, q_values.
     """
-    targets = bootstrap(batch, next_values)
-    value_loss = expectile_loss(values=values, targets=slow_q_values.amin(0), mask=batch.mask, expectile=expectile)
-    q_loss = td_loss(q_values=q_values, targets=targets, mask=batch.mask)
+    mask = batch.mask
+    value_loss = expectile_loss(
+        values=values, targets=slow_q_values.amin(0), mask=mask, expectile=expectile, denominator=denominator
+    )
+    q_loss = td_loss(q_values=q_values, targets=bootstrap(batch, next_values), mask=mask, denominator=denominator)
     metrics = {
         "value_loss": value_loss.detach(),
         "critic_loss": q_loss.detach(),
-        "values": masked_mean(values.detach(), batch.mask),
-        "q_values": masked_mean(q_values.detach().mean(0), batch.mask),
+        "values": masked_mean(values.detach(), mask, denominator=denominator),
+        "q_values": masked_mean(q_values.detach().mean(0), mask, denominator=denominator),
     }
     return value_loss + q_loss, metrics
 
 
 def policy_loss(
-    *, log_probs: Tensor, values: Tensor, slow_q_values: Tensor, mask: Tensor, config: IQLConfig
+    *,
+    log_probs: Tensor,
+    values: Tensor,
+    slow_q_values: Tensor,
+    mask: Tensor,
+    config: IQLConfig,
+    denominator: float | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Likelihood of what was done, weighted by its advantage (eq. 7).
 
-    log_probs [N] nats; values [N]; slow_q_values [M, N]. Metrics: policy_loss, advantage_weight.
+    log_probs [...] nats; values [...]; slow_q_values [M, ...]; denominator as in `masked_mean`.
+    Metrics: policy_loss, advantage_weight.
     """
     weights = advantage_weights(
         advantages=slow_q_values.amin(0) - values,
         inverse_temperature=config.inverse_temperature,
         max_weight=config.max_weight,
     )
-    loss = weighted_likelihood_loss(log_probs=log_probs, weights=weights, mask=mask)
-    return loss, {"policy_loss": loss.detach(), "advantage_weight": masked_mean(weights, mask)}
+    loss = weighted_likelihood_loss(log_probs=log_probs, weights=weights, mask=mask, denominator=denominator)
+    weight = masked_mean(weights, mask, denominator=denominator)
+    return loss, {"policy_loss": loss.detach(), "advantage_weight": weight}
 
 
 def update(

@@ -20,9 +20,13 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum()
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over counted entries, 0 where nothing counts. Any equal shapes -> scalar."""
-    return masked_sum(values, mask) / mask.sum().clamp(min=1)
+def masked_mean(values: Tensor, mask: Tensor, *, denominator: float | None = None) -> Tensor:
+    """Mean over counted entries, 0 where nothing counts. Any equal shapes -> scalar.
+
+    denominator     counted entries of the whole optimizer step, when this is one of several micro-batches
+    """
+    total = mask.sum().clamp(min=1) if denominator is None else denominator
+    return masked_sum(values, mask) / total
 
 
 def masked_std(values: Tensor, mask: Tensor) -> Tensor:

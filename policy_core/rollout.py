@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -203,6 +203,26 @@ def credit_decisions(rollout: Rollout) -> Rollout:
         for name, flag in (("terminated", rollout.terminated), ("truncated", rollout.truncated))
     }
     return replace(rollout, rewards=rewards, **flags)
+
+
+class Outcomes(Protocol):
+    """What came of decisions: the fields that `Transitions` [N], `Rollout` [B, T] and logged texts share."""
+
+    @property
+    def rewards(self) -> Tensor:
+        """Float."""
+
+    @property
+    def terminated(self) -> Tensor:
+        """Bool; no bootstrap."""
+
+    @property
+    def discount(self) -> Tensor:
+        """Float; of what comes after."""
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool; True = counts."""
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,12 @@ def train_arm(arm: Arm, folder: Path, overrides: Sequence[str]) -> Path:
     return folder
 
 
-def judge_arm(folder: Path, splits: Sequence[str], samples: int) -> Figures:
-    """Test figures of a trained arm, with what it cost."""
+def judge_arm(folder: Path, splits: Sequence[str], samples: int, *, beta: float | None = None) -> Figures:
+    """Test figures of a trained arm, with what it cost. beta: see `EvaluateConfig`."""
     from experiment.metrics import read_metrics
     from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
 
-    judged = evaluate_run(folder, EvaluateConfig(splits=tuple(splits), samples=samples))
+    judged = evaluate_run(folder, EvaluateConfig(splits=tuple(splits), samples=samples, beta=beta))
     last = read_metrics(folder / "metrics.jsonl")[-1]
     cost = {name: last[name] for name in ("samples", "tokens", "global_step", "time/elapsed") if name in last}
     return {"judged": judged, "cost": cost}

@@ -10,7 +10,7 @@ training the same. Prompted starts are those that reinforcement learning draws; 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from studies.cells import Figures, main, mean_and_error
 from studies.language import Arm, column, run_arms
@@ -38,11 +38,11 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
     return run_arms("random_walks", cell, base=BASE, arms=ARMS, common=common, splits=SPLITS, samples=100)
 
 
-def table(results: Mapping[str, Figures]) -> str:
+def table(results: Mapping[str, Figures], arms: Sequence[str] = ("base", *ARMS)) -> str:
     """Sampled optimality by graph, prompted / held-out starts."""
     names = list(results)
     lines = [f"| arm | {' | '.join(names)} | mean prompted | mean held-out |", "|---" * (len(names) + 3) + "|"]
-    for arm in ("base", *ARMS):
+    for arm in arms:
         by_split = {split: column(results, arm, split, "sampled") for split in SPLITS}
         pairs = [f"{p:.2f} / {h:.2f}" for p, h in zip(*by_split.values(), strict=True)]
         means = ["{:.3f} ± {:.3f}".format(*mean_and_error(by_split[split])) for split in SPLITS]

@@ -32,6 +32,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "llm/sft": ("llm_rlhf.train_sft", "TrainSFTConfig"),
     "llm/ppo": ("llm_rlhf.train_ppo", "TrainPPOConfig"),
     "llm/grpo": ("llm_rlhf.train_grpo", "TrainGRPOConfig"),
+    "llm/ilql": ("llm_rlhf.train_ilql", "TrainILQLConfig"),
     "llm/rejection": ("llm_rlhf.train_rejection", "TrainRejectionConfig"),
 }
 

@@ -62,7 +62,7 @@ FAULTS = (
     ),
     Fault(
         "masking",
-        "return masked_sum(values, mask) / mask.sum().clamp(min=1)",
+        "return masked_sum(values, mask) / total",
         "return masked_sum(values, mask) / mask.numel()",
         "unmasked mean",
     ),
@@ -433,8 +433,8 @@ FAULTS = (
     ),
     Fault(
         "iql",
-        "values=values, targets=slow_q_values.amin(0), mask=batch.mask, expectile=expectile",
-        "values=values, targets=slow_q_values.amax(0), mask=batch.mask, expectile=expectile",
+        "values=values, targets=slow_q_values.amin(0), mask=mask, expectile=expectile, denominator=denominator",
+        "values=values, targets=slow_q_values.amax(0), mask=mask, expectile=expectile, denominator=denominator",
         "the value follows the optimistic critic",
     ),
     Fault(

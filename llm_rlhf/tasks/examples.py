@@ -22,6 +22,17 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of a logged text.
+
+    reward  what its writer earned at its end; None = the text was given (a prompt, somebody else's turn)
+    """
+
+    text: str
+    reward: float | None
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of a .jsonl or .jsonl.gz file; empty lines are skipped.
 
@@ -57,4 +68,8 @@ def text_column(row: Mapping[str, Any], name: str, place: str) -> str:
     if not isinstance(value, str):
         what = f"is {type(value).__name__}, not text" if name in row else f"is missing (there is {', '.join(row)})"
         raise UserError(f"{place}: column {name!r} {what}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: column {name!r} holds half of a character (a lone surrogate)") from None
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,19 @@ class RowsConfig:
             raise ValueError("task.rows: validation and test must be shares that leave something to train on")
 
 
+def split_prompts(
+    prompts: Iterable[str], *, validation: float, test: float, seed: int, data: str
+) -> tuple[list[str], list[str], list[str]]:
+    """Different prompts -> those to train, to validate and to test on. Raises UserError if they are too few."""
+    shuffled = sorted(prompts)
+    random.Random(seed).shuffle(shuffled)
+    test_count, validation_count = round(len(shuffled) * test), round(len(shuffled) * validation)
+    held_out = test_count + validation_count
+    if len(shuffled) - held_out < 1 or test_count < 1 or validation_count < 1:
+        raise UserError(f"{data}: {len(shuffled)} different prompts are too few to train, validate and test on")
+    return shuffled[held_out:], shuffled[test_count:held_out], shuffled[:test_count]
+
+
 def build(config: RowsConfig, *, data: str | None, seed: int) -> dict[str, Any]:
     """Read the file and split it by prompt, so that no held-out prompt is trained on.
 
@@ -43,13 +57,9 @@ def build(config: RowsConfig, *, data: str | None, seed: int) -> dict[str, Any]:
         for reserved in ("prompts", "completions"):
             columns.pop(reserved, None)
         by_prompt.setdefault(prompt, []).append(Example(prompt, completion, columns))
-    prompts = sorted(by_prompt)
-    random.Random(seed).shuffle(prompts)
-    test_count, validation_count = round(len(prompts) * config.test), round(len(prompts) * config.validation)
-    if len(prompts) - test_count - validation_count < 1 or test_count < 1 or validation_count < 1:
-        raise UserError(f"{data}: {len(prompts)} different prompts are too few to train, validate and test on")
-    test, validation = prompts[:test_count], prompts[test_count : test_count + validation_count]
-    train = prompts[test_count + validation_count :]
+    train, validation, test = split_prompts(
+        by_prompt, validation=config.validation, test=config.test, seed=seed, data=data
+    )
     text = "".join(example.prompt + example.completion for rows in by_prompt.values() for example in rows)
     return {
         "demonstrations": [example for prompt in train for example in by_prompt[prompt]],

@@ -7,29 +7,32 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llm_rlhf.rewards import RewardFunction
-from llm_rlhf.tasks import calculator, random_walks, rows
+from llm_rlhf.tasks import calculator, random_walks, rows, scored
 from llm_rlhf.tasks.calculator import CalculatorConfig
-from llm_rlhf.tasks.examples import Example
+from llm_rlhf.tasks.examples import Example, Piece
 from llm_rlhf.tasks.random_walks import RandomWalksConfig
 from llm_rlhf.tasks.rows import RowsConfig
+from llm_rlhf.tasks.scored import ScoredConfig
 
 
 @dataclass(frozen=True)
 class TaskConfig:
     """Which task, on which data.
 
-    name    calculator, random_walks, or rows (your own prompts and completions)
+    name    calculator, random_walks, rows (your own prompts and completions), or scored (with rewards)
     data    calculator: GSM8K's train file (jsonl or jsonl.gz), None or absent = generated expressions;
             rows: a jsonl file with `prompt`, `completion` and any further columns
+            scored: a jsonl file with `prompt`, `completion` (or chat `messages`) and `reward`
     seed    of the split, of what is generated and of planted mistakes
     """
 
-    name: Literal["calculator", "random_walks", "rows"] = "calculator"
+    name: Literal["calculator", "random_walks", "rows", "scored"] = "calculator"
     data: str | None = None
     seed: int = 0
     calculator: CalculatorConfig = field(default_factory=CalculatorConfig)
     random_walks: RandomWalksConfig = field(default_factory=RandomWalksConfig)
     rows: RowsConfig = field(default_factory=RowsConfig)
+    scored: ScoredConfig = field(default_factory=ScoredConfig)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Task:
     max_new_tokens      longest completion in characters, and one for EOS
     alphabet            characters of a tokenizer made for this task
     notes               what a run should say about its data, one line each
+    logged              training texts that came with rewards, for offline learning; empty = demonstrations are
+                        scored by the task's rewards
     """
 
     demonstrations: Sequence[Example]
@@ -54,6 +59,7 @@ class Task:
     max_new_tokens: int
     alphabet: str
     notes: Sequence[str] = ()
+    logged: Sequence[Sequence[Piece]] = ()
 
 
 def build_task(config: TaskConfig) -> Task:
@@ -63,6 +69,8 @@ def build_task(config: TaskConfig) -> Task:
         parts = calculator.build(config.calculator, data=config.data, seed=config.seed)
     elif config.name == "random_walks":
         parts = random_walks.build(config.random_walks, seed=config.seed)
-    else:
+    elif config.name == "rows":
         parts = rows.build(config.rows, data=config.data, seed=config.seed)
+    else:
+        parts = scored.build(config.scored, data=config.data, seed=config.seed)
     return Task(**parts)

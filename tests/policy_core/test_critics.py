@@ -109,7 +109,7 @@ def test_parts_of_a_batch_add_up() -> None:
     q_values, targets, mask = torch.randn(2, 6), torch.randn(6), torch.tensor([1, 1, 0, 1, 1, 1]).bool()
     whole = td_loss(q_values=q_values, targets=targets, mask=mask)
     parts = [
-        td_loss(q_values=q_values[:, rows], targets=targets[rows], mask=mask[rows], denominator=mask.sum())
+        td_loss(q_values=q_values[:, rows], targets=targets[rows], mask=mask[rows], denominator=float(mask.sum()))
         for rows in (slice(0, 4), slice(4, 6))
     ]
     torch.testing.assert_close(sum(parts), whole)
