@@ -64,7 +64,16 @@ def read_results(study: str) -> dict[str, Figures]:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    packages = ("torch", "mujoco", "gymnasium", "gymnasium-robotics", "stable-baselines3", "transformers", "numpy")
+    packages = (
+        "torch",
+        "mujoco",
+        "gymnasium",
+        "gymnasium-robotics",
+        "stable-baselines3",
+        "d3rlpy",
+        "transformers",
+        "numpy",
+    )
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
