@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from tests.planted_faults import FAULTS, Fault
+from tests.fault import Fault
+from tests.planted_faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("policy_core", "experiment", "envs", "llm_rlhf", "embodied", "tests/policy_core", "tests/contracts")
