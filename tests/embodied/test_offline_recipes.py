@@ -287,13 +287,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, pendulum_demons
         train_iql.train(config)
 
 
-def test_the_configurations_check_themselves() -> None:
-    for options, message in (({"updates": 0}, "updates"), ({"episodes": -1}, "episodes")):
-        with pytest.raises(ValueError, match=message):
-            TrainIQLConfig(**options)
-    for options, message in (({"prior": 1.0}, "prior"), ({"replay_size": 10}, "replay_size")):
-        with pytest.raises(ValueError, match=message):
-            TrainRLPDConfig(**options)
-    for options in ({"gamma": 1.5}, {"n_steps": 0}, {"best": 0.0}):
-        with pytest.raises(ValueError, match="gamma must be"):
-            DataConfig(**options)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (TrainIQLConfig, {"updates": 0}, "updates"),
+        (TrainIQLConfig, {"episodes": -1}, "episodes"),
+        (TrainRLPDConfig, {"prior": 1.0}, "prior"),
+        (TrainRLPDConfig, {"replay_size": 10}, "replay_size"),
+        (DataConfig, {"gamma": 1.5}, "gamma must be"),
+        (DataConfig, {"n_steps": 0}, "gamma must be"),
+        (DataConfig, {"best": 0.0}, "gamma must be"),
+    ],
+)
+def test_the_configurations_check_themselves(kind: type, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**options)

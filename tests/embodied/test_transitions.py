@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +47,7 @@ def test_steps_by_hand() -> None:
     data = to_transitions(
         [episode(3), episode(2, terminated=True, first=7.0)], policy(), SPEC, DataConfig(gamma=0.5)
     )
-    columns = data.transitions
+    columns: Any = data.transitions
     assert columns.observations[:, 0].tolist() == [0.0, 1.0, 2.0, 7.0, 8.0]
     assert columns.next_observations[:, 0].tolist() == [1.0, 2.0, 3.0, 8.0, 9.0]
     assert columns.terminated.tolist() == [False, False, False, False, True]
@@ -59,7 +61,7 @@ def test_steps_by_hand() -> None:
 
 def test_n_steps_stop_at_the_end() -> None:
     config = DataConfig(gamma=0.5, n_steps=3)
-    columns = to_transitions([episode(4, terminated=True)], policy(), SPEC, config).transitions
+    columns: Any = to_transitions([episode(4, terminated=True)], policy(), SPEC, config).transitions
     assert columns.rewards.tolist() == [1 + 1 + 0.75, 2 + 1.5 + 1, 3 + 2, 4]
     assert columns.next_observations[:, 0].tolist() == [3.0, 4.0, 4.0, 4.0]
     assert columns.discount.tolist() == [0.125, 0.125, 0.25, 0.5]
@@ -67,16 +69,16 @@ def test_n_steps_stop_at_the_end() -> None:
 
 
 def test_a_cut_without_its_final_observation_cannot_be_bootstrapped() -> None:
-    columns = to_transitions([episode(4, final=False)], policy(), SPEC, DataConfig()).transitions
+    columns: Any = to_transitions([episode(4, final=False)], policy(), SPEC, DataConfig()).transitions
     assert columns.next_observations[:, 0].tolist() == [1.0, 2.0, 3.0]
-    two = to_transitions([episode(4, final=False)], policy(), SPEC, DataConfig(n_steps=2)).transitions
+    two: Any = to_transitions([episode(4, final=False)], policy(), SPEC, DataConfig(n_steps=2)).transitions
     assert two.next_observations[:, 0].tolist() == [2.0, 3.0]
     ended = to_transitions([episode(4, terminated=True, final=False)], policy(), SPEC, DataConfig()).transitions
     assert len(ended) == 4  # where an episode terminated nothing is needed
 
 
 def test_episodes_of_one_step() -> None:
-    columns = to_transitions([episode(1), episode(1, final=False)], policy(), SPEC, DataConfig()).transitions
+    columns: Any = to_transitions([episode(1), episode(1, final=False)], policy(), SPEC, DataConfig()).transitions
     assert len(columns) == 1
     with pytest.raises(UserError, match="no decision has a next observation"):
         to_transitions([episode(1, final=False)], policy(), SPEC, DataConfig(path="x"))
@@ -86,7 +88,7 @@ def test_rewards_are_scaled_by_the_spread_of_returns() -> None:
     episodes = [episode(2), episode(4)]  # returns 3 and 10
     config = DataConfig(rewards="returns", shift=-1.0, gamma=1.0)
     assert reward_scale(episodes, config) == pytest.approx(1000 / 7)
-    columns = to_transitions(episodes, policy(), SPEC, config).transitions
+    columns: Any = to_transitions(episodes, policy(), SPEC, config).transitions
     assert columns.rewards[1].item() == pytest.approx(2000 / 7 - 1, rel=1e-6)
     with pytest.raises(UserError, match="all 2 episodes have the same return"):
         reward_scale([episode(2), episode(2)], config)
@@ -96,7 +98,7 @@ def test_observations_are_normalised_and_the_policy_keeps_the_units() -> None:
     episodes = [episode(5), episode(5, first=20.0)]
     made = policy(normalize=True)
     fit_units(made, episodes, SPEC)
-    columns = to_transitions(episodes, made, SPEC, DataConfig()).transitions
+    columns: Any = to_transitions(episodes, made, SPEC, DataConfig()).transitions
     assert columns.observations[:, 0].mean().item() == pytest.approx(0.0, abs=1e-5)
     assert columns.observations[:, 0].std(correction=0).item() == pytest.approx(1.0, abs=1e-4)
     raw = torch.from_numpy(episodes[0].observations)
@@ -142,7 +144,7 @@ def collected() -> Experience:
 
 
 def test_experience_becomes_transitions() -> None:
-    columns = experienced(collected(), policy(), gamma=0.9, scale=2.0, shift=-1.0)
+    columns: Any = experienced(collected(), policy(), gamma=0.9, scale=2.0, shift=-1.0)
     assert columns.observations[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     assert columns.next_observations[:, 0].tolist() == [1.0, 7.5, 9.5, 4.0, 5.0, 9.5]
     assert columns.rewards.tolist() == [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]

@@ -63,7 +63,7 @@ def test_a_coefficient_is_positive_and_starts_where_asked() -> None:
     coefficient = Coefficient(0.3)
     assert float(coefficient()) == pytest.approx(0.3)
     with torch.no_grad():
-        coefficient.log_value -= 50.0
+        coefficient.log_value.sub_(50.0)
     assert float(coefficient()) > 0
 
 

@@ -94,9 +94,9 @@ def test_the_data_set_lies_in_sb3s_replay(final: bool) -> None:
     assert buffer.dones[19] == 1.0  # terminated
     if final:
         assert buffer.dones[39] == 0.0  # cut
-        np.testing.assert_allclose(
-            buffer.next_observations[39, 0], units.observations(episodes()[1].final_observation)
-        )
+        final_row = episodes()[1].final_observation
+        assert final_row is not None
+        np.testing.assert_allclose(buffer.next_observations[39, 0], units.observations(final_row))
     np.testing.assert_allclose(buffer.actions[25, 0], units.actions(episodes()[1].actions[5]), atol=1e-6)
     with pytest.raises(UserError, match="do not fit into the replay"):
         sb3_backend.SB3Backend("SAC", {"buffer_size": 100}, (8,), PENDULUM, units, 0).remember(episodes(), units)
