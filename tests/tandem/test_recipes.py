@@ -65,7 +65,7 @@ def test_an_unknown_recipe_names_file_and_line(tmp_path: Path) -> None:
 
 
 def test_a_missing_recipe_lists_them(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"c\.yaml: missing key recipe; the recipes are embodied/bc"):
+    with pytest.raises(UserError, match=r"c\.yaml: missing key recipe; the recipes are embodied/awac"):
         read_plan(write(tmp_path, "run: {seed: 1}\n"))
 
 
