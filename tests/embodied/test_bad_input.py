@@ -144,7 +144,7 @@ CASES = {
     "truncated_demonstrations": Case(
         BC, ("demonstrations.hdf5", "damaged or cut off"), (), demonstrations(keep=0.6)
     ),
-    "no_hdf5": Case(BC, ("config.yaml", "this file is no data set that Tandem reads"), ("demonstrations=config.yaml",)),
+    "no_hdf5": Case(BC, ("config.yaml", "no data set that Tandem reads"), ("demonstrations=config.yaml",)),
     "other_observations": Case(
         BC,
         ("observations have 5 dimensions and actions 1", "Pendulum-v1 has 3 and 1", "choose the environment"),
