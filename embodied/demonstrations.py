@@ -41,6 +41,13 @@ def read_demonstrations(path: str, environment: EnvironmentSpec) -> list[Episode
     return episodes
 
 
+def best_episodes(episodes: Sequence[Episode], share: float) -> list[Episode]:
+    """The share of the episodes that earned most, at least one, in their order."""
+    count = max(1, round(share * len(episodes)))
+    order = sorted(range(len(episodes)), key=lambda i: -float(episodes[i].rewards.sum(dtype=np.float64)))
+    return [episodes[i] for i in sorted(order[:count])]
+
+
 def stack_steps(episodes: Sequence[Episode], environment: EnvironmentSpec) -> tuple[Tensor, Tensor]:
     """The steps of all episodes: observations [N, D] and actions [N, A], clipped as the environment clips them."""
     observations = torch.from_numpy(np.concatenate([episode.observations for episode in episodes]))

@@ -15,8 +15,8 @@ from embodied.datasets.episode import Episode
 from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
 from embodied.policies.numpy_actor import Head, StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
-from embodied.rollout import Collector, spaces_of
-from embodied.transitions import DataConfig, OfflineData, fit_units, read_offline, to_transitions
+from embodied.rollout import Collector, fresh_policy
+from embodied.transitions import DataConfig, OfflineData, read_offline, to_transitions
 from embodied.workers import EnvironmentConfig, environment_spec
 from envs.make import EnvironmentSpec
 from experiment.checkpoint import Checkpoint
@@ -111,8 +111,9 @@ def new_policy(config: LoggedDataConfig, inputs: Inputs, head: Head) -> StatePol
     if config.policy.head not in ("gaussian", head):
         raise UserError(f"policy.head: {config.policy.head!r} is not what this algorithm learns; leave it out")
     values = {name: getattr(config.policy, name) for name in config.policy.__dataclass_fields__}
-    policy = StatePolicy(spaces_of(inputs.environment), StatePolicyConfig(**{**values, "head": head}))
-    fit_units(policy, inputs.episodes, inputs.environment)
+    policy = fresh_policy(inputs.environment, StatePolicyConfig(**{**values, "head": head}))
+    for episode in inputs.episodes:
+        policy.learn_normalization(torch.from_numpy(episode.observations))
     return policy
 
 

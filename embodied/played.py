@@ -90,7 +90,7 @@ def play_policies(
 
 def _freeze(policy: StatePolicy) -> None:
     """Make samples the mode."""
-    if not hasattr(policy, "log_std"):
+    if not policy.has_log_std:
         raise UserError("a policy whose deviation depends on the state plays with samples only")
     policy.log_std.data.fill_(-20.0)
 

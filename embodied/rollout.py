@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embodied.policies.numpy_actor import NumpyActor, Spaces
+from embodied.policies.numpy_actor import NumpyActor, Spaces, StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
 from embodied.processes import SharedArrays, Workers
 from embodied.workers import Collected, EnvironmentConfig, RolloutWorker, layout_of
 from envs.make import EnvironmentSpec
 from envs.stepper import EpisodeRecord
+from experiment.errors import UserError
 from policy_core.returns import next_values_of
 from policy_core.rollout import Rollout
 
@@ -22,6 +23,20 @@ from policy_core.rollout import Rollout
 def spaces_of(spec: EnvironmentSpec) -> Spaces:
     """The sizes that a policy needs."""
     return Spaces(spec.observation_dim, spec.action_dim, spec.discrete)
+
+
+def fresh_policy(spec: EnvironmentSpec, config: StatePolicyConfig) -> StatePolicy:
+    """A new policy that knows the environment's sizes and action bounds.
+
+    Raises UserError where its head needs bounds and there are none.
+    """
+    policy = StatePolicy(spaces_of(spec), config)
+    if spec.action_low is not None and spec.action_high is not None:
+        try:
+            policy.set_action_bounds(torch.from_numpy(spec.action_low), torch.from_numpy(spec.action_high))
+        except ValueError as error:
+            raise UserError(f"{spec.env_id}: {error}") from error
+    return policy
 
 
 @dataclass(frozen=True)

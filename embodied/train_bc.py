@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from embodied.datasets.episode import Episode
-from embodied.demonstrations import read_demonstrations, stack_steps
+from embodied.demonstrations import best_episodes, read_demonstrations, stack_steps
 from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
-from embodied.rollout import Collector, spaces_of
+from embodied.rollout import Collector, fresh_policy
 from embodied.workers import EnvironmentConfig, environment_spec
 from envs.make import EnvironmentSpec
 from experiment.errors import UserError
@@ -35,7 +35,8 @@ class TrainBCConfig:
     """A run of behaviour cloning.
 
     demonstrations      robomimic-layout HDF5 file
-    held_out            share of the episodes kept for validation
+    best                share of the episodes that is learned from, those of the highest return (filtered cloning)
+    held_out            share of these kept for validation
     observation_noise   noise added to each observation, in its standard deviations: a clone that has seen only the
                         demonstrators' own states drifts off them and is lost (Adroit door: 0 to 50% success)
     min_log_std         lower bound of the fitted deviation: a policy without noise cannot be improved by PPO
@@ -46,6 +47,7 @@ class TrainBCConfig:
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     policy: StatePolicyConfig = field(default_factory=StatePolicyConfig)
     demonstrations: str = ""
+    best: float = 1.0
     held_out: float = 0.1
     updates: int = 5_000
     batch_size: int = 256
@@ -57,8 +59,12 @@ class TrainBCConfig:
     episodes: int = 20
 
     def __post_init__(self) -> None:
+        if not 0 < self.best <= 1:
+            raise ValueError(f"best must be in (0, 1], got {self.best}")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
+        if self.policy.head == "squashed":
+            raise ValueError("policy.head must be 'gaussian' or 'bounded': a clone fits one deviation a dimension")
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Steps:
 
 def read(config: TrainBCConfig, environment: EnvironmentSpec) -> tuple[Steps, Steps | None]:
     """Training and validation steps, split by episodes with the run's seed."""
-    episodes = read_demonstrations(config.demonstrations, environment)
+    episodes = best_episodes(read_demonstrations(config.demonstrations, environment), config.best)
     order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
     count = min(round(config.held_out * len(episodes)), len(episodes) - 1)
     held_out, kept = order[:count], sorted(order[count:])
@@ -110,7 +116,7 @@ def train(config: TrainBCConfig, *, resume: Path | None = None) -> RunResult:
     with Run.start(config, recipe="embodied/bc", resume=resume) as run:
         checkpoint = run.checkpoint
         if checkpoint is None:
-            policy = StatePolicy(spaces_of(environment), config.policy)
+            policy = fresh_policy(environment, config.policy)
             policy.learn_normalization(training.observations.squeeze(1))
         else:
             policy = StatePolicy.from_pretrained(checkpoint.folder / "policy")

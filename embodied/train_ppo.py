@@ -24,7 +24,7 @@ from embodied.learning import charge_kl, continue_environments, episode_metrics,
 from embodied.normalization import RewardScaler
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
-from embodied.rollout import Collector, Experience, judge, spaces_of
+from embodied.rollout import Collector, Experience, fresh_policy, judge, spaces_of
 from embodied.workers import EnvironmentConfig, environment_spec
 from envs.make import EnvironmentSpec
 from envs.stepper import EpisodeRecord
@@ -121,15 +121,14 @@ class Learner:
     @classmethod
     def build(cls, config: TrainPPOConfig, inputs: Inputs, saved: Path | None) -> Learner:
         """From the configuration, with the policy of a checkpoint where there is one."""
-        spaces = spaces_of(inputs.environment)
         if saved is not None:
             policy = StatePolicy.from_pretrained(saved)
         elif config.init is not None:
             policy = StatePolicy.from_pretrained(config.init)
-            if config.log_std is not None and not spaces.discrete:
+            if config.log_std is not None and policy.has_log_std:
                 torch.nn.init.constant_(policy.log_std, config.log_std)
         else:
-            policy = StatePolicy(spaces, config.policy)
+            policy = fresh_policy(inputs.environment, config.policy)
         return cls(
             policy=policy,
             reference=inputs.clone if config.kl.coef > 0 else None,
@@ -256,7 +255,7 @@ def improve(
     assert rollout.values is not None
     trained["explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
     trained["learning_rate"] = rate
-    if not policy.spaces.discrete:
+    if policy.has_log_std:
         trained["std"] = float(policy.log_std.detach().exp().mean())
     metrics |= {f"train/{name}": value for name, value in trained.items()}
     return metrics | episode_metrics(learner.recent, learner.episodes)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from embodied.datasets.episode import Episode, check_against
 from embodied.datasets.formats import read_dataset
+from embodied.demonstrations import best_episodes
 from embodied.policies.state_mlp import StatePolicy
 from envs.make import EnvironmentSpec
 from experiment.errors import UserError
@@ -87,28 +88,7 @@ def read_offline(config: DataConfig, environment: EnvironmentSpec) -> list[Episo
         )
     episodes = read_dataset(config.path, observation_keys=config.observation_keys, subset=config.subset)
     check_against(episodes, environment, config.path)
-    if config.best < 1:
-        count = max(1, round(config.best * len(episodes)))
-        order = sorted(range(len(episodes)), key=lambda i: -float(episodes[i].rewards.sum(dtype=np.float64)))
-        episodes = [episodes[i] for i in sorted(order[:count])]
-    return episodes
-
-
-def fit_units(policy: StatePolicy, episodes: Sequence[Episode], environment: EnvironmentSpec) -> None:
-    """Give the policy the data's observation moments and the environment's action bounds.
-
-    Raises UserError where the policy's head needs bounds and there are none.
-    """
-    assert environment.action_low is not None
-    assert environment.action_high is not None
-    try:
-        policy.set_action_bounds(
-            torch.from_numpy(environment.action_low), torch.from_numpy(environment.action_high)
-        )
-    except ValueError as error:
-        raise UserError(f"{environment.env_id}: {error}") from error
-    for episode in episodes:
-        policy.learn_normalization(torch.from_numpy(episode.observations))
+    return best_episodes(episodes, config.best)
 
 
 def reward_scale(episodes: Sequence[Episode], config: DataConfig) -> float:

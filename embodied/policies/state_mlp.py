@@ -36,7 +36,7 @@ class StatePolicy(nn.Module):
         self.trunks = StackedMLP(2, (spaces.observation_size, *config.hidden), activation=config.activation)
         self.actor = head(config.hidden[-1], config.outputs(spaces), gain=0.01)
         self.critic = head(config.hidden[-1], 1, gain=1.0)
-        if not spaces.discrete and config.head != "squashed":
+        if self.has_log_std:
             self.log_std = Parameter(torch.full((spaces.action_size,), config.log_std))
         self.normalizer = ObservationNormalizer(spaces.observation_size)
         saved = config.head != "gaussian"
@@ -45,6 +45,11 @@ class StatePolicy(nn.Module):
 
     action_reach: Tensor
     action_centre: Tensor
+
+    @property
+    def has_log_std(self) -> bool:
+        """Whether one deviation a dimension is a parameter."""
+        return not self.spaces.discrete and self.config.head != "squashed"
 
     def set_action_bounds(self, low: Tensor, high: Tensor) -> None:
         """The environment's bounds [A], for a head that reaches from one to the other.
@@ -67,7 +72,7 @@ class StatePolicy(nn.Module):
         """Those of the actor, and the trunks, of which the value's half gets no gradient from actions."""
         yield from self.trunks.parameters()
         yield from self.actor.parameters()
-        if hasattr(self, "log_std"):
+        if self.has_log_std:
             yield self.log_std
 
     def forward(self, observations: Tensor) -> tuple[Distribution, Tensor]:
@@ -105,7 +110,9 @@ class StatePolicy(nn.Module):
     def evaluate(self, observations: Tensor, actions: Tensor) -> Evaluation:
         """observations [B, T, D], actions [B, T, A] ([B, T] if discrete); log-probs [B, T, A] ([B, T])."""
         distribution, values = self(observations)
-        return Evaluation(distribution.log_prob(self.to_learner(actions)), distribution.entropy(), values)
+        squashed = isinstance(distribution, TanhGaussian)  # its entropy has no closed form
+        entropy = distribution.entropy_at_median() if squashed else distribution.entropy()
+        return Evaluation(distribution.log_prob(self.to_learner(actions)), entropy, values)
 
     def to_learner(self, actions: Tensor) -> Tensor:
         """The environment's actions [..., A] in learner's units."""
@@ -127,7 +134,7 @@ class StatePolicy(nn.Module):
     @torch.no_grad()
     def export_actor(self, weights: Array) -> None:
         """Write the actor into `weights`, the flat vector of a `NumpyActor`."""
-        log_std = self.log_std if hasattr(self, "log_std") else torch.zeros(self.spaces.action_size)
+        log_std = self.log_std if self.has_log_std else torch.zeros(self.spaces.action_size)
         hidden = [tensor for i in range(len(self.config.hidden)) for tensor in self.trunks.layer(i, 0)]
         output = [self.actor.weight.t(), self.actor.bias]
         reach = [self.action_reach, self.action_centre]

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from embodied.datasets.episode import Episode
-from embodied.demonstrations import DemonstrationBatches, DemonstrationTerm, read_demonstrations, stack_steps
+from embodied.demonstrations import (
+    DemonstrationBatches,
+    DemonstrationTerm,
+    best_episodes,
+    read_demonstrations,
+    stack_steps,
+)
 from embodied.policies.numpy_actor import Spaces
 from embodied.policies.state_mlp import StatePolicy
 from embodied.workers import EnvironmentConfig, environment_spec
@@ -92,3 +98,14 @@ def test_batches_differ_and_continue_from_their_state(batches: DemonstrationBatc
     batches.generator.manual_seed(77)
     batches.load_state_dict(state)
     assert [float(loss()[0].detach()) for _ in range(3)] == expected
+
+
+def test_the_best_episodes_keep_their_order() -> None:
+    def earning(reward: float) -> Episode:
+        return Episode(np.zeros((2, 1), np.float32), np.zeros((2, 1), np.float32), np.full(2, reward), True, False)
+
+    episodes = [earning(reward) for reward in (3.0, 1.0, 4.0, 2.0)]
+    kept = best_episodes(episodes, 0.5)
+    assert [episode.rewards[0] for episode in kept] == [3.0, 4.0]
+    assert len(best_episodes(episodes, 0.01)) == 1
+    assert best_episodes(episodes, 1.0) == episodes

@@ -202,6 +202,26 @@ def test_ppo_goes_on_from_iql_where_it_stopped(tmp_path: Path, pendulum_demonstr
     )
 
 
+@pytest.mark.parametrize("name", ["cql", "td3_bc"])
+def test_ppo_goes_on_from_any_head(name: str, tmp_path: Path, pendulum_demonstrations: Path) -> None:
+    module, make = OFFLINE[name]
+    run = module.train(make(**common(tmp_path, pendulum_demonstrations, **SIX))).folder
+    ppo = TrainPPOConfig(
+        run=RunConfig(folder=str(tmp_path / "ppo"), wandb="disabled"),
+        environment=EnvironmentConfig("Pendulum-v1", max_episode_steps=10, count=2, workers=0),
+        ppo=PPOConfig(epochs=2, minibatch_size=16, entropy_coef=0.01),
+        init=str(run / "checkpoints" / "last" / "policy"),
+        total_steps=3 * 2 * 16,
+        horizon=16,
+    )
+    metrics = train_ppo.train(ppo).metrics
+    assert abs(metrics["train/approx_kl"]) < 1.0
+    assert ("train/std" in metrics) == (name == "td3_bc")
+    after = StatePolicy.from_pretrained(tmp_path / "ppo" / "checkpoints" / "last" / "policy")
+    assert after.config.head == ("squashed" if name == "cql" else "bounded")
+    assert after.action_reach.tolist() == [2.0]
+
+
 def test_rlpd_goes_on_from_cal_ql(tmp_path: Path, pendulum_demonstrations: Path) -> None:
     offline = OFFLINE["cal_ql"][1](**common(tmp_path, pendulum_demonstrations, updates=5))
     run = train_cql.train(offline).folder

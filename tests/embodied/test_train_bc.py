@@ -146,3 +146,21 @@ def test_what_it_cannot_use(config: TrainBCConfig, changes: dict[str, Any], mess
 def test_the_configuration_checks_itself() -> None:
     with pytest.raises(ValueError, match="held_out"):
         TrainBCConfig(demonstrations="a.hdf5", held_out=1.0)
+
+
+def test_a_bounded_clone_reaches_from_bound_to_bound(config: TrainBCConfig) -> None:
+    policy = replace(config.policy, head="bounded")
+    config = replace(config, policy=policy, updates=600, evaluate_every=600, learning_rate=1e-2, episodes=0)
+    run = train_bc.train(config).folder
+    clone = StatePolicy.from_pretrained(run / "checkpoints" / "last" / "policy")
+    assert clone.action_reach.tolist() == [2.0]
+    training, _ = train_bc.read(config, environment_spec(config.environment))
+    actions = clone.to_environment(clone(training.observations)[0].mode())
+    assert float((actions - training.actions).abs().mean().detach()) < 0.1
+
+
+def test_a_clone_fits_one_deviation(config: TrainBCConfig) -> None:
+    with pytest.raises(ValueError, match=r"policy\.head must be 'gaussian' or 'bounded'"):
+        replace(config, policy=replace(config.policy, head="squashed"))
+    with pytest.raises(ValueError, match="best must be in"):
+        replace(config, best=0.0)

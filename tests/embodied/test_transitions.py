@@ -12,8 +12,8 @@ from embodied.datasets.episode import Episode
 from embodied.off_policy import OpenEpisodes, experienced
 from embodied.policies.numpy_actor import Spaces, StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
-from embodied.rollout import Experience
-from embodied.transitions import DataConfig, discounted, fit_units, mixed, reward_scale, to_transitions
+from embodied.rollout import Experience, fresh_policy
+from embodied.transitions import DataConfig, discounted, mixed, reward_scale, to_transitions
 from envs.make import EnvironmentSpec
 from experiment.errors import UserError
 from policy_core.replay import Replay
@@ -97,7 +97,8 @@ def test_rewards_are_scaled_by_the_spread_of_returns() -> None:
 def test_observations_are_normalised_and_the_policy_keeps_the_units() -> None:
     episodes = [episode(5), episode(5, first=20.0)]
     made = policy(normalize=True)
-    fit_units(made, episodes, SPEC)
+    for one in episodes:
+        made.learn_normalization(torch.from_numpy(one.observations))
     columns: Any = to_transitions(episodes, made, SPEC, DataConfig()).transitions
     assert columns.observations[:, 0].mean().item() == pytest.approx(0.0, abs=1e-5)
     assert columns.observations[:, 0].std(correction=0).item() == pytest.approx(1.0, abs=1e-4)
@@ -111,8 +112,8 @@ def test_a_head_with_bounds_needs_bounds() -> None:
         "Free-v0", 2, 1, False, np.array([-np.inf], np.float32), np.array([1.0], np.float32), 100
     )
     with pytest.raises(UserError, match=r"Free-v0: policy\.head 'squashed' needs actions with bounds"):
-        fit_units(policy("squashed"), [episode(2)], free)
-    fit_units(policy("gaussian"), [episode(2)], free)
+        fresh_policy(free, StatePolicyConfig(head="squashed"))
+    fresh_policy(free, StatePolicyConfig())
 
 
 def test_discounted_by_hand() -> None:

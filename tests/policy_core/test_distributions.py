@@ -161,3 +161,12 @@ def test_impossible_choices() -> None:
     expected = -p * (p.log() + entropy.detach())
     close(gradient, [[float(expected[0]), 0.0, float(expected[1])]])
     assert 1 not in categorical.sample(torch.Generator().manual_seed(0)).tolist()
+
+
+def test_the_entropy_at_the_median_nears_the_true_one_as_the_deviation_shrinks() -> None:
+    for deviation, tolerance in ((0.3, 0.1), (0.03, 1e-3)):
+        distribution = TanhGaussian(torch.tensor([0.7, -0.2]), torch.full((2,), deviation).log())
+        raw = distribution.mean + deviation * torch.linspace(-6, 6, 20_001).unsqueeze(1)
+        weights = torch.exp(-0.5 * torch.linspace(-6, 6, 20_001) ** 2)
+        true = -(distribution.log_prob(torch.tanh(raw)) * (weights / weights.sum()).unsqueeze(1)).sum(0)
+        torch.testing.assert_close(distribution.entropy_at_median(), true, rtol=0, atol=tolerance)
