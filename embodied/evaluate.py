@@ -81,6 +81,11 @@ def summarize(records: Sequence[EpisodeRecord], *, prefix: str = "eval") -> dict
     return {f"{prefix}/{name}": value for name, value in summary.items()}
 
 
+def score(summary: Mapping[str, float]) -> float:
+    """What `best` is chosen by, of figures that `summarize` gave: success where there is one, else the return."""
+    return summary.get("eval/success_once", summary["eval/mean_reward"])
+
+
 def evaluate_policy(
     policy: StatePolicy, environment: EnvironmentConfig, config: EvaluateConfig
 ) -> dict[str, float]:

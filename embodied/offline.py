@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from embodied.datasets.episode import Episode
-from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
+from embodied.evaluate import VALIDATION_SEEDS, score, seeds, summarize
 from embodied.policies.numpy_actor import Head, StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollout import Collector, fresh_policy
@@ -154,6 +154,8 @@ class Parts:
         """Continue from `state_dict()`."""
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
+            if isinstance(module, StatePolicy):
+                module.normalizer.refresh()
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.generator.set_state(state["generator"])
@@ -163,9 +165,6 @@ class Parts:
         if checkpoint is None:
             return 1
         self.load_state_dict(checkpoint.state["parts"])
-        for module in self.modules.values():
-            if isinstance(module, StatePolicy):
-                module.normalizer.refresh()
         return checkpoint.step + 1
 
 
@@ -198,7 +197,7 @@ def keep(
     if config.episodes:
         played = summarize(collector.evaluate(policy, seeds(VALIDATION_SEEDS, config.episodes)))
         run.log(played, global_step=update)
-        metric = played.get("eval/success_once", played["eval/mean_reward"])
+        metric = score(played)
     run.save(
         {"parts": parts.state_dict()}, global_step=update, folders={"policy": policy.save_pretrained}, metric=metric
     )

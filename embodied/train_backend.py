@@ -19,7 +19,7 @@ import numpy as np
 
 from embodied.backends import d3rlpy_backend, sb3_backend
 from embodied.backends.backend import Backend, Units, play
-from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
+from embodied.evaluate import VALIDATION_SEEDS, score, seeds, summarize
 from embodied.offline import Inputs
 from embodied.transitions import DataConfig, reward_scale
 from embodied.workers import EnvironmentConfig
@@ -112,5 +112,4 @@ def look(run: Run, backend: Backend, units: Units, config: TrainBackendConfig, *
 
     played = summarize(play(backend, units, config.environment, seeds(VALIDATION_SEEDS, config.episodes)))
     run.log(played, global_step=piece)
-    metric = played.get("eval/success_once", played["eval/mean_reward"])
-    run.save({}, global_step=piece, folders={"policy": save}, metric=metric)
+    run.save({}, global_step=piece, folders={"policy": save}, metric=score(played))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from embodied.datasets.episode import Episode
-from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
+from embodied.evaluate import VALIDATION_SEEDS, score, seeds, summarize
 from embodied.offline import Inputs
 from embodied.policies.decision_transformer import Conditioned, DecisionTransformer, DecisionTransformerConfig
 from embodied.rollout import spaces_of
@@ -179,7 +179,7 @@ def look(
         chosen = seeds(VALIDATION_SEEDS, config.episodes)
         played = summarize(play(policy.eval(), config.environment, chosen, target))
         run.log({**played, "eval/target_return": target}, global_step=update)
-        metric = played.get("eval/success_once", played["eval/mean_reward"])
+        metric = score(played)
     run.save(state, global_step=update, folders={"policy": policy.save_pretrained}, metric=metric)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from embodied.demonstrations import DemonstrationBatches, DemonstrationTerm
-from embodied.evaluate import VALIDATION_SEEDS, film, seeds, summarize
+from embodied.evaluate import VALIDATION_SEEDS, film, score, seeds, summarize
 from embodied.learning import charge_kl, continue_environments, episode_metrics, stopping_on_nan
 from embodied.normalization import RewardScaler
 from embodied.policies.numpy_actor import StatePolicyConfig
@@ -200,7 +200,7 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
                 if config.evaluation.every and update % config.evaluation.every == 0:
                     played = collector.evaluate(policy, seeds(VALIDATION_SEEDS, config.evaluation.episodes))
                     metrics |= summarize(played)
-                    metric = metrics.get("eval/success_once", metrics["eval/mean_reward"])
+                    metric = score(metrics)
                 run.log(metrics, global_step=update)
                 if metric is not None and config.evaluation.video:
                     path = run.folder / "videos" / f"{update:09d}.mp4"

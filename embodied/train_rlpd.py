@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
+from embodied.evaluate import VALIDATION_SEEDS, score, seeds, summarize
 from embodied.learning import continue_environments, episode_metrics
 from embodied.off_policy import OpenEpisodes, experienced
 from embodied.offline import (
@@ -164,7 +164,6 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.parts.load_state_dict(state["parts"])
-        self.policy.normalizer.refresh()
         self.replay.load_state_dict(state["replay"])
         self.open.load_state_dict(state["open"])
         self.recent.extend(EpisodeRecord(*record) for record in state["recent"])
@@ -182,10 +181,10 @@ def begin_from(run: Path, policy: StatePolicy, networks: ActorCritic, temperatur
         for name, module in targets.items():
             assert isinstance(module, torch.nn.Module)
             module.load_state_dict(modules[name])
+        policy.normalizer.refresh()
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"init: {run} does not fit policy and critic of this configuration: {reason}") from error
-    policy.normalizer.refresh()
 
 
 def train(config: TrainRLPDConfig, *, resume: Path | None = None) -> RunResult:
@@ -243,6 +242,6 @@ def look(run: Run, learner: Learner, collector: Collector, config: TrainRLPDConf
     if config.episodes:
         played = summarize(collector.evaluate(learner.policy, seeds(VALIDATION_SEEDS, config.episodes)))
         run.log(played, global_step=number)
-        metric = played.get("eval/success_once", played["eval/mean_reward"])
+        metric = score(played)
     state = {"learner": learner.state_dict(), "environments": collector.workers.state()}
     run.save(state, global_step=number, folders={"policy": learner.policy.save_pretrained}, metric=metric)

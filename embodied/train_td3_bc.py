@@ -5,6 +5,7 @@ tandem train configs/embodied/half_cheetah_td3_bc.yaml data.path=FILE
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def train(config: TrainTD3BCConfig, *, resume: Path | None = None) -> RunResult:
     inputs = Inputs.read(config)
     with Run.start(config, recipe="embodied/td3_bc", resume=resume) as run:
         policy = new_policy(config, inputs, "bounded")
-        nn.init.constant_(policy.log_std, torch.tensor(config.exploration).log().item())
+        nn.init.constant_(policy.log_std, math.log(config.exploration))
         networks = TD3Networks.copying(new_networks(config, policy))
         of_policy = adam(policy.parameters(), config.policy_learning_rate)
         of_critic = adam(networks.critic.parameters(), config.critic_learning_rate)

@@ -43,23 +43,11 @@ class Policy(Protocol):
         ...
 
 
-class Distribution(Protocol):
-    """Of actions; see policy_core.distributions."""
-
-    def log_prob(self, actions: Tensor) -> Tensor:
-        """[..., A] -> nats [..., F]."""
-        ...
-
-    def mode(self) -> Tensor:
-        """[..., A]."""
-        ...
-
-
 class Actor(Protocol):
     """What offline and off-policy learning ask of a policy, in the units of their data."""
 
     def distribution_of(self, observations: Any) -> Any:
-        """Observations [N, ...] -> a `Distribution` of actions; CQL and SAC need one that reparameterises."""
+        """Observations [N, ...] -> one of policy_core.distributions; CQL and SAC need one that reparameterises."""
         ...
 
     def values_of(self, observations: Any) -> Tensor:

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embodied.datasets.episode import Episode, dataset_statistics
+from embodied.policies.numpy_actor import OBSERVATION_LIMIT
 from envs.make import EnvironmentSpec
 from envs.stepper import EpisodeRecord, Stepper
 from experiment.errors import UserError
 
 Array = NDArray[np.float32]
-OBSERVATION_LIMIT = 10.0
 
 
 @dataclass(frozen=True)
