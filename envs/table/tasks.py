@@ -111,12 +111,12 @@ def destination(world: TableWorld, slots: Slots) -> Array:
     """[3] where the named object's centre is to be: on the pad, on the base, or where it is."""
     height = world.half_heights[slots.thing]
     if slots.pad is not None:
-        x, y, _ = world.pad_positions[slots.pad]
+        x, y, _ = world.pad_positions[slots.pad].tolist()
         return np.array([x, y, height])
     if slots.base is not None:
-        x, y, z = world.positions[slots.base]
+        x, y, z = world.positions[slots.base].tolist()
         return np.array([x, y, z + world.half_heights[slots.base] + height])
-    return world.positions[slots.thing]
+    return world.positions[slots.thing].copy()
 
 
 def top(world: TableWorld, index: int) -> Array:

@@ -56,6 +56,8 @@ class TableWorld:
     things, pads    what the layout named
     tool            [3] the point between the fingertips
     positions       [4, 3] the objects' centres
+    half_heights    [4] from an object's centre to its underside when it stands upright
+    lifted          [4] each object's greatest height above where it stands, so far
     opening         metres between the fingers
     """
 
@@ -65,14 +67,15 @@ class TableWorld:
         self.model, self.data = model, mujoco.MjData(model)
         self.things: tuple[Thing, ...] = ()
         self.pads: tuple[str, ...] = ()
+        self.half_heights = np.zeros(scene.OBJECTS)
         self.lifted = np.zeros(scene.OBJECTS)
         self.tool_velocity = np.zeros(3)
         self.grip_command = -1.0
         self._tool = model.site("tool").id
-        self._bodies = np.array([model.body(f"object{i}").id for i in range(scene.OBJECTS)])
+        self._first = model.body("object0").id  # the objects' bodies follow each other
         self._fingers = np.array([model.geom(f"{side}_finger").id for side in ("left", "right")])
         self._body_of_geom = model.geom_bodyid.copy()
-        self._finger_qpos = np.array([model.joint(f"{side}_finger").qposadr[0] for side in ("left", "right")])
+        self._finger_qpos = [int(model.joint(f"{side}_finger").qposadr[0]) for side in ("left", "right")]
         self._object_qpos = np.array([model.joint(f"object{i}").qposadr[0] for i in range(scene.OBJECTS)])
         self._object_dofs = np.array([model.joint(f"object{i}").dofadr[0] for i in range(scene.OBJECTS)])
         self._jacobian = np.zeros((6, model.nv))
@@ -82,6 +85,7 @@ class TableWorld:
         model, data = self.model, self.data
         mujoco.mj_resetData(model, data)
         self.things, self.pads = layout.things, layout.pads
+        self.half_heights = np.array([scene.HALF_EXTENTS[thing.shape][2] for thing in layout.things])
         joints = np.array(scene.HOME) + rng.uniform(-0.06, 0.06, scene.JOINTS)
         data.qpos[: scene.JOINTS] = data.ctrl[: scene.JOINTS] = joints
         data.qpos[self._finger_qpos] = data.ctrl[scene.JOINTS :] = scene.OPEN
@@ -139,13 +143,9 @@ class TableWorld:
 
     @property
     def positions(self) -> Array:
-        """[4, 3]."""
-        return self.data.xpos[self._bodies]
-
-    @property
-    def half_heights(self) -> Array:
-        """[4] from an object's centre to its underside when it stands upright."""
-        return np.array([scene.HALF_EXTENTS[thing.shape][2] for thing in self.things])
+        """[4, 3], a view."""
+        positions: Array = self.data.xpos[self._first : self._first + scene.OBJECTS]
+        return positions
 
     @property
     def pad_positions(self) -> Array:
@@ -155,16 +155,17 @@ class TableWorld:
     @property
     def opening(self) -> float:
         """Metres between the fingers' inner faces."""
-        return float(self.data.qpos[self._finger_qpos].sum() + 2 * scene.FINGER_GAP)
+        left, right = self._finger_qpos
+        return float(self.data.qpos[left] + self.data.qpos[right] + 2 * scene.FINGER_GAP)
 
     def yaw(self, index: int) -> float:
         """Of an object, radians."""
-        matrix = self.data.xmat[self._bodies[index]]
+        matrix = self.data.xmat[self._first + index]
         return float(np.arctan2(matrix[3], matrix[0]))
 
     def upright(self, index: int) -> float:
         """1 for an object that stands as at the start, 0 for one on its side."""
-        return float(self.data.xmat[self._bodies[index], 8])
+        return float(self.data.xmat[self._first + index, 8])
 
     def speed(self, index: int) -> float:
         """Of an object's centre, m/s."""
@@ -182,7 +183,7 @@ class TableWorld:
         if not len(pairs):
             return False, False
         bodies = self._body_of_geom[pairs]
-        of_object = (bodies == self._bodies[index])[:, ::-1]  # the other geom of each pair
+        of_object = (bodies == self._first + index)[:, ::-1]  # the other geom of each pair
         left, right = ((pairs == finger) & of_object for finger in self._fingers)
         return bool(left.any()), bool(right.any())
 
@@ -192,7 +193,7 @@ class TableWorld:
 
     def out_of_reach(self, index: int) -> bool:
         """Whether an object has left the useful part of the table, or the table."""
-        x, y, z = self.positions[index]
+        x, y, z = self.positions[index].tolist()
         return bool(abs(x) > OUT_OF_REACH[0] or abs(y) > OUT_OF_REACH[1] or z < 0.0)
 
 
