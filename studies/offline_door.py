@@ -2,8 +2,8 @@
 
     python -m studies.offline_door --data door_human.hdf5
 
-Limit and reward are those of studies.adroit_door, whose PPO stands beside. A cell is a method of a seed: `iql` and
-`cal_ql` offline, `rlpd` online from nothing but the data, `cal_ql_online` from the Cal-QL run of the same seed.
+Limit and reward are those of studies.adroit_door, whose PPO stands beside. A cell is a method of a seed: `bc`,
+`iql`, `cql` and `cal_ql` offline, `rlpd` online from nothing but the data, `cal_ql_online` from that seed's Cal-QL.
 """
 
 from __future__ import annotations
@@ -11,15 +11,31 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from experiment.config import build, read_tree
+from embodied.evaluate import EvaluateConfig, evaluate_run
 from experiment.metrics import read_metrics
 from studies.cells import RUNS, Figures, main
+from tandem.recipes import find_config, read_plan
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "embodied"
-METHODS = ("iql", "cal_ql", "rlpd", "cal_ql_online")
+METHODS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "bc": ("bc", ("demonstrations=DATA",)),
+    "iql": ("iql", ("data.path=DATA",)),
+    "cql": ("cal_ql", ("data.path=DATA", "calibrated=false")),
+    "cal_ql": ("cal_ql", ("data.path=DATA",)),
+    "rlpd": ("rlpd", ("data.path=DATA",)),
+    "cal_ql_online": (
+        "rlpd",
+        (
+            "data.path=DATA",
+            f"init={RUNS / 'offline_door-cal_ql-SEED'}",
+            "critic.members=2",
+            "critic.layer_norm=false",
+            "sac.target_critics=null",
+            "conservative={weight: 1.0}",
+        ),
+    ),
+}
+"""The configuration that each begins with, and what it changes there (DATA, SEED: those of the cell)."""
 CELLS = [f"{method}-{seed}" for seed in range(2) for method in METHODS]
 GOOD = 0.9
 """The share of successes that counts the environment steps to it."""
@@ -27,34 +43,14 @@ GOOD = 0.9
 
 def run(cell: str, options: argparse.Namespace) -> Figures:
     """Train with one method and seed, judge the last policy on 500 test episodes."""
-    from embodied import train_cql, train_iql, train_rlpd
-    from embodied.evaluate import EvaluateConfig, evaluate_run
-
     method, _, seed = cell.partition("-")
     folder = RUNS / f"offline_door-{cell}"
     shutil.rmtree(folder, ignore_errors=True)
-    module: Any
-    module, kind, config, more = {
-        "iql": (train_iql, train_iql.TrainIQLConfig, "iql", ()),
-        "cal_ql": (train_cql, train_cql.TrainCQLConfig, "cal_ql", ()),
-        "rlpd": (train_rlpd, train_rlpd.TrainRLPDConfig, "rlpd", ()),
-        "cal_ql_online": (
-            train_rlpd,
-            train_rlpd.TrainRLPDConfig,
-            "rlpd",
-            (
-                f"init={RUNS / f'offline_door-cal_ql-{seed}'}",
-                "critic.members=2",
-                "critic.layer_norm=false",
-                "sac.target_critics=null",
-                "conservative={weight: 1.0}",
-            ),
-        ),
-    }[method]
-    common = [f"data.path={options.data}", f"run.folder={folder}", f"run.seed={seed}", "run.wandb=disabled"]
-    tree = read_tree(CONFIGS / f"adroit_door_{config}.yaml", [*common, *more])
-    tree.pop("recipe")
-    result = module.train(build(tree, kind))
+    common = [f"run.folder={folder}", f"run.seed={seed}", "run.wandb=disabled"]
+    config, own = METHODS[method]
+    chosen = [override.replace("SEED", seed).replace("DATA", str(options.data)) for override in own]
+    plan = read_plan(find_config(f"embodied/adroit_door_{config}"), [*common, *chosen])
+    result = plan.module.train(plan.config)
     rows = read_metrics(folder / "metrics.jsonl")
     steps = [(int(row.get("env_steps", 0)), row["eval/success_once"]) for row in rows if "eval/success_once" in row]
     return {

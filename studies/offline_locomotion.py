@@ -18,10 +18,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiment.config import build, read_tree
+from embodied.datasets.writing import write_dataset
+from embodied.evaluate import EvaluateConfig, evaluate_policy
+from embodied.played import PlayedSource, play_policies, run_to_play
+from embodied.policies.state_mlp import StatePolicy
+from experiment.config import read_tree
+from experiment.run import RunResult
 from studies.cells import RUNS, Figures, main, mean_and_error
+from tandem.recipes import evaluator_for, find_config, read_plan
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "embodied"
 ENVIRONMENTS = {"cheetah": "HalfCheetah-v5", "walker": "Walker2d-v5"}
 KINDS = ("medium", "replay")
 SEEDS = range(3)
@@ -59,12 +64,6 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
 
 def make_data(name: str) -> Figures:
     """PPO, then both data sets of an environment."""
-    from embodied import train_ppo
-    from embodied.datasets.writing import write_dataset
-    from embodied.evaluate import EvaluateConfig, evaluate_policy
-    from embodied.played import PlayedSource, play_policies, run_to_play
-    from embodied.policies.state_mlp import StatePolicy
-
     folder, data = RUNS / f"offline-ppo-{name}", RUNS / f"offline-data-{name}"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(data, ignore_errors=True)
@@ -74,7 +73,7 @@ def make_data(name: str) -> Figures:
         "run.keep=1000",
         *common(folder, 0),
     ]
-    train_ppo.train(_config("half_cheetah_ppo", train_ppo.TrainPPOConfig, overrides))
+    _train("half_cheetah_ppo", overrides)
     environment, policies = run_to_play(folder, "all")
     judged = EvaluateConfig(episodes=10)
     returns = [
@@ -99,43 +98,30 @@ def _cut_short(episode: Any) -> bool:
 
 def learn(algorithm: str, name: str, data: Path, folder: Path, seed: int) -> float:
     """Train; returns the seconds it took."""
-    from embodied import train_backend, train_bc, train_cql, train_iql, train_td3_bc
-
     updates = UPDATES.get(algorithm.removeprefix("d3rlpy_").removesuffix("_bf16"), 30_000)
-    shared = [f"environment.id={ENVIRONMENTS[name]}", *common(folder, seed)]
-    ours = [*shared, f"data.path={data}", f"updates={updates}", f"evaluate_every={updates}", "episodes=5"]
-    if algorithm.endswith("_bf16"):
-        ours.append("precision=bf16")
-    module: Any
-    if algorithm.startswith("d3rlpy_"):
-        kind = algorithm.removeprefix("d3rlpy_").upper()
-        module = train_backend
-        options = [f"algorithm=d3rlpy/{kind}", f"total={updates}", f"evaluate_every={updates}", "episodes=5"]
-        if kind == "CQL":
-            options += ["options.alpha_learning_rate=0.0", "options.alpha_threshold=0.0"]
-        else:
-            options.append("data.rewards=returns")
-        plan: Any = _config("backend", train_backend.TrainBackendConfig, [*shared, f"data.path={data}", *options])
-    elif algorithm == "bc":
-        module = train_bc
-        widths = ["policy.hidden=[256,256]", "policy.activation=relu", f"updates={updates}"]
-        chosen = [f"demonstrations={data}", f"evaluate_every={updates}", "episodes=5", "learning_rate=3e-4"]
-        plan = _config("adroit_door_bc", train_bc.TrainBCConfig, [*shared, *widths, *chosen, "observation_noise=0"])
-    else:
-        base = algorithm.removesuffix("_bf16")
-        module, config = {
-            "iql": (train_iql, train_iql.TrainIQLConfig),
-            "td3_bc": (train_td3_bc, train_td3_bc.TrainTD3BCConfig),
-            "cql": (train_cql, train_cql.TrainCQLConfig),
-        }[base]
-        plan = _config(f"half_cheetah_{base}", config, ours)
-    return float(module.train(plan).metrics["time/elapsed"])
+    config, options = described(algorithm, data, updates)
+    shared = [f"environment.id={ENVIRONMENTS[name]}", f"evaluate_every={updates}", "episodes=5"]
+    return float(_train(config, [*shared, *options, *common(folder, seed)]).metrics["time/elapsed"])
+
+
+def described(algorithm: str, data: Path, updates: int) -> tuple[str, list[str]]:
+    """Which configuration file an algorithm begins with, and what it changes there."""
+    match algorithm:
+        case "d3rlpy_iql":
+            own = ["algorithm=d3rlpy/IQL", "data.rewards=returns"]
+            return "backend", [f"data.path={data}", f"total={updates}", *own]
+        case "d3rlpy_cql":
+            own = ["algorithm=d3rlpy/CQL", "options.alpha_learning_rate=0.0", "options.alpha_threshold=0.0"]
+            return "backend", [f"data.path={data}", f"total={updates}", *own]
+        case "bc":
+            own = ["policy.hidden=[256,256]", "policy.activation=relu", "learning_rate=3e-4", "observation_noise=0"]
+            return "adroit_door_bc", [f"demonstrations={data}", f"updates={updates}", *own]
+    own = ["precision=bf16"] if algorithm.endswith("_bf16") else []
+    return f"half_cheetah_{algorithm.removesuffix('_bf16')}", [f"data.path={data}", f"updates={updates}", *own]
 
 
 def judge(folder: Path) -> Figures:
     """The last policy's return over 20 test episodes."""
-    from tandem.recipes import evaluator_for
-
     module = evaluator_for(str(read_tree(folder / "config.yaml").values["recipe"]))
     figures = module.evaluate_run(folder, module.EvaluateConfig(checkpoint="last", episodes=20))
     return {"mean_return": figures["eval/mean_reward"]}
@@ -146,10 +132,11 @@ def common(folder: Path, seed: int) -> list[str]:
     return [f"run.folder={folder}", f"run.seed={seed}", "run.wandb=disabled", "run.threads=2"]
 
 
-def _config(name: str, kind: type, overrides: list[str]) -> Any:
-    tree = read_tree(CONFIGS / f"{name}.yaml", overrides)
-    tree.pop("recipe")
-    return build(tree, kind)
+def _train(config: str, overrides: list[str]) -> RunResult:
+    """Train what configs/embodied/CONFIG.yaml with these changes says."""
+    plan = read_plan(find_config(f"embodied/{config}"), overrides)
+    result: RunResult = plan.module.train(plan.config)
+    return result
 
 
 def table(results: Mapping[str, Figures]) -> str:
