@@ -12,8 +12,8 @@ import numpy as np
 
 from embodied.policies.numpy_actor import NumpyActor
 from embodied.policies.state_mlp import StatePolicy
-from embodied.rollout import Collector, spaces_of
-from embodied.workers import EnvironmentConfig, environment_spec
+from embodied.rollouts.rollout import Collector, spaces_of
+from embodied.rollouts.workers import EnvironmentConfig, environment_spec
 from envs.rendering import render_episode_frames
 from envs.stepper import EpisodeRecord
 from experiment.checkpoint import write_atomically

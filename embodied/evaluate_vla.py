@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from embodied.chunk_workers import Play, TableConfig, make_table
 from embodied.evaluate import TEST_SEEDS
 from embodied.policies.vla import VLAPolicy
-from embodied.vla_judge import Judge, check_policy, unknown_words
-from embodied.vla_report import describe, suite_figures
-from embodied.vla_video import Film, Studio, contact_sheet, write_film
+from embodied.vla.chunk_workers import Play, TableConfig, make_table
+from embodied.vla.judge import Judge, check_policy, unknown_words
+from embodied.vla.report import describe, suite_figures
+from embodied.vla.video import Film, Studio, contact_sheet, write_film
 from envs.table.language import TASKS
 from experiment.checkpoint import write_atomically
 from experiment.config import read_tree

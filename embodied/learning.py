@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from embodied.processes import Workers
+from embodied.rollouts.processes import Workers
 from envs.stepper import EpisodeRecord
 from experiment.errors import UserError
 from policy_core.kl import KLConfig, kl_in_unit, kl_rewards

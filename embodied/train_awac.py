@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from embodied.offline import (
+from embodied.logged.offline import (
     Inputs,
     OfflineConfig,
     Parts,
@@ -22,7 +22,7 @@ from embodied.offline import (
     precision,
     report,
 )
-from embodied.rollout import Collector
+from embodied.rollouts.rollout import Collector
 from experiment.run import Run, RunResult
 from policy_core import awac
 from policy_core.awac import AWACConfig

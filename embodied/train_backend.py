@@ -20,9 +20,9 @@ import numpy as np
 from embodied.backends import d3rlpy_backend, sb3_backend
 from embodied.backends.backend import Backend, Units, play
 from embodied.evaluate import VALIDATION_SEEDS, score, seeds, summarize
-from embodied.offline import Inputs
-from embodied.transitions import DataConfig, reward_scale
-from embodied.workers import EnvironmentConfig
+from embodied.logged.offline import Inputs
+from embodied.logged.transitions import DataConfig, reward_scale
+from embodied.rollouts.workers import EnvironmentConfig
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 

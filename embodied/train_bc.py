@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from embodied.datasets.episode import Episode
-from embodied.demonstrations import best_episodes, read_demonstrations, stack_steps
 from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
+from embodied.logged.demonstrations import best_episodes, read_demonstrations, stack_steps
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
-from embodied.rollout import Collector, fresh_policy
-from embodied.workers import EnvironmentConfig, environment_spec
+from embodied.rollouts.rollout import Collector, fresh_policy
+from embodied.rollouts.workers import EnvironmentConfig, environment_spec
 from envs.make import EnvironmentSpec
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from embodied.datasets.episode import Episode
 from embodied.evaluate import VALIDATION_SEEDS, score, seeds, summarize
-from embodied.offline import Inputs
+from embodied.logged.offline import Inputs
+from embodied.logged.transitions import DataConfig
 from embodied.policies.decision_transformer import Conditioned, DecisionTransformer, DecisionTransformerConfig
-from embodied.rollout import spaces_of
-from embodied.transitions import DataConfig
-from embodied.workers import EnvironmentConfig
+from embodied.rollouts.rollout import spaces_of
+from embodied.rollouts.workers import EnvironmentConfig
 from envs.make import EnvironmentSpec
 from envs.stepper import EpisodeRecord, Stepper
 from experiment.errors import UserError

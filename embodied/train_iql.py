@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from embodied.offline import (
+from embodied.logged.offline import (
     Inputs,
     OfflineConfig,
     Parts,
@@ -24,7 +24,7 @@ from embodied.offline import (
     precision,
     report,
 )
-from embodied.rollout import Collector
+from embodied.rollouts.rollout import Collector
 from experiment.run import Run, RunResult
 from policy_core import iql
 from policy_core.iql import IQLConfig

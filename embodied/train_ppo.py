@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from embodied.demonstrations import DemonstrationBatches, DemonstrationTerm
 from embodied.evaluate import VALIDATION_SEEDS, film, score, seeds, summarize
 from embodied.learning import charge_kl, continue_environments, episode_metrics, stopping_on_nan
-from embodied.normalization import RewardScaler
+from embodied.logged.demonstrations import DemonstrationBatches, DemonstrationTerm
+from embodied.policies.normalization import RewardScaler
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
-from embodied.rollout import Collector, Experience, fresh_policy, judge, spaces_of
-from embodied.workers import EnvironmentConfig, environment_spec
+from embodied.rollouts.rollout import Collector, Experience, fresh_policy, judge, spaces_of
+from embodied.rollouts.workers import EnvironmentConfig, environment_spec
 from envs.make import EnvironmentSpec
 from envs.stepper import EpisodeRecord
 from experiment.errors import UserError

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from embodied.evaluate import VALIDATION_SEEDS, score, seeds, summarize
 from embodied.learning import continue_environments, episode_metrics
-from embodied.off_policy import OpenEpisodes, experienced
-from embodied.offline import (
+from embodied.logged.off_policy import OpenEpisodes, experienced
+from embodied.logged.offline import (
     CriticConfig,
     Inputs,
     LoggedDataConfig,
@@ -31,9 +31,9 @@ from embodied.offline import (
     new_policy,
     precision,
 )
+from embodied.logged.transitions import OfflineData, mixed, reward_scale, to_transitions
 from embodied.policies.state_mlp import StatePolicy
-from embodied.rollout import Collector, Experience
-from embodied.transitions import OfflineData, mixed, reward_scale, to_transitions
+from embodied.rollouts.rollout import Collector, Experience
 from envs.stepper import EpisodeRecord
 from experiment.checkpoint import load_checkpoint
 from experiment.errors import UserError

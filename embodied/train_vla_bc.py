@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from embodied.control_steps import Chunks, ControlSteps, Shuffled, disturb
 from embodied.datasets.lerobot import LeRobotDataset
 from embodied.datasets.recorded import RecordedEpisode
-from embodied.grounding import GroundingConfig, GroundingScenes
-from embodied.perceiving import percept_loss
 from embodied.policies.augment import AugmentConfig
 from embodied.policies.vla import VLAConfig, VLAPolicy
 from embodied.policies.words import Words
+from embodied.vla.control_steps import Chunks, ControlSteps, Shuffled, disturb
+from embodied.vla.grounding import GroundingConfig, GroundingScenes
+from embodied.vla.perceiving import percept_loss
 from envs.table.language import TRAINING_WORDS
 from experiment.checkpoint import Checkpoint
 from experiment.errors import UserError

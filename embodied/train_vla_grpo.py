@@ -12,11 +12,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from embodied.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
-from embodied.chunk_workers import TableConfig
 from embodied.learning import charge_kl, stopping_on_nan
-from embodied.perceiving import PerceptionConfig
-from embodied.vla_learner import (
+from embodied.vla.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
+from embodied.vla.chunk_workers import TableConfig
+from embodied.vla.learner import (
     TableEvaluationConfig,
     VLALearner,
     begin,
@@ -26,6 +25,7 @@ from embodied.vla_learner import (
     timing,
     torch_threads,
 )
+from embodied.vla.perceiving import PerceptionConfig
 from envs.table.env import TIME_LIMIT
 from experiment.run import Run, RunConfig, RunResult
 from policy_core import ppo

@@ -16,12 +16,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from embodied.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
-from embodied.chunk_workers import TableConfig
 from embodied.learning import charge_kl, stopping_on_nan
-from embodied.perceiving import PerceptionConfig
-from embodied.step_credit import credit_steps, fit_critic
-from embodied.vla_learner import (
+from embodied.vla.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
+from embodied.vla.chunk_workers import TableConfig
+from embodied.vla.learner import (
     TableEvaluationConfig,
     VLALearner,
     begin,
@@ -31,6 +29,8 @@ from embodied.vla_learner import (
     timing,
     torch_threads,
 )
+from embodied.vla.perceiving import PerceptionConfig
+from embodied.vla.step_credit import credit_steps, fit_critic
 from experiment.run import Run, RunConfig, RunResult
 from policy_core import ppo
 from policy_core.kl import KLConfig

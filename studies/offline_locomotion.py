@@ -20,7 +20,7 @@ from typing import Any
 
 from embodied.datasets.writing import write_dataset
 from embodied.evaluate import EvaluateConfig, evaluate_policy
-from embodied.played import PlayedSource, play_policies, run_to_play
+from embodied.logged.played import PlayedSource, play_policies, run_to_play
 from embodied.policies.state_mlp import StatePolicy
 from experiment.config import read_tree
 from experiment.run import RunResult

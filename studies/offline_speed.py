@@ -111,9 +111,9 @@ def theirs(algorithm: str, data: Mapping[str, np.ndarray]) -> Callable[[], objec
 def ours(algorithm: str, data: Mapping[str, np.ndarray], precision: str) -> Callable[[], object]:
     """The update of embodied.train_iql or train_cql, and the drawing of its batch."""
     from embodied.datasets.episode import Episode
-    from embodied.offline import Inputs, OfflineConfig, adam, new_networks, new_policy, offline_data
-    from embodied.offline import precision as in_precision
-    from embodied.workers import EnvironmentConfig, environment_spec
+    from embodied.logged.offline import Inputs, OfflineConfig, adam, new_networks, new_policy, offline_data
+    from embodied.logged.offline import precision as in_precision
+    from embodied.rollouts.workers import EnvironmentConfig, environment_spec
     from policy_core import cql, iql
     from policy_core.sac import Coefficient, Optimizers
 

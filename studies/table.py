@@ -18,7 +18,7 @@ from typing import Any
 
 from embodied import train_vla_bc, train_vla_ppo
 from embodied.evaluate_vla import EvaluateVLAConfig, Suite, evaluate_vla_run
-from embodied.record import RecordConfig, record_expert
+from embodied.recording.record import RecordConfig, record_expert
 from experiment.config import build, read_tree
 from experiment.metrics import read_metrics
 from experiment.run import RunResult

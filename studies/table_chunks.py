@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping
 
 from embodied.evaluate_vla import EvaluateVLAConfig
-from embodied.record import RecordConfig
+from embodied.recording.record import RecordConfig
 from studies.cells import RUNS, Figures, main
 from studies.table import clone, fine_tune, judge, share
 

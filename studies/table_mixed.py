@@ -20,8 +20,8 @@ from embodied.datasets.episode import Episode
 from embodied.datasets.formats import read_dataset
 from embodied.datasets.writing import write_dataset
 from embodied.evaluate import EvaluateConfig, evaluate_run
-from embodied.played import PlayedSource, play_policies, run_to_play
-from embodied.record import RecordConfig, record_expert
+from embodied.logged.played import PlayedSource, play_policies, run_to_play
+from embodied.recording.record import RecordConfig, record_expert
 from experiment.metrics import read_metrics
 from studies.cells import RUNS, Figures, main
 from tandem.recipes import find_config, read_plan

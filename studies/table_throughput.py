@@ -17,11 +17,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from embodied.chunk_rollout import ChunkCollector
-from embodied.chunk_workers import TableConfig
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
-from embodied.processes import Workers
+from embodied.rollouts.processes import Workers
+from embodied.vla.chunk_rollout import ChunkCollector
+from embodied.vla.chunk_workers import TableConfig
 from envs.table.env import TableEnv
 from envs.table.language import TRAINING_WORDS
 from envs.table.observations import PROPRIO, STATE

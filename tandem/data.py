@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from embodied.datasets.lerobot import LeRobotDataset
     from embodied.datasets.lerobot_stats import Stats
     from embodied.datasets.source import Source
-    from embodied.record import RecordReport
+    from embodied.recording.record import RecordReport
 
 _MOST_TASKS = 20
 _MOST_PROBLEMS = 100
@@ -201,7 +201,7 @@ def _record_settings(arguments: argparse.Namespace, *names: str) -> dict[str, An
 
 
 def _record_by_hand(arguments: argparse.Namespace) -> int:
-    from embodied.teleop import TeleopConfig, record_by_hand
+    from embodied.recording.teleop import TeleopConfig, record_by_hand
 
     config = TeleopConfig(arguments.out, **_record_settings(arguments, "device", "time_limit"))
     if record_by_hand(config):
@@ -210,7 +210,7 @@ def _record_by_hand(arguments: argparse.Namespace) -> int:
 
 
 def _record_expert(arguments: argparse.Namespace) -> int:
-    from embodied.record import RecordConfig, record_expert
+    from embodied.recording.record import RecordConfig, record_expert
 
     config = RecordConfig(**_record_settings(arguments, "noise", "keep_failures", "workers"))
     began = said = time.monotonic()

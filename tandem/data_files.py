@@ -115,7 +115,7 @@ def merge(arguments: argparse.Namespace) -> int:
 
 def play(arguments: argparse.Namespace) -> int:
     """Log what a run's policy does, or what every checkpoint of it did."""
-    from embodied.played import PlayedSource, play_policies, run_to_play
+    from embodied.logged.played import PlayedSource, play_policies, run_to_play
 
     if arguments.steps < 1 or arguments.seed < 0:
         raise UserError("tandem data play: --steps must be at least 1, --seed not negative")

@@ -37,7 +37,7 @@ class RobotOutcome:
 
 def run_robot(root: Path, *, dry_run: bool, seed: int = 0) -> RobotOutcome:
     """Record, clone, fine-tune and judge; everything goes below `root`. dry_run: as little of each as can be."""
-    from embodied.record import RecordConfig, record_expert
+    from embodied.recording.record import RecordConfig, record_expert
 
     demonstrations = root / "robot-demonstrations"
     count = 6 if dry_run else DEMONSTRATIONS

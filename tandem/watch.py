@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from embodied.chunk_workers import TableConfig, make_table
 from embodied.evaluate_vla import tasks_of
 from embodied.policies.vla import VLAPolicy
 from embodied.policies.words import split_words
-from embodied.vla_judge import check_policy, unknown_words
-from embodied.vla_video import Studio, write_film
+from embodied.vla.chunk_workers import TableConfig, make_table
+from embodied.vla.judge import check_policy, unknown_words
+from embodied.vla.video import Studio, write_film
 from envs.table.env import TableEnv
 from envs.table.language import TASKS
 from experiment.config import read_tree

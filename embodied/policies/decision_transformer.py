@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from embodied.normalization import ObservationNormalizer
 from embodied.policies.folder import read_description, read_weights, reading_policy, write_policy
+from embodied.policies.normalization import ObservationNormalizer
 from embodied.policies.numpy_actor import Spaces
 from policy_core.distributions import DiagonalGaussian
 from policy_core.policy import Evaluation

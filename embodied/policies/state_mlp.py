@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from embodied.normalization import ObservationNormalizer
 from embodied.policies import numpy_actor
 from embodied.policies.folder import read_description, read_weights, reading_policy, write_policy
+from embodied.policies.normalization import ObservationNormalizer
 from embodied.policies.numpy_actor import LOG_STD_BOUNDS, Array, Spaces, StatePolicyConfig
 from policy_core.distributions import Categorical, DiagonalGaussian, TanhGaussian
 from policy_core.networks import StackedMLP, head

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from embodied.normalization import ObservationNormalizer
 from embodied.policies.encoders import HEADS, Perception
 from embodied.policies.folder import read_description, read_weights, reading_policy, write_policy
+from embodied.policies.normalization import ObservationNormalizer
 from embodied.policies.words import Words
 from experiment.errors import UserError
 from policy_core.distributions import DiagonalGaussian

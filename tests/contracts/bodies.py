@@ -15,8 +15,8 @@ from torch.nn import Parameter
 
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
-from embodied.rollout import Collector, judge, spaces_of
-from embodied.workers import EnvironmentConfig, environment_spec
+from embodied.rollouts.rollout import Collector, judge, spaces_of
+from embodied.rollouts.workers import EnvironmentConfig, environment_spec
 from llm_rlhf.generation import generate, to_rollout
 from llm_rlhf.models import ModelConfig, build_policy
 from policy_core.policy import Evaluation

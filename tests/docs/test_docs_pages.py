@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from embodied.chunk_workers import TableConfig, make_table
 from embodied.evaluate_vla import EvaluateVLAConfig, evaluate_policy
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
-from embodied.record import RecordConfig, record_expert
+from embodied.recording.record import RecordConfig, record_expert
+from embodied.vla.chunk_workers import TableConfig, make_table
 from envs.table.language import TRAINING_WORDS
 from envs.table.observations import PROPRIO, STATE
 from experiment.config import build, read_tree

@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 
 from embodied import evaluate_vla
-from embodied.chunk_workers import Play, Seats, TableConfig, TableEpisode, layout_of, make_table
 from embodied.evaluate import TEST_SEEDS
 from embodied.evaluate_vla import EvaluateVLAConfig, evaluate_policy, suite_plays, suite_table
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
-from embodied.processes import SharedArrays
-from embodied.vla_judge import Judge, JudgeWorker
-from embodied.vla_report import describe, figures, suite_figures, table
-from embodied.vla_video import Film, caption, contact_sheet, wrap
+from embodied.rollouts.processes import SharedArrays
+from embodied.vla.chunk_workers import Play, Seats, TableConfig, TableEpisode, layout_of, make_table
+from embodied.vla.judge import Judge, JudgeWorker
+from embodied.vla.report import describe, figures, suite_figures, table
+from embodied.vla.video import Film, caption, contact_sheet, wrap
 from envs.stepper import EpisodeRecord, episode_seed
 from envs.table.expert import Expert
 from envs.table.language import TASKS, held_out, phrases

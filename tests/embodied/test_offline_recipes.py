@@ -15,18 +15,18 @@ import torch
 
 from embodied import train_awac, train_cql, train_iql, train_ppo, train_rlpd, train_td3_bc
 from embodied.evaluate import EvaluateConfig, evaluate_run
-from embodied.offline import CriticConfig
+from embodied.logged.offline import CriticConfig
+from embodied.logged.transitions import DataConfig
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
-from embodied.rollout import Collector
+from embodied.rollouts.rollout import Collector
+from embodied.rollouts.workers import EnvironmentConfig
 from embodied.train_awac import TrainAWACConfig
 from embodied.train_cql import TrainCQLConfig
 from embodied.train_iql import TrainIQLConfig
 from embodied.train_ppo import TrainPPOConfig
 from embodied.train_rlpd import TrainRLPDConfig
 from embodied.train_td3_bc import TrainTD3BCConfig
-from embodied.transitions import DataConfig
-from embodied.workers import EnvironmentConfig
 from experiment.errors import UserError
 from experiment.run import RunConfig
 from policy_core.cql import CQLConfig

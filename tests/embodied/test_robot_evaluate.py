@@ -26,8 +26,8 @@ from embodied.evaluate import (
 )
 from embodied.policies.numpy_actor import Spaces, StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
+from embodied.rollouts.workers import EnvironmentConfig, environment_seed
 from embodied.train_ppo import TrainPPOConfig
-from embodied.workers import EnvironmentConfig, environment_seed
 from envs.stepper import EpisodeRecord, Stepper, episode_seed
 from experiment.errors import UserError
 from experiment.run import RunConfig

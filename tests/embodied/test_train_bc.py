@@ -13,8 +13,8 @@ import torch
 from embodied import train_bc
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
+from embodied.rollouts.workers import EnvironmentConfig, environment_spec
 from embodied.train_bc import TrainBCConfig
-from embodied.workers import EnvironmentConfig, environment_spec
 from experiment.errors import NonFiniteMetric, UserError
 from experiment.run import RunConfig
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from embodied import train_bc, train_ppo
-from embodied.demonstrations import DemonstrationTerm
+from embodied.logged.demonstrations import DemonstrationTerm
 from embodied.policies.numpy_actor import Spaces, StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
-from embodied.rollout import Collector
+from embodied.rollouts.rollout import Collector
+from embodied.rollouts.workers import EnvironmentConfig
 from embodied.train_bc import TrainBCConfig
 from embodied.train_ppo import EvaluationConfig, TrainPPOConfig
-from embodied.workers import EnvironmentConfig
 from experiment.errors import UserError
 from experiment.run import RunConfig
 from policy_core.kl import KLConfig

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from embodied import train_vla_bc
-from embodied.control_steps import Shuffled
 from embodied.datasets.lerobot_layout import ACTION, CAMERA, PROPRIO, STATE, demonstration_features, outcome
 from embodied.datasets.lerobot_writer import LeRobotWriter
 from embodied.policies.augment import AugmentConfig
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
 from embodied.train_vla_bc import PartConfig, TrainVLABCConfig
+from embodied.vla.control_steps import Shuffled
 from experiment.errors import UserError
 from experiment.run import RunConfig
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from embodied import train_vla_grpo, train_vla_ppo
-from embodied.chunk_workers import TableConfig
-from embodied.grounding import GroundingConfig
-from embodied.perceiving import PerceptionConfig
 from embodied.policies.vla import VLAPolicy
 from embodied.train_vla_grpo import TrainVLAGRPOConfig
 from embodied.train_vla_ppo import TrainVLAPPOConfig, rates
-from embodied.vla_learner import TableEvaluationConfig, VLALearner, success_by_task, validation_plays
+from embodied.vla.chunk_workers import TableConfig
+from embodied.vla.grounding import GroundingConfig
+from embodied.vla.learner import TableEvaluationConfig, VLALearner, success_by_task, validation_plays
+from embodied.vla.perceiving import PerceptionConfig
 from envs.stepper import EpisodeRecord
 from envs.table.observations import STATE
 from experiment.errors import UserError
@@ -347,7 +347,7 @@ def test_configurations_that_cannot_be_meant() -> None:
 
 
 def test_tasks_take_turns_and_are_told_apart() -> None:
-    from embodied.chunk_workers import TableEpisode
+    from embodied.vla.chunk_workers import TableEpisode
 
     plays = validation_plays(("reach", "push", "push"), 3)  # judged alike, though one is played more often
     assert plays == [

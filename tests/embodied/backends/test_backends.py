@@ -15,9 +15,9 @@ from embodied.backends.backend import Units, play
 from embodied.datasets.episode import Episode
 from embodied.evaluate import EvaluateConfig
 from embodied.evaluate_backend import evaluate_run
+from embodied.logged.transitions import DataConfig
+from embodied.rollouts.workers import EnvironmentConfig, environment_spec
 from embodied.train_backend import TrainBackendConfig, train
-from embodied.transitions import DataConfig
-from embodied.workers import EnvironmentConfig, environment_spec
 from experiment.errors import UserError
 from experiment.run import RunConfig
 

@@ -17,7 +17,7 @@ from embodied.datasets.episode import dataset_statistics
 from embodied.datasets.formats import detect, open_dataset, read_dataset
 from embodied.datasets.recorded import RecordedEpisode
 from embodied.datasets.source import flat
-from embodied.demonstrations import read_demonstrations
+from embodied.logged.demonstrations import read_demonstrations
 from envs.make import describe, make_environment
 from experiment.errors import UserError
 

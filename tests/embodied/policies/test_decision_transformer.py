@@ -15,11 +15,11 @@ from embodied import train_dt
 from embodied.datasets.episode import Episode
 from embodied.evaluate import EvaluateConfig
 from embodied.evaluate_dt import evaluate_run
+from embodied.logged.transitions import DataConfig
 from embodied.policies.decision_transformer import Conditioned, DecisionTransformer, DecisionTransformerConfig
 from embodied.policies.numpy_actor import Spaces
+from embodied.rollouts.workers import EnvironmentConfig, environment_spec
 from embodied.train_dt import TrainDTConfig, Windows
-from embodied.transitions import DataConfig
-from embodied.workers import EnvironmentConfig, environment_spec
 from experiment.errors import UserError
 from experiment.run import RunConfig
 from tests.embodied.test_offline_recipes import two_ways

@@ -1,0 +1,128 @@
+"""Logged data from one's own runs: episodes that a policy, or every checkpoint of a run, plays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from embodied.datasets.episode import Episode
+from embodied.datasets.recorded import RecordedEpisode
+from embodied.datasets.source import Source, recorded
+from embodied.policies.state_mlp import StatePolicy
+from embodied.rollouts.rollout import Collector, Experience
+from embodied.rollouts.workers import EnvironmentConfig
+from experiment.config import build_from_dict, read_tree
+from experiment.errors import UserError
+
+HORIZON = 500
+"""Steps of every environment between two exchanges with the workers."""
+
+
+class PlayedSource(Source):
+    """Episodes in memory, for `write_dataset`."""
+
+    kind = "played"
+
+    def __init__(self, episodes: Sequence[Episode], path: Path, details: Mapping[str, Any]) -> None:
+        self.episodes, self.path, self.details = list(episodes), path, details
+        self.lengths = tuple(len(episode) for episode in episodes)
+
+    def _read(self, index: int, images: bool) -> RecordedEpisode:
+        episode = self.episodes[index]
+        final = {} if episode.final_observation is None else {"observation.state": episode.final_observation}
+        return recorded(
+            vectors={"state": episode.observations},
+            images={},
+            actions=episode.actions,
+            rewards=episode.rewards,
+            terminated=episode.terminated,
+            truncated=episode.truncated,
+            success=episode.success,
+            final=final,
+            name=episode.name,
+        )
+
+
+def run_to_play(run: Path, which: Literal["last", "best", "all"]) -> tuple[EnvironmentConfig, list[Path]]:
+    """A run's environment and the folders of the policies that are asked for, in the order in which they learned.
+
+    Raises UserError if the folder is no robot run from states, or holds no such checkpoint.
+    """
+    described = read_tree(run / "config.yaml").values.get("environment")
+    if not isinstance(described, dict):
+        raise UserError(f"{run}: its configuration names no environment: not a robot run")
+    environment = build_from_dict(dict(described), EnvironmentConfig, str(run / "config.yaml"))
+    checkpoints = run / "checkpoints"
+    if which == "all":
+        folders = sorted(p for p in checkpoints.glob("[0-9]*") if p.name.isdigit() and not p.is_symlink())
+    else:
+        folders = [checkpoints / which]
+    found = [folder / "policy" for folder in folders if (folder / "policy").is_dir()]
+    if not found:
+        raise UserError(f"{run}: has no checkpoint {which!r} with a policy")
+    return environment, found
+
+
+def play_policies(
+    folders: Sequence[Path], environment: EnvironmentConfig, *, steps: int, seed: int, deterministic: bool = False
+) -> list[Episode]:
+    """About `steps` steps, the same number by every policy; the last episodes are cut where the steps are used up.
+
+    deterministic: the policies' modes instead of samples.
+    """
+    environment = replace(environment, count=8, workers=min(2, environment.workers))
+    share = -(-steps // (len(folders) * environment.count))
+    episodes: list[Episode] = []
+    for number, folder in enumerate(folders):
+        policy = StatePolicy.from_pretrained(folder)
+        if deterministic:
+            _freeze(policy)
+        horizon = min(HORIZON, share)
+        with Collector(environment, policy, steps=horizon, seed=seed + number) as collector:
+            seen = [collector.collect(policy) for _ in range(-(-share // horizon))]
+        episodes += cut(seen, name=folder.parent.name)
+    return episodes
+
+
+def _freeze(policy: StatePolicy) -> None:
+    """Make samples the mode."""
+    if not policy.has_log_std:
+        raise UserError("a policy whose deviation depends on the state plays with samples only")
+    policy.log_std.data.fill_(-20.0)
+
+
+def cut(experiences: Sequence[Experience], *, name: str) -> list[Episode]:
+    """Consecutive experiences of the same environments as episodes, environment by environment."""
+    finals: dict[tuple[int, int], np.ndarray] = {}
+    width = experiences[0].rewards.shape[1]
+    for number, experience in enumerate(experiences):
+        finals |= {(row, number * width + column): seen for row, column, seen in experience.final_observations}
+    columns = {
+        key: np.concatenate([getattr(e, key).numpy() for e in experiences], axis=1)
+        for key in ("observations", "actions", "rewards", "terminated", "truncated")
+    }
+    last = experiences[-1].next_observations.numpy()
+    episodes = []
+    for row in range(len(last)):
+        begin, length = 0, columns["rewards"].shape[1]
+        ends = [*np.flatnonzero(columns["terminated"][row] | columns["truncated"][row]), length - 1]
+        for end in dict.fromkeys(int(e) for e in ends):
+            span = slice(begin, end + 1)
+            terminated = bool(columns["terminated"][row, end])
+            episodes.append(
+                Episode(
+                    observations=columns["observations"][row, span],
+                    actions=columns["actions"][row, span],
+                    rewards=columns["rewards"][row, span],
+                    terminated=terminated,
+                    truncated=not terminated,
+                    final_observation=finals.get((row, end), last[row]),
+                    name=f"{name}, environment {row}, step {begin}",
+                )
+            )
+            begin = end + 1
+    return episodes

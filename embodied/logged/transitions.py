@@ -1,0 +1,187 @@
+"""From recorded episodes to the core's `Transitions`, in learner's units, and batches drawn from them.
+
+Learner's units: observations normalised by the data's moments, actions of which +-1 are the environment's bounds,
+rewards as the configuration scales them. The statistics travel with the policy (`normalizer`, action bounds), so
+that it takes raw observations and gives raw actions wherever it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embodied.datasets.episode import Episode, check_against
+from embodied.datasets.formats import read_dataset
+from embodied.logged.demonstrations import best_episodes
+from embodied.policies.state_mlp import StatePolicy
+from envs.make import EnvironmentSpec
+from experiment.errors import UserError
+from policy_core.rollout import Transitions
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned from.
+
+    path        a data set in any format that `tandem data inspect` reads
+    observation_keys   which of its vectors make the observation, in which order; None: all of them
+    subset      only the episodes of this filter key (robomimic's mask)
+    gamma       discount of a step
+    n_steps     rewards summed before the value takes over (n-step returns; 1: none)
+    best        share of the episodes that is kept, those of the highest return (filtered cloning); 1: all
+    rewards     "raw"; "returns": divided by the range of the episodes' returns, times 1,000 (IQL's custom for
+                locomotion, 2110.06169 sec. 5.2); shift is added to every reward afterwards
+    """
+
+    path: str = ""
+    observation_keys: tuple[str, ...] | None = None
+    subset: str | None = None
+    gamma: float = 0.99
+    n_steps: int = 1
+    best: float = 1.0
+    rewards: Literal["raw", "returns"] = "raw"
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1 or self.n_steps < 1 or not 0 < self.best <= 1:
+            raise ValueError("gamma must be in [0, 1], n_steps at least 1 and best in (0, 1]")
+
+
+@dataclass(frozen=True)
+class OfflineData:
+    """Everything that was logged, in memory: transitions [N], and what some algorithms need besides.
+
+    returns         [N] discounted, from each decision to its episode's end (Cal-QL); where an episode was cut, the
+                    rest is unknown and counts as 0: a lower bound wherever rewards are not negative
+    next_actions    [N, A] done at the next observation (ReBRAC); the own action at an episode's end
+    """
+
+    transitions: Transitions
+    returns: Tensor
+    next_actions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.transitions)
+
+    def draw(self, size: int, generator: torch.Generator) -> tuple[Transitions, Tensor, Tensor]:
+        """Transitions [size] at random, with replacement, their returns [size] and next actions [size, A]."""
+        rows = torch.randint(len(self), (size,), generator=generator)
+        return self.transitions.select(rows), self.returns[rows], self.next_actions[rows]
+
+
+def read_offline(config: DataConfig, environment: EnvironmentSpec) -> list[Episode]:
+    """The episodes that `config` names, the best of them where it says so.
+
+    Raises:
+        UserError: nothing is named, the data are damaged or another environment's, or the actions are discrete.
+    """
+    if not config.path:
+        raise UserError("data.path is not set: give a data set, data.path=PATH")
+    if environment.discrete:
+        raise UserError(
+            f"environment.id: {environment.env_id} has discrete actions; this recipe needs continuous ones"
+        )
+    episodes = read_dataset(config.path, observation_keys=config.observation_keys, subset=config.subset)
+    check_against(episodes, environment, config.path)
+    return best_episodes(episodes, config.best)
+
+
+def reward_scale(episodes: Sequence[Episode], config: DataConfig) -> float:
+    """What every reward is multiplied with."""
+    if config.rewards == "raw":
+        return 1.0
+    returns = [float(episode.rewards.sum(dtype=np.float64)) for episode in episodes]
+    spread = max(returns) - min(returns)
+    if spread <= 0:
+        raise UserError(f"data.rewards: returns: all {len(episodes)} episodes have the same return; take 'raw'")
+    return 1000.0 / spread
+
+
+@torch.no_grad()
+def to_transitions(
+    episodes: Sequence[Episode], policy: StatePolicy, environment: EnvironmentSpec, config: DataConfig
+) -> OfflineData:
+    """All decisions in the policy's units.
+
+    The last decision of an episode that was cut, where the recording lacks the final observation, has nothing to
+    bootstrap from and is left out. Raises UserError if that leaves nothing.
+    """
+    scale = reward_scale(episodes, config)
+    pieces = [piece for episode in episodes if (piece := _pieces(episode, scale, config)) is not None]
+    if not pieces:
+        raise UserError(f"{config.path}: no decision has a next observation: every episode is one cut step")
+    columns = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    low, high = torch.from_numpy(environment.action_low), torch.from_numpy(environment.action_high)
+
+    def learner(actions: Tensor) -> Tensor:
+        return policy.to_learner(torch.clamp(actions, low, high)).contiguous()
+
+    transitions = Transitions(
+        observations=policy.normalizer(columns["observations"]),
+        actions=learner(columns["actions"]),
+        rewards=columns["rewards"],
+        next_observations=policy.normalizer(columns["next_observations"]),
+        terminated=columns["terminated"],
+        discount=columns["discount"],
+        mask=torch.ones(len(columns["rewards"]), dtype=torch.bool),
+    )
+    transitions.validate()
+    return OfflineData(transitions, columns["returns"], learner(columns["next_actions"]))
+
+
+def _pieces(episode: Episode, scale: float, config: DataConfig) -> dict[str, Tensor] | None:
+    """One episode's columns, raw but for the rewards; None where nothing is left."""
+    observations = torch.from_numpy(episode.observations)
+    actions = torch.from_numpy(episode.actions)
+    rewards = torch.from_numpy(episode.rewards) * scale + config.shift
+    final = (
+        observations[-1:]
+        if episode.final_observation is None
+        else torch.from_numpy(episode.final_observation)[None]
+    )
+    seen = torch.cat([observations, final])
+    count = len(episode)
+    steps = torch.arange(count)
+    ends = (steps + config.n_steps).clamp(max=count)
+    powers = config.gamma ** torch.arange(config.n_steps, dtype=torch.float64)
+    padded = torch.cat([rewards.double(), rewards.new_zeros(config.n_steps, dtype=torch.float64)])
+    summed = (padded.unfold(0, config.n_steps, 1)[:count] * powers).sum(-1)
+    columns = {
+        "observations": observations,
+        "actions": actions,
+        "rewards": summed.float(),
+        "next_observations": seen[ends],
+        "terminated": (ends == count) & episode.terminated,
+        "discount": (config.gamma ** (ends - steps).double()).float(),
+        "returns": discounted(rewards, config.gamma),
+        "next_actions": torch.cat([actions[1:], actions[-1:]]),
+    }
+    if episode.final_observation is None and not episode.terminated:
+        known = ends < count
+        if not bool(known.any()):
+            return None
+        columns = {name: column[known] for name, column in columns.items()}
+    return columns
+
+
+def discounted(rewards: Tensor, gamma: float) -> Tensor:
+    """Discounted sum from each step to the end, [T] -> [T]."""
+    values = rewards.double().numpy()
+    total, sums = 0.0, np.empty_like(values)
+    for step in range(len(values) - 1, -1, -1):
+        total = values[step] + gamma * total
+        sums[step] = total
+    return torch.from_numpy(sums).float()
+
+
+def mixed(prior: Transitions, online: Transitions) -> Transitions:
+    """One batch of both, prior first."""
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(prior, name), getattr(online, name)]) for name in prior.__dataclass_fields__
+    }
+    return replace(prior, **joined)

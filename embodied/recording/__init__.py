@@ -1,0 +1,1 @@
+"""Demonstrations: by the scripted expert, and by a person's hands."""

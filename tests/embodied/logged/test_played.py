@@ -1,0 +1,121 @@
+"""Episodes of one's own policies: cut where they ended, whole in what they say, readable as a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from embodied import train_ppo
+from embodied.datasets.formats import read_dataset
+from embodied.logged.played import cut, play_policies, run_to_play
+from embodied.policies.numpy_actor import StatePolicyConfig
+from embodied.rollouts.rollout import Experience
+from embodied.rollouts.workers import EnvironmentConfig
+from embodied.train_ppo import TrainPPOConfig
+from experiment.errors import UserError
+from experiment.run import RunConfig
+from policy_core.ppo import PPOConfig
+from tandem import cli
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three updates of PPO on an environment that both terminates and is cut."""
+    config = TrainPPOConfig(
+        run=RunConfig(
+            folder=str(tmp_path_factory.mktemp("ppo") / "run"), wandb="disabled", checkpoint_every=1, keep=9
+        ),
+        environment=EnvironmentConfig("InvertedPendulum-v5", max_episode_steps=12, count=2, workers=0),
+        policy=StatePolicyConfig(hidden=(8,), log_std=0.5),
+        ppo=PPOConfig(epochs=1, minibatch_size=16),
+        total_steps=3 * 2 * 16,
+        horizon=16,
+    )
+    return train_ppo.train(config).folder
+
+
+def experience(start: float, cuts: list[list[bool]], *, final: list[tuple[int, int, np.ndarray]]) -> Experience:
+    steps = torch.arange(3.0) + start
+    observations = steps.view(1, 3, 1).expand(2, 3, 2) + torch.tensor([0.0, 100.0]).view(2, 1, 1)
+    truncated = torch.tensor(cuts)
+    return Experience(
+        observations=observations.contiguous(),
+        actions=torch.zeros(2, 3, 1),
+        rewards=torch.ones(2, 3),
+        terminated=torch.zeros_like(truncated),
+        truncated=truncated,
+        next_observations=torch.full((2, 2), start + 3),
+        final_observations=final,
+        episodes=[],
+    )
+
+
+def test_cut_by_hand() -> None:
+    no = [False] * 3
+    seen = np.array([-1.0, -1.0], np.float32)
+    first = experience(0.0, [[False, True, False], no], final=[(0, 1, seen)])
+    second = experience(3.0, [no, no], final=[])
+    episodes = cut([first, second], name="x")
+    assert [len(episode) for episode in episodes] == [2, 4, 6]
+    assert episodes[0].observations[:, 0].tolist() == [0.0, 1.0]
+    assert episodes[0].final_observation is not None
+    assert episodes[0].final_observation.tolist() == [-1.0, -1.0]
+    assert episodes[1].observations[:, 0].tolist() == [2.0, 3.0, 4.0, 5.0]
+    assert episodes[1].final_observation is not None
+    assert episodes[1].final_observation.tolist() == [6.0, 6.0]
+    assert [episode.truncated for episode in episodes] == [True] * 3
+
+
+def test_what_was_played_is_what_the_environment_does(run: Path) -> None:
+    environment, folders = run_to_play(run, "last")
+    episodes = play_policies(folders, environment, steps=200, seed=3)
+    assert 200 <= sum(map(len, episodes)) <= 8 * 25
+    assert {episode.terminated for episode in episodes} == {True, False}
+    made = gymnasium.make("InvertedPendulum-v5")
+    made.reset()
+    for episode in episodes[:5]:
+        seen = np.concatenate([episode.observations, episode.final_observation[None]])  # type: ignore[index]
+        for step in range(len(episode)):
+            made.unwrapped.set_state(seen[step, :2].astype(float), seen[step, 2:].astype(float))  # type: ignore[attr-defined]
+            action = np.clip(episode.actions[step], -3.0, 3.0)
+            following, reward, terminated, _, _ = made.step(action)
+            np.testing.assert_allclose(following, seen[step + 1], atol=2e-3)
+            assert reward == pytest.approx(float(episode.rewards[step]))
+            assert terminated == (episode.terminated and step == len(episode) - 1)
+
+
+def test_the_mode_has_no_noise(run: Path) -> None:
+    environment, folders = run_to_play(run, "last")
+    from embodied.policies.state_mlp import StatePolicy
+
+    policy = StatePolicy.from_pretrained(folders[0])
+    episode = play_policies(folders, environment, steps=8, seed=0, deterministic=True)[0]
+    expected = policy(torch.from_numpy(episode.observations))[0].mode().detach().numpy()
+    np.testing.assert_allclose(episode.actions, expected, atol=1e-4)
+
+
+def test_the_verb_writes_what_every_checkpoint_played(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["data", "play", str(run), "--steps", "160", "--checkpoint", "all", "--to", "d3rlpy", "--out", "logged"]
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "by 4 policies" in out  # one before the first update
+    episodes = read_dataset("logged")
+    assert sum(map(len, episodes)) == 160
+    assert any(episode.terminated for episode in episodes)
+    assert cli.main(words) == 2  # the name is taken
+    assert "logged: exists already" in capsys.readouterr().err
+
+
+def test_what_cannot_be_played(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no checkpoint 'best'"):
+        run_to_play(run, "best")
+    (tmp_path / "config.yaml").write_text("recipe: llm/sft\n")
+    with pytest.raises(UserError, match="names no environment"):
+        run_to_play(tmp_path, "last")

@@ -1,0 +1,169 @@
+"""From episodes to transitions: next observations, ends, n steps, returns, units; and back from the workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from embodied.datasets.episode import Episode
+from embodied.logged.off_policy import OpenEpisodes, experienced
+from embodied.logged.transitions import DataConfig, discounted, mixed, reward_scale, to_transitions
+from embodied.policies.numpy_actor import Spaces, StatePolicyConfig
+from embodied.policies.state_mlp import StatePolicy
+from embodied.rollouts.rollout import Experience, fresh_policy
+from envs.make import EnvironmentSpec
+from experiment.errors import UserError
+from policy_core.replay import Replay
+
+SPEC = EnvironmentSpec("Test-v0", 2, 1, False, np.array([-2.0], np.float32), np.array([4.0], np.float32), 100)
+
+
+def policy(head: str = "bounded", *, normalize: bool = False) -> StatePolicy:
+    config = StatePolicyConfig(hidden=(4,), head=head, normalize_observations=normalize)  # type: ignore[arg-type]
+    made = StatePolicy(Spaces(2, 1), config)
+    assert SPEC.action_low is not None
+    assert SPEC.action_high is not None
+    made.set_action_bounds(torch.from_numpy(SPEC.action_low), torch.from_numpy(SPEC.action_high))
+    return made
+
+
+def episode(length: int, *, terminated: bool = False, final: bool = True, first: float = 0.0) -> Episode:
+    """Observations count up from `first`, rewards are 1, 2, 3, ..., actions run over the bounds and beyond."""
+    observations = np.stack([np.arange(first, first + length), np.zeros(length)], 1).astype(np.float32)
+    return Episode(
+        observations=observations,
+        actions=np.linspace(-2.0, 5.0, length, dtype=np.float32)[:, None],
+        rewards=np.arange(1, length + 1, dtype=np.float32),
+        terminated=terminated,
+        truncated=not terminated,
+        final_observation=np.array([first + length, 0.0], np.float32) if final else None,
+    )
+
+
+def test_steps_by_hand() -> None:
+    data = to_transitions(
+        [episode(3), episode(2, terminated=True, first=7.0)], policy(), SPEC, DataConfig(gamma=0.5)
+    )
+    columns: Any = data.transitions
+    assert columns.observations[:, 0].tolist() == [0.0, 1.0, 2.0, 7.0, 8.0]
+    assert columns.next_observations[:, 0].tolist() == [1.0, 2.0, 3.0, 8.0, 9.0]
+    assert columns.terminated.tolist() == [False, False, False, False, True]
+    assert columns.rewards.tolist() == [1.0, 2.0, 3.0, 1.0, 2.0]
+    assert columns.discount.tolist() == [0.5] * 5
+    assert data.returns.tolist() == [2.75, 3.5, 3.0, 2.0, 2.0]
+    # the bounds -2 and 4 are -1 and 1; what lies beyond them is what the environment would have made of it
+    assert columns.actions[:, 0].tolist() == pytest.approx([-1.0, 1 / 6, 1.0, -1.0, 1.0])
+    assert data.next_actions[:, 0].tolist() == pytest.approx([1 / 6, 1.0, 1.0, 1.0, 1.0])
+
+
+def test_n_steps_stop_at_the_end() -> None:
+    config = DataConfig(gamma=0.5, n_steps=3)
+    columns: Any = to_transitions([episode(4, terminated=True)], policy(), SPEC, config).transitions
+    assert columns.rewards.tolist() == [1 + 1 + 0.75, 2 + 1.5 + 1, 3 + 2, 4]
+    assert columns.next_observations[:, 0].tolist() == [3.0, 4.0, 4.0, 4.0]
+    assert columns.discount.tolist() == [0.125, 0.125, 0.25, 0.5]
+    assert columns.terminated.tolist() == [False, True, True, True]
+
+
+def test_a_cut_without_its_final_observation_cannot_be_bootstrapped() -> None:
+    columns: Any = to_transitions([episode(4, final=False)], policy(), SPEC, DataConfig()).transitions
+    assert columns.next_observations[:, 0].tolist() == [1.0, 2.0, 3.0]
+    two: Any = to_transitions([episode(4, final=False)], policy(), SPEC, DataConfig(n_steps=2)).transitions
+    assert two.next_observations[:, 0].tolist() == [2.0, 3.0]
+    ended = to_transitions([episode(4, terminated=True, final=False)], policy(), SPEC, DataConfig()).transitions
+    assert len(ended) == 4  # where an episode terminated nothing is needed
+
+
+def test_episodes_of_one_step() -> None:
+    columns: Any = to_transitions([episode(1), episode(1, final=False)], policy(), SPEC, DataConfig()).transitions
+    assert len(columns) == 1
+    with pytest.raises(UserError, match="no decision has a next observation"):
+        to_transitions([episode(1, final=False)], policy(), SPEC, DataConfig(path="x"))
+
+
+def test_rewards_are_scaled_by_the_spread_of_returns() -> None:
+    episodes = [episode(2), episode(4)]  # returns 3 and 10
+    config = DataConfig(rewards="returns", shift=-1.0, gamma=1.0)
+    assert reward_scale(episodes, config) == pytest.approx(1000 / 7)
+    columns: Any = to_transitions(episodes, policy(), SPEC, config).transitions
+    assert columns.rewards[1].item() == pytest.approx(2000 / 7 - 1, rel=1e-6)
+    with pytest.raises(UserError, match="all 2 episodes have the same return"):
+        reward_scale([episode(2), episode(2)], config)
+
+
+def test_observations_are_normalised_and_the_policy_keeps_the_units() -> None:
+    episodes = [episode(5), episode(5, first=20.0)]
+    made = policy(normalize=True)
+    for one in episodes:
+        made.learn_normalization(torch.from_numpy(one.observations))
+    columns: Any = to_transitions(episodes, made, SPEC, DataConfig()).transitions
+    assert columns.observations[:, 0].mean().item() == pytest.approx(0.0, abs=1e-5)
+    assert columns.observations[:, 0].std(correction=0).item() == pytest.approx(1.0, abs=1e-4)
+    raw = torch.from_numpy(episodes[0].observations)
+    distribution = made.distribution_of(made.normalizer(raw))
+    torch.testing.assert_close(distribution.mode(), made(raw)[0].mode())
+
+
+def test_a_head_with_bounds_needs_bounds() -> None:
+    free = EnvironmentSpec(
+        "Free-v0", 2, 1, False, np.array([-np.inf], np.float32), np.array([1.0], np.float32), 100
+    )
+    with pytest.raises(UserError, match=r"Free-v0: policy\.head 'squashed' needs actions with bounds"):
+        fresh_policy(free, StatePolicyConfig(head="squashed"))
+    fresh_policy(free, StatePolicyConfig())
+
+
+def test_discounted_by_hand() -> None:
+    assert discounted(torch.tensor([1.0, 2.0, 4.0]), 0.5).tolist() == [3.0, 4.0, 4.0]
+    assert discounted(torch.zeros(0), 0.5).tolist() == []
+
+
+def test_two_kinds_in_one_batch() -> None:
+    data = to_transitions([episode(3)], policy(), SPEC, DataConfig()).transitions
+    both = mixed(data, data.select(torch.tensor([2])))
+    assert both.rewards.tolist() == [1.0, 2.0, 3.0, 3.0]
+    both.validate()
+
+
+def collected() -> Experience:
+    """Two environments, three steps; the first one's episode ends (truncated) at its second step."""
+    observations = torch.arange(12.0).view(2, 3, 2) / 2
+    cut = torch.tensor([[False, True, False], [False, False, False]])
+    return Experience(
+        observations=observations,
+        actions=torch.tensor([[[-2.0], [1.0], [9.0]], [[4.0], [1.0], [1.0]]]),
+        rewards=torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
+        terminated=torch.zeros(2, 3, dtype=torch.bool),
+        truncated=cut,
+        next_observations=torch.full((2, 2), 9.5),
+        final_observations=[(0, 1, np.array([7.5, 8.5], np.float32))],
+        episodes=[],
+    )
+
+
+def test_experience_becomes_transitions() -> None:
+    columns: Any = experienced(collected(), policy(), gamma=0.9, scale=2.0, shift=-1.0)
+    assert columns.observations[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert columns.next_observations[:, 0].tolist() == [1.0, 7.5, 9.5, 4.0, 5.0, 9.5]
+    assert columns.rewards.tolist() == [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]
+    assert columns.actions[:, 0].tolist() == [-1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_returns_are_written_when_an_episode_ends() -> None:
+    replay, watch = Replay(20), OpenEpisodes(2, 0.5)
+    experience = collected()
+    for _ in range(2):
+        columns = experienced(experience, policy(), gamma=0.5, scale=1.0, shift=0.0)
+        where = replay.add(columns).view(2, 3)
+        watch.add(replay, where, columns.rewards.view(2, 3), experience.truncated)
+    assert replay.returns is not None
+    unknown = -torch.inf
+    # the first environment: 1 + 2 / 2 and 2; then 3, of the episode that ended in the second round: 3 + 0.5 + 0.5
+    expected = [2.0, 2.0, 4.0, unknown, unknown, unknown, 2.0, 2.0, unknown, unknown, unknown, unknown]
+    assert replay.returns[:12].tolist() == expected
+    again = OpenEpisodes(2, 0.5)
+    again.load_state_dict(watch.state_dict())
+    assert [w.tolist() for w in again.where] == [[8], [3, 4, 5, 9, 10, 11]]
