@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from experiment.errors import UserError
+from llm_rlhf.decoding import roomy_cache
 from llm_rlhf.models import LanguagePolicy
 from policy_core.rollout import Rollout
 
@@ -91,7 +92,6 @@ def left_pad(prompts: Sequence[Sequence[int]], *, pad: int) -> tuple[Tensor, Ten
     return torch.tensor(ids), torch.tensor(mask)
 
 
-@torch.no_grad()
 def generate(
     policy: LanguagePolicy,
     prompts: Sequence[Sequence[int]],
@@ -110,21 +110,48 @@ def generate(
     """
     device = next(policy.parameters()).device
     prompt_ids, prompt_mask = left_pad(prompts, pad=pad)
-    prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
     start = prompt_ids.shape[1]
     if start + max_new_tokens > policy.context:
         raise ValueError(
             f"a prompt of {start} tokens and {max_new_tokens} new ones do not fit the model's context of "
             f"{policy.context}; lower max_new_tokens or build the model with a longer context"
         )
-    logits, hidden, cache = policy.step(prompt_ids, prompt_mask, use_cache=True, keep=1)
+    with torch.no_grad():
+        return _decode(
+            policy,
+            prompt_ids.to(device),
+            prompt_mask.to(device),
+            samples_per_prompt=samples_per_prompt,
+            max_new_tokens=max_new_tokens,
+            eos=eos,
+            pad=pad,
+            generator=generator,
+        )
+
+
+def _decode(
+    policy: LanguagePolicy,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    *,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    eos: int,
+    pad: int,
+    generator: torch.Generator | None,
+) -> Samples:
+    """`generate` for prompts [P, T] as tokens."""
+    prompts, start = prompt_ids.shape
+    device = prompt_ids.device
+    cache = roomy_cache(policy.model.config, start + max_new_tokens)
+    logits, hidden, cache = policy.step(prompt_ids, prompt_mask, cache=cache, use_cache=True, keep=1)
     if samples_per_prompt > 1:
         cache.batch_repeat_interleave(samples_per_prompt)
 
     def per_sample(tensor: Tensor) -> Tensor:
         return tensor.repeat_interleave(samples_per_prompt, dim=0)
 
-    rows = len(prompts) * samples_per_prompt
+    rows = prompts * samples_per_prompt
     new_ids = torch.full((rows, max_new_tokens), pad, device=device)
     drawn = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
     log_probs = torch.zeros(rows, max_new_tokens, device=device)
@@ -165,7 +192,7 @@ def generate(
         log_probs=beside_prompt(log_probs),
         entropy=beside_prompt(entropy),
         values=None if values is None else beside_prompt(values),
-        prompt=torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt),
+        prompt=torch.arange(prompts, device=device).repeat_interleave(samples_per_prompt),
     )
 
 
@@ -181,9 +208,20 @@ def _draw(logits: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Te
     if generator is None:
         token = logits.argmax(-1)
     else:
-        token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        token = draw_index(probabilities, generator)
     log_probs = log_softmax.gather(1, token.unsqueeze(1)).squeeze(1)
     return token, log_probs, -(probabilities * log_softmax).sum(-1)
+
+
+def draw_index(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One index a row of probabilities [B, V], [B] int: where a uniform number falls in their running sum.
+
+    One number a row, where torch.multinomial draws V of them; in float64, so that no index of positive probability
+    is out of reach.
+    """
+    total = probabilities.double().cumsum(-1)
+    numbers = torch.rand(len(total), 1, generator=generator, dtype=total.dtype, device=total.device)
+    return torch.searchsorted(total, numbers * total[:, -1:], right=True).squeeze(1)
 
 
 def to_rollout(
