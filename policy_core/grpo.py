@@ -20,13 +20,14 @@ from policy_core.rollout import Rollout
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """advantage: which of `ADVANTAGES`; group_size: episodes sampled per prompt (or task and seed)."""
+    """advantage: which of `ADVANTAGES`; group_size: episodes sampled per prompt (or task and seed), 1 only for
+    "reinforce_pp", whose baseline is the batch."""
 
-    advantage: Literal["grpo", "rloo", "dr_grpo"] = "grpo"
+    advantage: Literal["grpo", "rloo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"
     group_size: int = 8
 
     def __post_init__(self) -> None:
-        if self.group_size < 2:
+        if self.group_size < 1 or (self.group_size == 1 and self.advantage != "reinforce_pp"):
             raise ValueError(f"grpo.group_size must be at least 2, got {self.group_size}: one answer has no peer")
 
 
@@ -64,7 +65,48 @@ def dr_grpo(returns: Tensor, group: Tensor) -> Tensor:
     return returns - total / size
 
 
-ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"grpo": grpo, "rloo": rloo, "dr_grpo": dr_grpo}
+def _over_batch(values: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 (n - 1) over all episodes; a single one is 0. [E] -> [E]."""
+    if values.numel() < 2:
+        return torch.zeros_like(values)
+    # where all are equal, what rounding leaves of them must not be blown up
+    return (values - values.mean()) / values.std().clamp(min=1e-4)
+
+
+def reinforce_pp(returns: Tensor, group: Tensor) -> Tensor:
+    """REINFORCE++: normalised over the batch, whatever the group (Hu 2025, 2501.03262). [E] -> [E].
+
+    An easy prompt's answers all gain and a hard one's all lose: the baseline does not know the prompt.
+    """
+    return _over_batch(returns)
+
+
+def reinforce_pp_baseline(returns: Tensor, group: Tensor) -> Tensor:
+    """REINFORCE++ with baseline: R less its group's mean, then normalised over the batch (2501.03262). [E] -> [E].
+
+    Unlike `grpo`'s, its scale does not blow up the groups whose returns hardly differ.
+    """
+    return _over_batch(dr_grpo(returns, group))
+
+
+ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "grpo": grpo,
+    "rloo": rloo,
+    "dr_grpo": dr_grpo,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
+}
+
+
+def overlong_punishment(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
+    """What to add to the reward of a long answer, between 0 and -1 (DAPO, Yu 2025, 2503.14476 eq. 13).
+
+    0 up to max_length - cache tokens, falling linearly to -1 at max_length, -1 beyond: an answer learns to end
+    before it is cut. lengths [...] tokens -> [...] float. Raises ValueError unless 0 < cache <= max_length.
+    """
+    if not 0 < cache <= max_length:
+        raise ValueError(f"overlong punishment needs 0 < cache <= max_length, got {cache} and {max_length}")
+    return ((max_length - cache - lengths) / cache).clamp(-1.0, 0.0)
 
 
 def group_advantages(rollout: Rollout, *, config: GRPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -86,8 +128,14 @@ def group_advantages(rollout: Rollout, *, config: GRPOConfig) -> tuple[Tensor, d
 
 
 def with_signal(rollout: Rollout, advantages: Tensor) -> tuple[Rollout, Tensor]:
-    """The rows whose group did not earn one and the same reward; all of them if there is none."""
-    rows = (advantages != 0).any(1).nonzero().squeeze(1)
+    """The rows of which some group did not earn one and the same reward; all of them if there is none.
+
+    Raises ValueError if the rollout has no groups.
+    """
+    if rollout.group is None:
+        raise ValueError("groups with signal need rollout.group")
+    useful = torch.isin(rollout.group, rollout.group[rollout.mask & (advantages != 0)].unique())
+    rows = (rollout.mask & useful).any(1).nonzero().squeeze(1)
     if rows.numel() == 0:
         return rollout, advantages
     return rollout.select(rows), advantages[rows]

@@ -26,7 +26,10 @@ from tests.fault import Fault
 from tests.planted_faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("policy_core", "experiment", "envs", "llm_rlhf", "embodied", "tests/policy_core", "tests/contracts")
+COPIED = (
+    *("policy_core", "experiment", "envs", "llm_rlhf", "embodied"),
+    *("tests/policy_core", "tests/golden", "tests/contracts"),
+)
 COPIED_FILES = ("pyproject.toml", "tests/conftest.py")
 WORKERS = 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.fault import Fault
 from tests.planted_offline_faults import OFFLINE_FAULTS
+from tests.planted_preference_faults import PREFERENCE_FAULTS
 
 FAULTS = (
     # ------------------------------------------------------------ rollout
@@ -391,4 +392,5 @@ FAULTS = (
         "a replay keeps the first KL coefficient",
     ),
     *OFFLINE_FAULTS,
+    *PREFERENCE_FAULTS,
 )

@@ -9,7 +9,18 @@ from typing import Literal
 import pytest
 import torch
 
-from policy_core.grpo import ADVANTAGES, GRPOConfig, dr_grpo, group_advantages, grpo, rloo, with_signal
+from policy_core.grpo import (
+    ADVANTAGES,
+    GRPOConfig,
+    dr_grpo,
+    group_advantages,
+    grpo,
+    overlong_punishment,
+    reinforce_pp,
+    reinforce_pp_baseline,
+    rloo,
+    with_signal,
+)
 from policy_core.rollout import Rollout
 from tests.policy_core.helpers import NAN, close, flags, make_rollout
 
@@ -31,6 +42,52 @@ def test_rloo_by_hand() -> None:
 
 def test_dr_grpo_by_hand() -> None:
     close(dr_grpo(torch.tensor(RETURNS), torch.tensor(GROUP)), [-2.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+
+
+def test_reinforce_pp_by_hand() -> None:
+    # over the batch, whatever the group: mean 25 / 6, centred squares 119 - 625 / 6 = 89 / 6, over n - 1 = 5
+    scale = math.sqrt(89 / 30)
+    close(reinforce_pp(torch.tensor(RETURNS), torch.tensor(GROUP)), [(value - 25 / 6) / scale for value in RETURNS])
+
+
+def test_reinforce_pp_baseline_by_hand() -> None:
+    # less the group's mean: -2, 0, 1, 0, 1, 0, whose mean is 0; then sqrt(6 / 5) over the batch
+    scale = math.sqrt(6 / 5)
+    expected = [-2 / scale, 0.0, 1 / scale, 0.0, 1 / scale, 0.0]
+    close(reinforce_pp_baseline(torch.tensor(RETURNS), torch.tensor(GROUP)), expected)
+
+
+def test_the_batch_as_a_baseline_does_not_know_the_prompt() -> None:
+    """An easy prompt (all right) and a hard one (all wrong): only reinforce_pp finds a difference to learn from."""
+    returns, group = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1])
+    assert reinforce_pp(returns, group).sign().tolist() == [1.0, 1.0, -1.0, -1.0]
+    close(reinforce_pp_baseline(returns, group), torch.zeros(4))
+
+
+def test_nearly_equal_returns_stay_small_but_for_grpo() -> None:
+    """One group differs by 1, another by 0.002: dividing by each group's own deviation makes them alike."""
+    returns, group = torch.tensor([0.0, 1.0, 0.5, 0.502]), torch.tensor([0, 0, 1, 1])
+    large, small = grpo(returns, group).abs()[[1, 3]]
+    assert small > 0.9 * large
+    large, small = reinforce_pp_baseline(returns, group).abs()[[1, 3]]
+    close(small, 0.002 * large)
+
+
+@pytest.mark.parametrize("name", ["reinforce_pp", "reinforce_pp_baseline"])
+def test_a_batch_without_spread_has_no_advantage(name: str) -> None:
+    for returns in (torch.full((3,), 0.7), torch.tensor([2.0])):
+        advantages = ADVANTAGES[name](returns, torch.zeros(len(returns), dtype=torch.long))
+        close(advantages, torch.zeros_like(returns), atol=1e-10)
+    # in float32 the mean of many equal numbers is not quite that number; the rest is noise and stays small
+    equal = torch.full((1001,), 0.7, dtype=torch.float32)
+    assert ADVANTAGES[name](equal, torch.arange(1001) % 3).abs().max() < 0.01
+
+
+def test_overlong_punishment_by_hand() -> None:
+    """The last 4 of 12 tokens cost a quarter each; beyond, all costs 1."""
+    lengths = torch.tensor([[0, 8, 9], [11, 12, 40]])
+    close(overlong_punishment(lengths, max_length=12, cache=4), [[0.0, 0.0, -0.25], [-0.75, -1.0, -1.0]])
+    close(overlong_punishment(torch.tensor([0, 6, 12]), max_length=12, cache=12), [0.0, -0.5, -1.0])
 
 
 @pytest.mark.parametrize("name", list(ADVANTAGES))
@@ -89,14 +146,19 @@ def test_group_metrics() -> None:
     close(advantages[0, 3:], [0.0, 0.0])
 
 
-def test_rows_without_signal_are_left_out() -> None:
-    rollout = make_rollout([[2.0, 3.0], [4.0, 5.0], [6.0, 7.0], [8.0, 9.0]])
-    trained, left = with_signal(rollout, torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [-1.0, 0.0]]))
-    close(trained.rewards, [[4.0, 5.0], [8.0, 9.0]])
-    close(left, [[1.0, 1.0], [-1.0, 0.0]])
-    everything, nothing = with_signal(rollout, torch.zeros(4, 2))  # an empty update would be none at all
+def test_groups_without_signal_are_left_out() -> None:
+    group = [[5, 5], [5, 5], [7, 7], [7, 7], [9, 9]]
+    rollout = make_rollout([[2.0, 3.0], [4.0, 5.0], [6.0, 7.0], [8.0, 9.0], [1.0, 1.0]], group=group)
+    # the first row of group 7 earned its group's mean: it has no advantage, but counts in the denominators
+    advantages = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
+    trained, left = with_signal(rollout, advantages)
+    close(trained.rewards, [[6.0, 7.0], [8.0, 9.0]])
+    close(left, [[0.0, 0.0], [-1.0, 0.0]])
+    everything, nothing = with_signal(rollout, torch.zeros(5, 2))  # an empty update would be none at all
     assert everything is rollout
-    close(nothing, torch.zeros(4, 2))
+    close(nothing, torch.zeros(5, 2))
+    with pytest.raises(ValueError, match=r"^groups with signal need rollout\.group$"):
+        with_signal(make_rollout([[1.0]]), torch.ones(1, 1))
 
 
 def test_errors() -> None:
@@ -104,3 +166,13 @@ def test_errors() -> None:
         group_advantages(make_rollout([[1.0]]), config=GRPOConfig())
     with pytest.raises(ValueError, match=r"^grpo\.group_size must be at least 2, got 1: one answer has no peer$"):
         GRPOConfig(group_size=1)
+    assert GRPOConfig(advantage="reinforce_pp", group_size=1).group_size == 1  # its baseline is the batch
+    with pytest.raises(ValueError, match=r"^grpo\.group_size must be at least 2, got 1: one answer has no peer$"):
+        GRPOConfig(advantage="reinforce_pp_baseline", group_size=1)
+    with pytest.raises(ValueError, match=r"^grpo\.group_size must be at least 2, got 0: one answer has no peer$"):
+        GRPOConfig(advantage="reinforce_pp", group_size=0)
+    for cache in (0, 13):
+        with pytest.raises(
+            ValueError, match=rf"^overlong punishment needs 0 < cache <= max_length, got {cache} and 12$"
+        ):
+            overlong_punishment(torch.tensor([1]), max_length=12, cache=cache)
