@@ -1,13 +1,14 @@
 """How good a language policy is on prompts that it was not trained on.
 
 Greedy decoding, the mean over samples, and pass@k (some sample of k is right); entropy, length and, with a
-reference, the KL spent. Shares carry Wilson intervals, means carry bootstrap intervals over prompts.
+reference, the KL spent. Shares carry Wilson intervals, means carry bootstrap intervals over prompts. The task's own
+reward is the gold one; where a run climbed other rewards, what these say of the same texts stands beside it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,7 @@ class EvaluateConfig:
     reference       a model to measure the KL to; None = the run's own reference, if it has one
     beta            of a run with value heads (llm/ilql): how strongly they steer, 0 = the language model alone;
                     None = as the run was configured
+    own_rewards     score by the run's `rewards:` as well, where they are not the task's own
     """
 
     splits: tuple[str, ...] = ()
@@ -56,6 +58,7 @@ class EvaluateConfig:
     checkpoint: Literal["last", "best"] = "last"
     reference: str | None = None
     beta: float | None = None
+    own_rewards: bool = True
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch_size < 1:
@@ -71,19 +74,27 @@ def evaluate_policy(
     config: EvaluateConfig = EvaluateConfig(),
     max_new_tokens: int | None = None,
     reference: LanguagePolicy | None = None,
+    rewards: Mapping[str, float] | None = None,
 ) -> Result:
     """Measure one split with the task's own reward.
 
+    rewards     name -> weight, of what the policy was trained on; they score the same completions, where they are
+                not the task's own
+
     Returns greedy, greedy_solved, sampled, pass@K (each with NAME_interval), entropy (nats a token), mean_length
-    (tokens), finished (share with EOS), prompts, and kl (nats a completion) where there is a reference.
+    (tokens), finished (share with EOS), prompts, kl (nats a completion) where there is a reference, and `rewards`:
+    greedy and sampled by the given rewards, with intervals.
     """
     examples = task.splits[split]
-    rewards = resolve({task.default_reward: 1.0}, own=task.rewards, columns=list(columns_of(examples)))
+    gold = {task.default_reward: 1.0}
+    judges = {"gold": gold} if not rewards or dict(rewards) == gold else {"gold": gold, "own": dict(rewards)}
+    columns = list(columns_of(examples))
+    judging = {name: resolve(weights, own=task.rewards, columns=columns) for name, weights in judges.items()}
     limit = max_new_tokens or task.max_new_tokens
     temperature, policy.temperature = policy.temperature, config.temperature
     generator = torch.Generator().manual_seed(config.seed)
-    greedy: list[Tensor] = []
-    drawn: list[Tensor] = []
+    greedy: dict[str, list[Tensor]] = {name: [] for name in judging}
+    drawn: dict[str, list[Tensor]] = {name: [] for name in judging}
     totals = {"entropy": 0.0, "tokens": 0.0, "finished": 0.0, "kl": 0.0}
     try:
         for start in range(0, len(examples), config.batch_size):
@@ -98,23 +109,27 @@ def evaluate_policy(
                     pad=pad_id(tokenizer),
                     generator=source,
                 )
-                results.append(_score(samples, batch, tokenizer, rewards).view(len(batch), count))
+                for name, scores in _score(samples, batch, tokenizer, judging).items():
+                    results[name].append(scores.view(len(batch), count))
                 if source is not None:
                     _add_totals(totals, samples, reference, config.temperature)
     finally:
         policy.temperature = temperature
-    return _summary(torch.cat(greedy).squeeze(1), torch.cat(drawn), totals, with_kl=reference is not None)
+    found = {name: (torch.cat(greedy[name]).squeeze(1), torch.cat(drawn[name])) for name in judging}
+    result = _summary(*found["gold"], totals, with_kl=reference is not None)
+    return {**result, "rewards": _means(*found["own"])} if "own" in found else result
 
 
 def _score(
-    samples: Samples, batch: Sequence[Example], tokenizer: PreTrainedTokenizerBase, rewards: RewardSet
-) -> Tensor:
-    """Rewards [B] of a batch's samples; what a reward function cannot judge counts 0."""
+    samples: Samples, batch: Sequence[Example], tokenizer: PreTrainedTokenizerBase, judging: Mapping[str, RewardSet]
+) -> dict[str, Tensor]:
+    """Rewards [B] of a batch's samples by each judge; what a reward function cannot judge counts 0."""
     which = samples.prompt.tolist()
     texts = decode_completions(tokenizer, samples.completions(without=int(tokenizer.eos_token_id)))
     columns = {name: [column[i] for i in which] for name, column in columns_of(batch).items()}
     columns["sample_index"] = list(range(len(which)))
-    return rewards([batch[i].prompt for i in which], texts, columns).total
+    prompts = [batch[i].prompt for i in which]
+    return {name: rewards(prompts, texts, columns).total for name, rewards in judging.items()}
 
 
 def _add_totals(
@@ -156,9 +171,20 @@ def _summary(greedy: Tensor, drawn: Tensor, totals: dict[str, float], *, with_kl
     return result
 
 
+def _means(greedy: Tensor, drawn: Tensor) -> Result:
+    """greedy [P], drawn [P, K] -> their means over prompts, with intervals."""
+    return {
+        "greedy": float(greedy.mean()),
+        "greedy_interval": list(bootstrap_interval(greedy.tolist())),
+        "sampled": float(drawn.mean()),
+        "sampled_interval": list(bootstrap_interval(drawn.mean(1).tolist())),
+    }
+
+
 def numbers(result: Result, *, prefix: str) -> dict[str, float]:
     """The scalars of a result as metrics; intervals stay in eval.json."""
-    return {f"{prefix}/{name}": float(value) for name, value in result.items() if not isinstance(value, list)}
+    scalars = {name: value for name, value in result.items() if isinstance(value, int | float)}
+    return {f"{prefix}/{name}": float(value) for name, value in scalars.items()}
 
 
 def _steering(source: Path, policy: LanguagePolicy, beta: float | None) -> AdvantageSteering | None:
@@ -196,7 +222,14 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
         if split not in task.splits:
             raise UserError(f"evaluation.splits: this task has no {split!r}; it has {', '.join(task.splits)}")
         results[split] = evaluate_policy(
-            policy, tokenizer, task, split=split, config=config, max_new_tokens=limit, reference=reference
+            policy,
+            tokenizer,
+            task,
+            split=split,
+            config=config,
+            max_new_tokens=limit,
+            reference=reference,
+            rewards=values.get("rewards") if config.own_rewards else None,
         )
     written = {"checkpoint": config.checkpoint, "seed": config.seed, "splits": results}
     write_atomically(folder / "eval.json", json.dumps(written, indent=2) + "\n")

@@ -13,16 +13,23 @@ from transformers import PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 from experiment.run import Run
+from llm_rlhf.critic import FOLDER, ActorCritic, CriticConfig, ValueModel, build_critic
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_policy, numbers
-from llm_rlhf.experience import Sampler, build_sampler
+from llm_rlhf.experience import OverlongConfig, Sampler, Shaper, ShapingConfig, build_sampler
 from llm_rlhf.generation import GenerationConfig, Samples
+from llm_rlhf.lora import merged_writer
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy, frozen_copy
+from llm_rlhf.monitor import Monitor, MonitorConfig, Report, act_on
+from llm_rlhf.pretraining_mix import PretrainingMix, PretrainingMixConfig
+from llm_rlhf.process_term import ProcessTerm, ProcessTermConfig
 from llm_rlhf.rewards import Scores
+from llm_rlhf.safety import SafetyConfig
 from llm_rlhf.self_imitation import GoodAnswers, SelfImitationConfig
 from llm_rlhf.tasks.task import Task
 from llm_rlhf.text_data import Batches
 from llm_rlhf.tokenizer import decode_completions
 from policy_core.kl import KLConfig, KLController
+from policy_core.policy import Policy
 from policy_core.ppo import AuxiliaryLoss, NonFiniteLoss
 
 
@@ -59,7 +66,12 @@ class Counters:
 
 @dataclass
 class Learner:
-    """What a reinforcement-learning run moves, and what it must remember to go on after a break."""
+    """What a reinforcement-learning run moves, and what it must remember to go on after a break.
+
+    critic      a value model of its own, or None where the policy has a value head or there are no values
+    ptx         texts whose likelihood is learned beside, or None
+    process     what pays every step of a completion, or None
+    """
 
     policy: LanguagePolicy
     reference: LanguagePolicy
@@ -70,13 +82,34 @@ class Learner:
     controller: KLController
     counters: Counters
     good_answers: GoodAnswers
+    shaper: Shaper
+    monitor: Monitor
+    critic: ValueModel | None = None
+    ptx: PretrainingMix | None = None
+    process: ProcessTerm | None = None
     latest: tuple[Samples, Scores] | None = None  # of the last rollout, to show; not part of the state
 
+    @property
+    def trained(self) -> Policy:
+        """What `ppo.update` improves: the policy, with its separate value model where there is one."""
+        return self.policy if self.critic is None else ActorCritic(self.policy, self.critic)
+
     def auxiliary(self) -> AuxiliaryLoss | None:
-        """The self-imitation loss, where the configuration asks for it."""
-        if self.good_answers.config.coef == 0:
+        """Self-imitation and PPO-ptx, where the configuration asks for them."""
+        asked: list[GoodAnswers | PretrainingMix] = []
+        if self.good_answers.config.coef > 0:
+            asked.append(self.good_answers)
+        if self.ptx is not None:
+            asked.append(self.ptx)
+        if not asked:
             return None
-        return lambda: self.good_answers.loss(self.policy)
+
+        def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            parts = [texts.loss(self.policy) for texts in asked]
+            total = parts[0][0] if len(parts) == 1 else parts[0][0] + parts[1][0]
+            return total, {name: value for _, metrics in parts for name, value in metrics.items()}
+
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights, which have a folder of their own."""
@@ -86,14 +119,23 @@ class Learner:
             "controller": self.controller.state_dict(),
             "counters": self.counters.state_dict(),
             "good_answers": self.good_answers.state_dict(),
+            "shaper": self.shaper.state_dict(),
+            "ptx": None if self.ptx is None else self.ptx.state_dict(),
+            "monitor": self.monitor.state_dict(),
             "sampling": self.sampler.generator.get_state(),
             "shuffling": self.shuffling.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`."""
+        """Continue from `state_dict()`; what its run began without (a term that was added since) is new."""
         for name in ("optimizer", "prompts", "controller", "counters", "good_answers"):
             getattr(self, name).load_state_dict(state[name])
+        if state.get("shaper") is not None:
+            self.shaper.load_state_dict(state["shaper"])
+        if state.get("monitor") is not None:
+            self.monitor.load_state_dict(state["monitor"])
+        if self.ptx is not None and state.get("ptx") is not None:
+            self.ptx.load_state_dict(state["ptx"])
         self.sampler.generator.set_state(state["sampling"])
         self.shuffling.set_state(state["shuffling"])
 
@@ -110,25 +152,52 @@ def build_learner(
     learning_rate: float,
     prompts: int,
     seed: int,
-    value_head: bool,
+    critic: CriticConfig | None,
+    ptx: PretrainingMixConfig | None = None,
+    shaping: ShapingConfig | None = None,
+    overlong: OverlongConfig | None = None,
+    rewards_timeout: float | None = None,
+    safety: SafetyConfig | None = None,
+    process: ProcessTermConfig | None = None,
+    monitor: MonitorConfig | None = None,
 ) -> Learner:
     """A learner at the run's start or, when resuming, exactly where its checkpoint left it.
 
     prompts     training prompts of one rollout
+    critic      where values come from; None = there are none
 
-    Raises UserError if model.path names no trained model, or the rewards cannot be used.
+    Raises UserError if model.path or critic.init name no trained model, or rewards or texts cannot be used.
     """
     policy, tokenizer = build_policy(
         checkpoint_policy(run, model),
         alphabet=task.alphabet,
         temperature=generation.temperature,
-        value_head=value_head,
+        value_head=critic is not None and critic.model == "shared",
     )
-    sampler = build_sampler(policy, tokenizer, task, rewards=rewards, generation=generation, seed=seed)
+    sampler = build_sampler(
+        policy,
+        tokenizer,
+        task,
+        rewards=rewards,
+        generation=generation,
+        seed=seed,
+        rewards_timeout=rewards_timeout,
+        overlong=overlong,
+        safety=safety,
+    )
+    shaping = shaping or ShapingConfig()
+    values = separate_critic(run, critic, sampler, model_path=str(model.path))
+    learned: list[dict[str, Any]] = [{"params": list(policy.parameters())}]
+    if values is not None:
+        learned.append({"params": list(values.parameters())})
+    mix = None
+    if ptx is not None and ptx.coef > 0:
+        mix = PretrainingMix(ptx, tokenizer, context=policy.context, seed=seed + 3)
+        announce_line(mix.note)
     learner = Learner(
         policy=policy,
         reference=frozen_reference(run, policy),
-        optimizer=torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=True),
+        optimizer=torch.optim.AdamW(learned, lr=learning_rate, weight_decay=0.0, fused=True),
         sampler=sampler,
         prompts=Batches(len(task.train), prompts, seed=seed),
         shuffling=torch.Generator().manual_seed(seed + 1),
@@ -141,10 +210,27 @@ def build_learner(
             right=sampler.max_new_tokens,
             seed=seed + 2,
         ),
+        shaper=Shaper(shaping, shaping.cut_of(generation)),
+        monitor=Monitor(monitor or MonitorConfig()),
+        process=ProcessTerm.of(process or ProcessTermConfig(), sampler),
+        critic=values,
+        ptx=mix,
     )
     if run.checkpoint is not None:
         learner.load_state_dict(run.checkpoint.state)
     return learner
+
+
+def separate_critic(
+    run: Run, config: CriticConfig | None, sampler: Sampler, *, model_path: str
+) -> ValueModel | None:
+    """The value model of its own that the configuration asks for: as the checkpoint has it, or new."""
+    if config is None or config.model == "shared":
+        return None
+    if run.checkpoint is not None:
+        return ValueModel.from_pretrained(run.checkpoint.folder / FOLDER)
+    longest = max(len(prompt) for prompt in sampler.prompts) + sampler.max_new_tokens
+    return build_critic(config, model_path=model_path, tokenizer=sampler.tokenizer, longest=longest)
 
 
 @contextlib.contextmanager
@@ -174,6 +260,10 @@ def record(
 ) -> None:
     """Log an update, look at the validation prompts when that is due, save when that is due; the last always."""
     sampler = learner.sampler
+    folders = writer(learner.policy, sampler.tokenizer)
+    folders |= merged_writer(learner.policy.model, sampler.tokenizer, asked=learner.policy.write_merged)
+    if learner.critic is not None:
+        folders[FOLDER] = learner.critic.save_pretrained
     looked = validate(
         learner.policy,
         sampler.tokenizer,
@@ -182,35 +272,44 @@ def record(
         due=last or global_step % max(validation.every, 1) == 0,
         max_new_tokens=sampler.max_new_tokens,
     )
+    report = Report([], [], {})
+    if looked and learner.latest is not None:
+        prompts, completions = texts_of(learner.latest[0], sampler.tokenizer)
+        seen = {**metrics, **looked}
+        report = learner.monitor.look(seen, global_step=global_step, prompts=prompts, completions=completions)
     if looked or last or global_step % log_every == 0:
         position = {"samples": learner.counters.samples, "tokens": learner.counters.tokens}
-        run.log({**metrics, **position, **looked}, global_step=global_step)
+        run.log({**metrics, **position, **looked, **report.metrics}, global_step=global_step)
     if looked and learner.latest is not None:
         log_completions(run, sampler, *learner.latest, global_step=global_step)
     if last or run.should_save(global_step):
         run.save(
             learner.state_dict(),
             global_step=global_step,
-            folders=writer(learner.policy, sampler.tokenizer),
+            folders=folders,
             metric=looked.get("eval/greedy"),
         )
+    act_on(report, learner.monitor, folder=run.folder)
 
 
 def log_completions(
     run: Run, sampler: Sampler, samples: Samples, scores: Scores, *, global_step: int, rows: int = 16
 ) -> None:
     """A table of what the policy writes and what that earns: the first `rows` completions of a rollout."""
-    given = samples.attention_mask.bool() & ~samples.mask
-    prompts = [ids[real] for ids, real in zip(samples.input_ids[:rows], given[:rows], strict=True)]
-    drawn = samples.completions(without=int(sampler.tokenizer.eos_token_id))[:rows]
-    texts = zip(
-        decode_completions(sampler.tokenizer, [prompt.tolist() for prompt in prompts]),
-        decode_completions(sampler.tokenizer, drawn),
-        strict=True,
-    )
+    texts = zip(*texts_of(samples, sampler.tokenizer, rows=rows), strict=True)
     named = {name: values[:rows].tolist() for name, values in scores.by_name.items()}
     table = [[prompt, text, *(column[i] for column in named.values())] for i, (prompt, text) in enumerate(texts)]
     run.log_table("completions", ["prompt", "completion", *named], table, global_step=global_step)
+
+
+def texts_of(
+    samples: Samples, tokenizer: PreTrainedTokenizerBase, *, rows: int | None = None
+) -> tuple[list[str], list[str]]:
+    """Prompts and completions of a rollout as texts; of its first `rows`, or of all."""
+    given = samples.attention_mask.bool() & ~samples.mask
+    prompts = [ids[real].tolist() for ids, real in zip(samples.input_ids[:rows], given[:rows], strict=True)]
+    drawn = samples.completions(without=int(tokenizer.eos_token_id))[:rows]
+    return decode_completions(tokenizer, prompts), decode_completions(tokenizer, drawn)
 
 
 def require_trained(model: ModelConfig) -> None:
@@ -277,4 +376,9 @@ def validate(
 def announce(task: Task) -> None:
     """Say what the data is, one line each."""
     for note in task.notes:
-        print(note, flush=True)
+        announce_line(note)
+
+
+def announce_line(note: str) -> None:
+    """Say one thing about the data."""
+    print(note, flush=True)

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from experiment.errors import UserError
+from llm_rlhf.lora import ADAPTER, LoRAConfig, add_lora, base_of, is_adapted, load_adapted, merge, require_same
 from llm_rlhf.tokenizer import character_tokenizer, load_tokenizer
 from policy_core.policy import Evaluation
 from policy_core.rollout import Nested
@@ -41,6 +42,9 @@ class ModelConfig:
     path        a transformers folder, a run folder (its last checkpoint) or a hub name; None builds a new GPT-2
     layers, width, heads, context    of a new model; context is the longest text in tokens
     activation  of a new model; relu was faster and better on the calculator, gelu_pytorch_tanh is GPT-2's
+    lora        learn a low-rank adapter, not the weights; one that `path` already has goes on, and without this
+                section it is merged into the weights
+    gradient_checkpointing  compute activations twice instead of keeping them: less memory, about a third more work
     """
 
     path: str | None = None
@@ -49,8 +53,12 @@ class ModelConfig:
     heads: int = 4
     context: int = 64
     activation: Literal["relu", "gelu_pytorch_tanh"] = "relu"
+    lora: LoRAConfig | None = None
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        if self.lora is not None and self.path is None:
+            raise ValueError("model.lora: an adapter needs a trained model to adapt; name one in model.path")
         if min(self.layers, self.width, self.heads, self.context) < 1:
             raise ValueError("model: layers, width, heads and context must be at least 1")
         if self.width % self.heads:
@@ -86,10 +94,8 @@ def model_folder(path: str | Path) -> str:
         if len(folder.parts) == 2 and folder.parts[0] not in (".", "..", "runs", "/"):
             return str(path)  # OWNER/NAME: a hub name
         raise UserError(f"model.path: {path} does not exist; train it first, or give a folder or a hub name")
-    if (folder / "config.json").is_file():
-        return str(folder)
-    for inner in (folder / "policy", folder / "checkpoints" / "last" / "policy"):
-        if (inner / "config.json").is_file():
+    for inner in (folder, folder / "policy", folder / "checkpoints" / "last" / "policy"):
+        if (inner / "config.json").is_file() or (inner / ADAPTER).is_file():
             return str(inner)
     raise UserError(
         f"model.path: {path} holds no config.json, so it is no transformers model; "
@@ -98,11 +104,18 @@ def model_folder(path: str | Path) -> str:
 
 
 def load_language_model(path: str | Path) -> PreTrainedModel:
-    """Any transformers causal language model in float32, dropout off. Raises UserError if it cannot be read."""
+    """Any transformers causal language model in float32, dropout off. Raises UserError if it cannot be read.
+
+    A folder with an adapter (peft) gives its base model with the adapter beside the weights, not merged into them.
+    """
     source = model_folder(path)
     try:
         with _quietly():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+            model: PreTrainedModel
+            if base_of(source) is None:
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+            else:
+                model = load_adapted(source)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         raise UserError(f"model.path: {path} could not be loaded as a causal language model: {reason}") from error
@@ -141,6 +154,11 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
+def widened(numbers: Tensor) -> Tensor:
+    """As they are, in float32 where autocast made them narrower."""
+    return numbers.float() if numbers.dtype in (torch.bfloat16, torch.float16) else numbers
+
+
 @dataclass(frozen=True)
 class Columns:
     """What a model says of the tokens in columns `first` to `last` - 1 of a batch, from what stands before them.
@@ -162,6 +180,7 @@ class LanguagePolicy(nn.Module):
     """A causal language model with a temperature and, for PPO, a value head on its last hidden state.
 
     `steering`, where it is set, moves the logits that tokens are drawn from and judged by; it is not saved.
+    `write_merged`: checkpoints are to hold the model with its adapter merged into the weights, too.
 
     The value head starts at zero, so that the first advantages are the rewards themselves.
     """
@@ -178,7 +197,33 @@ class LanguagePolicy(nn.Module):
             self.value_head = nn.Linear(hidden_width(model), 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+        self.gradient_checkpointing = False
+        self.write_merged = False
         self._head_is_linear = _head_is_linear(model)
+
+    def checkpoint_gradients(self) -> None:
+        """Keep only each layer's input for the backward pass and compute the rest again there.
+
+        Raises UserError if transformers cannot do that with this model.
+        """
+        if not self.model.supports_gradient_checkpointing:
+            raise UserError(f"model.gradient_checkpointing: {type(self.model).__name__} does not support it")
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        self.model.eval()
+        self.gradient_checkpointing = True
+
+    @contextlib.contextmanager
+    def learning(self) -> Iterator[None]:
+        """Around a forward pass without a cache: transformers checkpoints gradients in training mode only, in which
+        no layer would use a cache, as generation does."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            yield
+            return
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
 
     @property
     def context(self) -> int:
@@ -211,7 +256,7 @@ class LanguagePolicy(nn.Module):
         logits, hidden = self._outputs(
             input_ids[:, lead : last - 1], attention_mask[:, lead : last - 1], prefix=first - lead
         )
-        return Columns(first, last, logits, hidden)
+        return Columns(first, last, widened(logits), widened(hidden))
 
     def evaluate(self, observations: Nested, actions: Nested) -> Evaluation:
         """Judge tokens that are there.
@@ -241,6 +286,23 @@ class LanguagePolicy(nn.Module):
 
         return Evaluation(widen(log_probs), widen(entropy), None if values is None else widen(values))
 
+    def packed_log_probs(self, input_ids: Tensor, position_ids: Tensor, decisions: Tensor) -> Tensor:
+        """Log-probs [B, T] of the decisions, 0 elsewhere, where a row holds several texts one after another.
+
+        position_ids    [B, T] int; every text begins at 0, by which transformers keeps them apart in attention
+        decisions       [B, T] bool; never a text's first token
+        """
+        arguments = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        before = decisions.roll(-1, dims=1)
+        with self.learning():
+            if self._head_is_linear:
+                logits = self.model.get_output_embeddings()(self.model.base_model(**arguments)[0][before])
+            else:
+                logits = self.model(**arguments).logits[before]
+        log_softmax = torch.log_softmax(widened(logits) / self.temperature, dim=-1)
+        taken = log_softmax.gather(-1, input_ids[decisions].unsqueeze(-1)).squeeze(-1)
+        return taken.new_zeros(decisions.shape).masked_scatter(decisions, taken)
+
     def _outputs(self, input_ids: Tensor, attention_mask: Tensor, *, prefix: int) -> tuple[Tensor, Tensor]:
         """Logits [B, T - prefix + 1, V] and hidden states of the columns from prefix - 1 on.
 
@@ -249,6 +311,10 @@ class LanguagePolicy(nn.Module):
         """
         rows, width = input_ids.shape
         keep = width - prefix + 1
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            with self.learning():
+                logits, hidden, _ = self.step(input_ids, attention_mask, keep=keep)
+            return logits, hidden
         start = torch.where(attention_mask[:, :prefix].bool(), input_ids[:, :prefix], -1)
         unique, inverse = torch.unique(start, dim=0, return_inverse=True)
         if keep == 1 or 2 * len(unique) > rows:
@@ -305,7 +371,7 @@ class LanguagePolicy(nn.Module):
         return output.logits, output.hidden_states[-1][:, -keep:], output.past_key_values
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a plain transformers folder, and the value head beside it."""
+        """Write a plain transformers folder (of a model with an adapter: peft's), and the value head beside it."""
         with _quietly():
             self.model.save_pretrained(str(folder))
         if self.value_head is not None:
@@ -337,9 +403,23 @@ def build_policy(
     if config.path is None:
         tokenizer: PreTrainedTokenizerBase = character_tokenizer(alphabet)
         model = new_language_model(config, tokenizer)
-        return LanguagePolicy(model, temperature=temperature, value_head=value_head), tokenizer
-    tokenizer = load_tokenizer(model_folder(config.path))
-    policy = LanguagePolicy.from_pretrained(config.path, temperature=temperature, value_head=value_head)
+        policy = LanguagePolicy(model, temperature=temperature, value_head=value_head)
+    else:
+        folder = model_folder(config.path)
+        base = base_of(folder)
+        own_tokenizer = base is None or (Path(folder) / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(folder if own_tokenizer else str(base))
+        policy = LanguagePolicy.from_pretrained(config.path, temperature=temperature, value_head=value_head)
+        if is_adapted(policy.model):
+            if config.lora is None:
+                merge(policy.model)
+            else:
+                require_same(config.lora, policy.model, path=folder)
+        elif config.lora is not None:
+            add_lora(policy.model, config.lora, base=folder)
+    if config.gradient_checkpointing:
+        policy.checkpoint_gradients()
+    policy.write_merged = config.lora is not None and config.lora.merged
     return policy, tokenizer
 
 

@@ -5,16 +5,16 @@ list of the same length; it returns one number a completion, or None where it ca
 
     def short(prompts: list[str], completions: list[str], answer: list[str]) -> list[float | None]: ...
 
-A user's own is named as `file.py:function`. Besides the data's columns there is `sample_index`: how many
-completions the run had drawn before this one.
+It may be an `async def`; all of those run at once. A user's own is named as `file.py:function`, a trained reward
+model by its run folder. Besides the data's columns there is `sample_index`: how many completions the run had drawn
+before this one.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from envs.own import is_own, load_own
 from experiment.errors import UserError
-
-RewardFunction = Callable[..., Sequence[float | None]]
+from llm_rlhf.reward_calls import AnyRewardFunction, call_all, check_columns
+from llm_rlhf.reward_calls import RewardFunction as RewardFunction
 
 
 def exact_match(prompts: list[str], completions: list[str], answer: list[str]) -> list[float | None]:
@@ -70,18 +70,29 @@ class Scores:
 class RewardSet:
     """The reward functions of a run with their weights; resolved, and their columns checked, once at the start."""
 
-    def __init__(self, functions: Mapping[str, RewardFunction], weights: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        functions: Mapping[str, AnyRewardFunction],
+        weights: Mapping[str, float],
+        *,
+        timeout: float | None = None,
+    ) -> None:
         self.functions = dict(functions)
         self.weights = dict(weights)
+        self.timeout = timeout
 
     def __call__(self, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]) -> Scores:
-        """Score completions. Raises UserError naming the function that raised or returned something unusable."""
+        """Score completions. Raises UserError naming the function that raised, took too long or returned something
+        unusable."""
         count = len(completions)
         total = torch.zeros(count, dtype=torch.float64)
         scored = torch.zeros(count, dtype=torch.bool)
         by_name: dict[str, Tensor] = {}
-        for name, function in self.functions.items():
-            values = _call(name, function, prompts, completions, columns)
+        answers = call_all(
+            self.functions, prompts=prompts, completions=completions, columns=columns, timeout=self.timeout
+        )
+        for name, answer in answers.items():
+            values = torch.tensor(answer, dtype=torch.float64)
             known = ~values.isnan()
             total += self.weights[name] * torch.where(known, values, 0.0)
             scored |= known
@@ -90,20 +101,25 @@ class RewardSet:
 
 
 def resolve(
-    weights: Mapping[str, float], *, own: Mapping[str, RewardFunction], columns: Sequence[str]
+    weights: Mapping[str, float],
+    *,
+    own: Mapping[str, AnyRewardFunction],
+    columns: Sequence[str],
+    timeout: float | None = None,
 ) -> RewardSet:
     """The functions named by a configuration (name -> weight).
 
     own         the task's functions by name
     columns     the data's columns
+    timeout     seconds that one call of a function may take; None = any
 
     Raises UserError for an unknown name, a file that cannot be imported, or a function that asks for a column that
     the data does not have.
     """
     if not weights:
         raise UserError("rewards: name at least one reward function with its weight, such as {exact_match: 1.0}")
-    built_in: dict[str, RewardFunction] = {"exact_match": exact_match, "random": random_reward, **own}
-    functions: dict[str, RewardFunction] = {}
+    built_in: dict[str, AnyRewardFunction] = {"exact_match": exact_match, "random": random_reward, **own}
+    functions: dict[str, AnyRewardFunction] = {}
     for name, weight in weights.items():
         if not math.isfinite(weight):
             raise UserError(f"rewards.{name}: the weight must be a finite number, got {weight}")
@@ -111,15 +127,18 @@ def resolve(
             functions[name] = built_in[name]
         elif is_own(name):
             functions[name] = _import(name)
+        elif (learned := _reward_model(name)) is not None:
+            functions[name] = learned
         else:
             raise UserError(
-                f"rewards.{name}: unknown; there is {', '.join(built_in)}, or your own as path/to/file.py:function"
+                f"rewards.{name}: unknown; there is {', '.join(built_in)}, or your own as path/to/file.py:function,"
+                " or the folder of a reward model's run"
             )
-        _check_columns(name, functions[name], [*columns, "sample_index"])
-    return RewardSet(functions, weights)
+        check_columns(name, functions[name], [*columns, "sample_index"])
+    return RewardSet(functions, weights, timeout=timeout)
 
 
-def _import(name: str) -> RewardFunction:
+def _import(name: str) -> AnyRewardFunction:
     """`file.py:function` -> the function."""
     try:
         function = load_own(name)
@@ -127,61 +146,12 @@ def _import(name: str) -> RewardFunction:
         raise UserError(f"rewards.{error}") from error
     if not callable(function):
         raise UserError(f"rewards.{name}: a function is needed, got {type(function).__name__}")
-    found: RewardFunction = function
+    found: AnyRewardFunction = function
     return found
 
 
-def _wanted(function: RewardFunction) -> tuple[list[str], list[str], bool]:
-    """Required column names, optional ones, and whether the function takes any column (**kwargs)."""
-    required: list[str] = []
-    optional: list[str] = []
-    anything = False
-    for parameter in list(inspect.signature(function).parameters.values()):
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            anything = True
-        elif parameter.name not in ("prompts", "completions"):
-            (required if parameter.default is inspect.Parameter.empty else optional).append(parameter.name)
-    return required, optional, anything
+def _reward_model(name: str) -> RewardFunction | None:
+    """The reward function of a reward model that `name` is the run or the folder of; None where it is not."""
+    from llm_rlhf.reward_model import named_reward
 
-
-def _check_columns(name: str, function: RewardFunction, columns: Sequence[str]) -> None:
-    for wanted in _wanted(function)[0]:
-        if wanted not in columns:
-            raise UserError(
-                f"rewards.{name}: it asks for a column {wanted!r}; the data has {', '.join(sorted(columns))}"
-            )
-
-
-def _call(
-    name: str,
-    function: RewardFunction,
-    prompts: list[str],
-    completions: list[str],
-    columns: Mapping[str, list[Any]],
-) -> Tensor:
-    """One function's rewards, [B] float64, NaN for None."""
-    required, optional, anything = _wanted(function)
-    given = columns if anything else {key: columns[key] for key in [*required, *optional] if key in columns}
-    try:
-        values = list(function(prompts=prompts, completions=completions, **given))
-    except Exception as error:
-        raise UserError(f"rewards.{name}: it raised {type(error).__name__}: {_one_line(error)}") from error
-    if len(values) != len(completions):
-        raise UserError(f"rewards.{name}: it returned {len(values)} rewards for {len(completions)} completions")
-    for index, value in enumerate(values):
-        if value is None:
-            continue
-        try:
-            finite = math.isfinite(float(value))
-        except (TypeError, ValueError):
-            finite = False
-        if not finite:
-            raise UserError(
-                f"rewards.{name}: it returned {value!r} for completion {completions[index]!r}; "
-                "return a finite number, or None where it cannot judge"
-            )
-    return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float64)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or "no message"
+    return named_reward(name)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from experiment.errors import UserError
+from llm_rlhf.data.chat import Chat, completion_tokens, prompt_tokens
 from llm_rlhf.tasks.examples import Example
 
 
@@ -19,7 +20,7 @@ class TokenizedTexts:
     """Prompts and completions as tokens, left-padded so that all completions start at one column.
 
     input_ids, attention_mask   [N, T] int; 1 = a real token
-    mask                        [N, T] bool; True on the completion and its EOS
+    mask                        [N, T] bool; True on the completion and its EOS, others' turns within it left out
     """
 
     input_ids: Tensor
@@ -65,10 +66,98 @@ def concatenate(parts: Sequence[TokenizedTexts]) -> TokenizedTexts:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt; an empty one becomes the bos token, so that there is something to start from."""
-    encoded = [list(tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts]
+    """Token ids of each prompt; an empty one becomes the bos token, so that there is something to start from.
+
+    A conversation (`Chat`) is rendered by the tokenizer's chat template, or the plain one.
+    """
+    encoded = [
+        prompt_tokens(tokenizer, prompt)
+        if isinstance(prompt, Chat)
+        else list(tokenizer.encode(prompt, add_special_tokens=False))
+        for prompt in prompts
+    ]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return [ids or [int(start)] for ids in encoded]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt and a completion as token ids; `mask` is True on the completion's tokens that are learned."""
+
+    prompt: list[int]
+    completion: list[int]
+    mask: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
+    """Prompt and completion as generation sees them: encoded apart, with an EOS behind the completion."""
+    (before,) = encode_prompts(tokenizer, [prompt])
+    if isinstance(prompt, Chat):
+        return Encoded(before, *completion_tokens(tokenizer, prompt, completion))
+    ids = [*tokenizer.encode(completion, add_special_tokens=False), int(tokenizer.eos_token_id)]
+    return Encoded(before, ids, [True] * len(ids))
+
+
+def fit(
+    answers: Sequence[Encoded], *, context: int, max_prompt: int | None = None
+) -> tuple[list[Encoded], bool, list[bool]]:
+    """Completions of one prompt, cut to fit `context`: prompts keep their end, completions their start.
+
+    The prompt gives way first, down to half of the context; `max_prompt` is a limit of its own. A completion that
+    is cut has no EOS any more. Returns the answers, whether the prompt was cut, and which completions were.
+    """
+    longest = max(len(answer.completion) for answer in answers)
+    prompt = answers[0].prompt
+    room = max(context - longest, context // 2, 1)
+    room = room if max_prompt is None else min(room, max_prompt)
+    kept = prompt[-room:]
+    left = context - len(kept)
+    fitted = [Encoded(kept, answer.completion[:left], answer.mask[:left]) for answer in answers]
+    return fitted, len(kept) < len(prompt), [len(answer.completion) > left for answer in answers]
+
+
+def lay_out(texts: Sequence[Encoded], *, pad: int) -> TokenizedTexts:
+    """Left-pad the prompts and right-pad the completions, so that all completions start at one column."""
+    left = max(len(text.prompt) for text in texts)
+    right = max(len(text.completion) for text in texts)
+    ids, attention, mask = [], [], []
+    for text in texts:
+        before, after = left - len(text.prompt), right - len(text.completion)
+        ids.append([pad] * before + text.prompt + text.completion + [pad] * after)
+        attention.append([0] * before + [1] * len(text) + [0] * after)
+        mask.append([False] * left + text.mask + [False] * after)
+    return TokenizedTexts(torch.tensor(ids), torch.tensor(attention), torch.tensor(mask))
+
+
+def encode_examples(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, context: int, cut: bool = False
+) -> tuple[list[Encoded], dict[str, int]]:
+    """Demonstrations as token ids, and how many prompts and completions were cut.
+
+    Raises UserError if there is nothing, or, unless `cut`, if a text does not fit the model's context.
+    """
+    if not examples:
+        raise UserError("there are no texts to train on")
+    texts = [encode(tokenizer, example.prompt, example.completion) for example in examples]
+    if not cut:
+        longest = max(texts, key=len)
+        if len(longest) > context:
+            raise UserError(
+                f"a prompt of {len(longest.prompt)} tokens and a completion of {len(longest.completion)} do not "
+                f"fit the model's context of {context}; shorten the texts, or set model.context for a new model"
+            )
+        return texts, {}
+    counts = {"prompts_cut": 0, "completions_cut": 0}
+    fitted = []
+    for text in texts:
+        (short,), prompt_cut, (completion_cut,) = fit([text], context=context)
+        counts["prompts_cut"] += prompt_cut
+        counts["completions_cut"] += completion_cut
+        fitted.append(short)
+    return fitted, counts
 
 
 def tokenize(
@@ -78,25 +167,7 @@ def tokenize(
 
     Raises UserError if there is nothing, or a text does not fit the model's context.
     """
-    if not examples:
-        raise UserError("there are no texts to train on")
-    prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
-    eos = int(tokenizer.eos_token_id)
-    completions = [[*tokenizer.encode(example.completion, add_special_tokens=False), eos] for example in examples]
-    left = max(len(ids) for ids in prompts)
-    right = max(len(ids) for ids in completions)
-    if left + right > context:
-        raise UserError(
-            f"a prompt of {left} tokens and a completion of {right} do not fit the model's context of {context}; "
-            "shorten the texts, or set model.context for a new model"
-        )
-    ids, attention, mask = [], [], []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        before, after = left - len(prompt), right - len(completion)
-        ids.append([pad] * before + prompt + completion + [pad] * after)
-        attention.append([0] * before + [1] * (len(prompt) + len(completion)) + [0] * after)
-        mask.append([False] * left + [True] * len(completion) + [False] * after)
-    return TokenizedTexts(torch.tensor(ids), torch.tensor(attention), torch.tensor(mask))
+    return lay_out(encode_examples(examples, tokenizer, context=context)[0], pad=pad)
 
 
 def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:

@@ -1,4 +1,9 @@
-"""GRPO, RLOO and Dr.GRPO on completions: a group of samples per prompt is the baseline, PPO's clip the update."""
+"""GRPO and its family on completions: a group of samples per prompt is the baseline, PPO's clip the update.
+
+GRPO, RLOO, Dr.GRPO, REINFORCE++    `grpo.advantage`; Dr.GRPO's other half is ppo.aggregation "constant"
+DAPO (2503.14476)                   ppo.clip_range_high above ppo.clip_range, ppo.aggregation "decision",
+                                    sampling.dynamic_rounds above 1, `overlong`, kl.coef 0
+"""
 
 from __future__ import annotations
 
@@ -7,15 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.experience import (
+    OverlongConfig,
+    ShapingConfig,
+    joined,
+    joined_scores,
+    logprob_gap,
     policy_metrics,
     reference_log_probs,
     sample_metrics,
     with_kl_rewards,
 )
-from llm_rlhf.generation import GenerationConfig, to_rollout
+from llm_rlhf.generation import GenerationConfig, Samples, to_rollout
 from llm_rlhf.learner import (
     Learner,
     ValidationConfig,
@@ -27,8 +38,13 @@ from llm_rlhf.learner import (
     stopping_on_nan,
 )
 from llm_rlhf.models import ModelConfig
+from llm_rlhf.monitor import MonitorConfig
+from llm_rlhf.pretraining_mix import PretrainingMixConfig
+from llm_rlhf.rewards import Scores
+from llm_rlhf.safety import SafetyConfig
 from llm_rlhf.self_imitation import SelfImitationConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
+from llm_rlhf.tokenizer import pad_id
 from policy_core.grpo import GRPOConfig, group_advantages, with_signal
 from policy_core.kl import KLConfig, kl_in_unit
 from policy_core.ppo import PPOConfig, update
@@ -51,37 +67,66 @@ def group_ppo() -> PPOConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """updates: rollouts in all; prompts: of one rollout, each with grpo.group_size samples; skip_flat_groups: leave
-    groups of one and the same reward out of the update, its KL term included (as DAPO 2503.14476, but without
-    drawing others); max_seconds: stop after this much CPU time of training (a run that uses it cannot be repeated
-    to the bit)."""
+    """How much is drawn.
+
+    updates             rollouts in all
+    prompts             of one rollout, each with grpo.group_size samples
+    skip_flat_groups    leave groups of one and the same reward out of the update, its KL term included
+    dynamic_rounds      above 1: draw as many prompts again, at most so often an update, until `prompts` groups have
+                        different rewards, and learn from those (DAPO 2503.14476, section 3.2); metrics are of
+                        everything that was drawn
+    max_seconds         stop after this much CPU time of training (a run that uses it cannot be repeated to the bit)
+    logprob_gap_every   updates between comparisons of sampling's log-probs with training's (0 = never)
+    """
 
     updates: int = 400
     prompts: int = 64
     skip_flat_groups: bool = True
+    dynamic_rounds: int = 1
     max_seconds: float | None = None
+    logprob_gap_every: int = 50
 
     def __post_init__(self) -> None:
-        if min(self.updates, self.prompts) < 1:
-            raise ValueError("sampling: updates and prompts must be at least 1")
+        if min(self.updates, self.prompts, self.dynamic_rounds) < 1:
+            raise ValueError("sampling: updates, prompts and dynamic_rounds must be at least 1")
+        if self.logprob_gap_every < 0:
+            raise ValueError("sampling.logprob_gap_every must be at least 0")
 
 
 @dataclass(frozen=True)
 class TrainGRPOConfig:
-    """Everything a GRPO run is made of. rewards: name (or file.py:function) -> weight; empty = the task's own."""
+    """Everything a GRPO run is made of.
+
+    rewards             name (or file.py:function, or a reward model's run) -> weight; empty = the task's own
+    rewards_timeout     seconds that one call of a reward function may take; null = any
+    safety              rules that no reward buys off
+    """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="grpo", checkpoint_every=100))
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     rewards: dict[str, float] = field(default_factory=dict)
+    rewards_timeout: float | None = None
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+    overlong: OverlongConfig | None = None
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     ppo: PPOConfig = field(default_factory=group_ppo)
     kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01, placement="loss", estimator="k2"))
+    ptx: PretrainingMixConfig = field(default_factory=PretrainingMixConfig)
     self_imitation: SelfImitationConfig = field(default_factory=SelfImitationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     log_every: int = 1
+
+    def __post_init__(self) -> None:
+        self.shaping.cut_of(self.generation)
+        if self.shaping.cut == "bootstrap":
+            raise ValueError("shaping.cut bootstrap needs a critic, and there is none here: penalise or drop")
+        if self.sampling.dynamic_rounds > 1 and self.grpo.group_size == 1:
+            raise ValueError("sampling.dynamic_rounds needs groups: set grpo.group_size to at least 2")
 
 
 def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
@@ -101,7 +146,13 @@ def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
             learning_rate=config.ppo.learning_rate,
             prompts=config.sampling.prompts,
             seed=config.run.seed,
-            value_head=False,
+            critic=None,
+            ptx=config.ptx,
+            shaping=config.shaping,
+            overlong=config.overlong,
+            rewards_timeout=config.rewards_timeout,
+            safety=config.safety,
+            monitor=config.monitor,
         )
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sampling.updates
@@ -116,7 +167,7 @@ def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
             )
             set_learning_rate(learner.optimizer, rate)
             with stopping_on_nan(run, "ppo.learning_rate"):
-                metrics = iterate(config, learner)
+                metrics = iterate(config, learner, step=step)
             learner.counters.seconds += time.process_time() - began
             limit = config.sampling.max_seconds
             last = step == total or (limit is not None and learner.counters.seconds >= limit)
@@ -134,32 +185,33 @@ def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
         return run.finish()
 
 
-def iterate(config: TrainGRPOConfig, learner: Learner) -> dict[str, float]:
+def iterate(config: TrainGRPOConfig, learner: Learner, *, step: int) -> dict[str, float]:
     """One rollout and the update on it; returns metrics under TRL's names."""
-    rows = learner.prompts.next().tolist()
-    samples, scores = learner.sampler.draw(
-        rows, samples_per_prompt=config.grpo.group_size, drawn_before=learner.counters.samples
-    )
-    learner.latest = (samples, scores)
-    if config.self_imitation.coef > 0:
-        learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, scores)
+    samples, scores, draw_metrics = draw(config, learner)
     ref_log_probs = reference_log_probs(learner.reference, samples)
-    rollout = to_rollout(
+    judged = learner.shaper.judged(samples, scores)
+    learned, shaping_metrics = learner.shaper.scaled(judged)
+    rollout = drawn = to_rollout(
         samples,
-        scores.total,
-        scored=scores.scored,
+        learned.total,
+        scored=learned.scored,
         ref_log_probs=ref_log_probs,
-        cut_is_end=config.generation.cut_is_end,
+        cut_is_end=learner.shaper.cut_is_end,
         gamma=config.ppo.gamma,
     )
+    if config.sampling.dynamic_rounds > 1:
+        rollout = drawn.select(chosen_rows(judged, samples.prompt, prompts=config.sampling.prompts))
     rollout, kl_metrics = with_kl_rewards(rollout, config=config.kl, coef=learner.controller.coef)
     advantages, group_metrics = group_advantages(rollout, config=config.grpo)
     metrics = {f"objective/{name}": float(value) for name, value in group_metrics.items()}
+    metrics |= {**draw_metrics, **shaping_metrics}
+    if config.sampling.logprob_gap_every and step % config.sampling.logprob_gap_every == 0:
+        metrics |= logprob_gap(learner.policy, samples)
     trained = rollout
     if config.sampling.skip_flat_groups:
         trained, advantages = with_signal(rollout, advantages)
     statistics = update(
-        policy=learner.policy,
+        policy=learner.trained,
         optimizer=learner.optimizer,
         rollout=trained,
         advantages=advantages,
@@ -173,9 +225,52 @@ def iterate(config: TrainGRPOConfig, learner: Learner) -> dict[str, float]:
     metrics |= {**sample_metrics(samples, scores, ref_log_probs), **kl_metrics, **policy_metrics(statistics)}
     metrics["objective/kl_coef"] = learner.controller.coef
     spent = kl_in_unit(
-        rollout.old_log_probs - ref_log_probs, mask=rollout.mask, episode=rollout.episode, unit=config.kl.unit
+        samples.log_probs - ref_log_probs, mask=samples.mask, episode=drawn.episode, unit=config.kl.unit
     )
     learner.controller.update(spent, episodes=len(scores.total))
-    learner.counters.samples += len(scores.total)
-    learner.counters.tokens += int(samples.mask.sum())
     return metrics
+
+
+def draw(config: TrainGRPOConfig, learner: Learner) -> tuple[Samples, Scores, dict[str, float]]:
+    """A rollout's completions and scores, of as many rounds as it takes (see SamplingConfig), and what it took."""
+    parts: list[tuple[Samples, Scores]] = []
+    drawn = useful = 0
+    while len(parts) < config.sampling.dynamic_rounds and (not parts or useful < config.sampling.prompts):
+        rows = learner.prompts.next().tolist()
+        samples, scores = learner.sampler.draw(
+            rows, samples_per_prompt=config.grpo.group_size, drawn_before=learner.counters.samples
+        )
+        learner.latest = (samples, scores)
+        if config.self_imitation.coef > 0:
+            learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, scores)
+        learner.counters.samples += len(scores.total)
+        learner.counters.tokens += int(samples.mask.sum())
+        parts.append((samples, scores))
+        drawn += len(rows)
+        useful += int(groups_with_signal(learner.shaper.judged(samples, scores), samples.prompt).sum())
+    everything = joined([samples for samples, _ in parts], pad=pad_id(learner.sampler.tokenizer))
+    metrics: dict[str, float] = {}
+    if config.sampling.dynamic_rounds > 1:
+        metrics = {
+            "sampling/rounds": float(len(parts)),
+            "sampling/groups_drawn": float(drawn),
+            "sampling/groups_with_signal": float(useful),
+            "sampling/groups_trained": float(min(useful, config.sampling.prompts)),
+        }
+    return everything, joined_scores([scores for _, scores in parts]), metrics
+
+
+def groups_with_signal(scores: Scores, prompt: Tensor) -> Tensor:
+    """Whether the scored completions of each prompt earned different scores. prompt [B] int -> [G] bool."""
+    groups = int(prompt.max()) + 1
+    total, group = scores.total[scores.scored], prompt[scores.scored]
+    most = total.new_full((groups,), -torch.inf).scatter_reduce(0, group, total, "amax")
+    least = total.new_full((groups,), torch.inf).scatter_reduce(0, group, total, "amin")
+    return most - least > 1e-8
+
+
+def chosen_rows(scores: Scores, prompt: Tensor, *, prompts: int) -> Tensor:
+    """Rows [N] of the first `prompts` groups that have a signal; of the first ones drawn where none has."""
+    signal = groups_with_signal(scores, prompt)
+    groups = signal.nonzero().squeeze(1)[:prompts] if signal.any() else torch.arange(min(prompts, len(signal)))
+    return torch.isin(prompt, groups.to(prompt)).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""PPO on completions: a value head on the model, the KL to the starting model in the reward or in the loss."""
+"""PPO on completions: values by a head or by a model of their own, the KL in the reward or in the loss."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from pathlib import Path
 import torch
 
 from experiment.run import Run, RunConfig, RunResult
+from llm_rlhf.critic import CriticConfig, with_values
 from llm_rlhf.experience import (
+    OverlongConfig,
+    ShapingConfig,
+    logprob_gap,
     policy_metrics,
     reference_log_probs,
     sample_metrics,
+    with_dense_rewards,
     with_kl_rewards,
 )
 from llm_rlhf.generation import GenerationConfig, to_rollout
@@ -27,6 +32,10 @@ from llm_rlhf.learner import (
     stopping_on_nan,
 )
 from llm_rlhf.models import ModelConfig
+from llm_rlhf.monitor import MonitorConfig
+from llm_rlhf.pretraining_mix import PretrainingMixConfig
+from llm_rlhf.process_term import ProcessTermConfig
+from llm_rlhf.safety import SafetyConfig
 from llm_rlhf.self_imitation import SelfImitationConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.kl import KLConfig, kl_in_unit
@@ -54,33 +63,54 @@ def language_ppo() -> PPOConfig:
 @dataclass(frozen=True)
 class SamplingConfig:
     """updates: rollouts in all; prompts, samples_per_prompt: of one rollout; max_seconds: stop after this
-    much CPU time of training (a run that uses it cannot be repeated to the bit)."""
+    much CPU time of training (a run that uses it cannot be repeated to the bit); logprob_gap_every: updates between
+    comparisons of sampling's log-probs with training's (0 = never)."""
 
     updates: int = 200
     prompts: int = 256
     samples_per_prompt: int = 1
     max_seconds: float | None = None
+    logprob_gap_every: int = 50
 
     def __post_init__(self) -> None:
         if min(self.updates, self.prompts, self.samples_per_prompt) < 1:
             raise ValueError("sampling: updates, prompts and samples_per_prompt must be at least 1")
+        if self.logprob_gap_every < 0:
+            raise ValueError("sampling.logprob_gap_every must be at least 0")
 
 
 @dataclass(frozen=True)
 class TrainPPOConfig:
-    """Everything a PPO run is made of. rewards: name (or file.py:function) -> weight; empty = the task's own."""
+    """Everything a PPO run is made of.
+
+    rewards             name (or file.py:function, or a reward model's run) -> weight; empty = the task's own
+    rewards_timeout     seconds that one call of a reward function may take; null = any
+    safety              rules that no reward buys off
+    process             a model that pays every step of a completion
+    """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="ppo", checkpoint_every=50))
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     rewards: dict[str, float] = field(default_factory=dict)
+    rewards_timeout: float | None = None
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+    process: ProcessTermConfig = field(default_factory=ProcessTermConfig)
+    overlong: OverlongConfig | None = None
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     ppo: PPOConfig = field(default_factory=language_ppo)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01))
+    ptx: PretrainingMixConfig = field(default_factory=PretrainingMixConfig)
     self_imitation: SelfImitationConfig = field(default_factory=SelfImitationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     log_every: int = 1
+
+    def __post_init__(self) -> None:
+        self.shaping.cut_of(self.generation)
 
 
 def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
@@ -100,20 +130,21 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
             learning_rate=config.ppo.learning_rate,
             prompts=config.sampling.prompts,
             seed=config.run.seed,
-            value_head=True,
+            critic=config.critic,
+            ptx=config.ptx,
+            shaping=config.shaping,
+            overlong=config.overlong,
+            rewards_timeout=config.rewards_timeout,
+            safety=config.safety,
+            process=config.process,
+            monitor=config.monitor,
         )
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sampling.updates
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
             began = time.process_time()
-            rate = scheduled(
-                config.ppo.learning_rate,
-                schedule=config.ppo.schedule,
-                progress=progress_of(step, total, learner.counters, config.sampling.max_seconds),
-                warmup=config.ppo.warmup,
-            )
-            set_learning_rate(learner.optimizer, rate)
+            rate = set_rates(config, learner, step=step, total=total)
             with stopping_on_nan(run, "ppo.learning_rate"):
                 metrics = iterate(config, learner, step=step)
             learner.counters.seconds += time.process_time() - began
@@ -133,6 +164,20 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
         return run.finish()
 
 
+def set_rates(config: TrainPPOConfig, learner: Learner, *, step: int, total: int) -> float:
+    """Set the learning rates of update `step`; returns the policy's."""
+    progress = progress_of(step, total, learner.counters, config.sampling.max_seconds)
+
+    def now(initial: float) -> float:
+        return scheduled(initial, schedule=config.ppo.schedule, progress=progress, warmup=config.ppo.warmup)
+
+    rate = now(config.ppo.learning_rate)
+    set_learning_rate(learner.optimizer, rate)
+    if config.critic.learning_rate is not None:
+        learner.optimizer.param_groups[-1]["lr"] = now(config.critic.learning_rate)
+    return rate
+
+
 def iterate(config: TrainPPOConfig, learner: Learner, *, step: int) -> dict[str, float]:
     """One rollout and the update on it; returns metrics under TRL's names."""
     rows = learner.prompts.next().tolist()
@@ -143,18 +188,26 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int) -> dict[str,
     if config.self_imitation.coef > 0:
         learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, scores)
     ref_log_probs = reference_log_probs(learner.reference, samples)
+    learned, shaping_metrics = learner.shaper.scaled(learner.shaper.judged(samples, scores))
     rollout = to_rollout(
         samples,
-        scores.total,
-        scored=scores.scored,
+        learned.total,
+        scored=learned.scored,
         ref_log_probs=ref_log_probs,
-        cut_is_end=config.generation.cut_is_end,
+        cut_is_end=learner.shaper.cut_is_end,
         gamma=config.ppo.gamma,
     )
+    if learner.process is not None:
+        rollout = with_dense_rewards(rollout, learner.process.rewards(rows, samples))
+    if learner.critic is not None:
+        rollout = with_values(rollout, learner.critic)
+    metrics = {**sample_metrics(samples, scores, ref_log_probs), **shaping_metrics}
+    if config.sampling.logprob_gap_every and step % config.sampling.logprob_gap_every == 0:
+        metrics |= logprob_gap(learner.policy, samples)
     rollout, kl_metrics = with_kl_rewards(rollout, config=config.kl, coef=learner.controller.coef)
     advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
     statistics = update(
-        policy=learner.policy,
+        policy=learner.trained,
         optimizer=learner.optimizer,
         rollout=rollout,
         advantages=advantages,
@@ -166,12 +219,12 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int) -> dict[str,
         auxiliary=learner.auxiliary(),
         train_policy=step > config.ppo.critic_warmup,
     )
-    metrics = {**sample_metrics(samples, scores, ref_log_probs), **kl_metrics, **policy_metrics(statistics)}
+    metrics |= {**kl_metrics, **policy_metrics(statistics)}
     if rollout.values is not None:
         metrics["val/explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
     metrics["objective/kl_coef"] = learner.controller.coef
     spent = kl_in_unit(
-        rollout.old_log_probs - ref_log_probs, mask=rollout.mask, episode=rollout.episode, unit=config.kl.unit
+        samples.log_probs - ref_log_probs, mask=samples.mask, episode=rollout.episode, unit=config.kl.unit
     )
     learner.controller.update(spent, episodes=len(scores.total))
     learner.counters.samples += len(scores.total)

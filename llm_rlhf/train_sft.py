@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: learn the demonstrated completions, prompts masked out."""
+"""Supervised fine-tuning: learn the demonstrated completions, prompts and others' turns masked out."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
+from llm_rlhf.data.chat import Chat, ensure_template
+from llm_rlhf.data.packing import PackedTexts, pack, require_apart
 from llm_rlhf.learner import (
     Counters,
     ValidationConfig,
@@ -19,9 +23,11 @@ from llm_rlhf.learner import (
     validate,
     writer,
 )
+from llm_rlhf.lora import merged_writer
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
-from llm_rlhf.tasks.task import TaskConfig, build_task
-from llm_rlhf.text_data import Batches, TokenizedTexts, tokenize
+from llm_rlhf.preference_learning import Precision, autocast
+from llm_rlhf.tasks.task import Task, TaskConfig, build_task
+from llm_rlhf.text_data import Batches, TokenizedTexts, encode_examples, lay_out
 from llm_rlhf.tokenizer import pad_id
 from policy_core.bc import bc_loss
 from policy_core.ppo import NonFiniteLoss
@@ -32,8 +38,10 @@ RECIPE = "llm/sft"
 
 @dataclass(frozen=True)
 class SupervisedConfig:
-    """steps, batch_size: updates and texts per update; learning_rate, schedule, warmup: AdamW's and its course;
-    max_seconds: stop after this much CPU time of training (a run that uses it cannot be repeated to the bit)."""
+    """steps, batch_size: updates and texts (of a packed run: rows) per update; learning_rate, schedule, warmup:
+    AdamW's and its course; precision: with "bfloat16" the model's matrix products are (autocast), while
+    log-softmax, loss, weights and optimizer stay float32; max_seconds: stop after this much CPU time of training (a
+    run that uses it cannot be repeated to the bit)."""
 
     steps: int = 2000
     batch_size: int = 64
@@ -42,11 +50,31 @@ class SupervisedConfig:
     warmup: float = 0.0
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    precision: Precision = "float32"
     max_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError("sft: steps and batch_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class TextsConfig:
+    """How texts are laid out.
+
+    packing         several in a row, which changes no text's numbers beyond rounding and saves the padding
+    packed_length   tokens of such a row; None = 1024, or what the longest text needs, at most the model's context
+    cut             cut texts that do not fit the context (prompts keep their end, completions their start) instead
+                    of refusing them; how many is said
+    """
+
+    packing: bool = False
+    packed_length: int | None = None
+    cut: bool = False
+
+    def __post_init__(self) -> None:
+        if self.packed_length is not None and self.packed_length < 2:
+            raise ValueError(f"texts.packed_length must be at least 2, got {self.packed_length}")
 
 
 @dataclass(frozen=True)
@@ -56,6 +84,7 @@ class TrainSFTConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(name="sft", checkpoint_every=500))
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    texts: TextsConfig = field(default_factory=TextsConfig)
     sft: SupervisedConfig = field(default_factory=SupervisedConfig)
     validation: ValidationConfig = field(default_factory=lambda: ValidationConfig(every=500))
     log_every: int = 50
@@ -63,12 +92,13 @@ class TrainSFTConfig:
 
 def train(config: TrainSFTConfig, *, resume: Path | None = None) -> RunResult:
     """Train on the task's demonstrations; the run's `policy` folder is a plain transformers model."""
+    require_precision(config.sft.precision)
     task = build_task(config.task)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
         policy, tokenizer = build_policy(checkpoint_policy(run, config.model), alphabet=task.alphabet)
         optimizer = make_optimizer(policy, config.sft)
-        data = tokenize(task.demonstrations, tokenizer, context=policy.context, pad=pad_id(tokenizer))
+        data = training_texts(task, tokenizer, policy, config.texts)
         batches = Batches(len(data), config.sft.batch_size, seed=config.run.seed)
         counters = Counters()
         start = 0
@@ -100,7 +130,10 @@ def train(config: TrainSFTConfig, *, resume: Path | None = None) -> RunResult:
                 run.save(
                     state,
                     global_step=step,
-                    folders=writer(policy, tokenizer),
+                    folders={
+                        **writer(policy, tokenizer),
+                        **merged_writer(policy.model, tokenizer, asked=policy.write_merged),
+                    },
                     metric=metrics.get("eval/greedy"),
                 )
             if out_of_time:
@@ -108,17 +141,55 @@ def train(config: TrainSFTConfig, *, resume: Path | None = None) -> RunResult:
         return run.finish()
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies matrices of bfloat16; without that, they are slower than float32's."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def require_precision(precision: Precision) -> None:
+    """Raises UserError if this machine cannot compute so."""
+    if precision == "bfloat16" and not has_bfloat16():
+        raise UserError("sft.precision: this processor has no bfloat16 instructions; leave it at float32")
+
+
+def training_texts(
+    task: Task, tokenizer: PreTrainedTokenizerBase, policy: LanguagePolicy, config: TextsConfig
+) -> TokenizedTexts | PackedTexts:
+    """The task's demonstrations as tokens, packed where that is asked for; says what was cut.
+
+    A tokenizer without a chat template gets the plain one where there are conversations. Raises UserError if there
+    is nothing, or a text does not fit the model's context and may not be cut.
+    """
+    if any(isinstance(example.prompt, Chat) for example in task.demonstrations) and ensure_template(tokenizer):
+        print("the tokenizer has no chat template; conversations are lines 'role: content'", flush=True)
+    texts, counts = encode_examples(task.demonstrations, tokenizer, context=policy.context, cut=config.cut)
+    for what, count in counts.items():
+        if count:
+            print(
+                f"{count} of {len(texts)} {what.replace('_', ' ')} to the context of {policy.context}", flush=True
+            )
+    if not config.packing:
+        return lay_out(texts, pad=pad_id(tokenizer))
+    packed = pack(texts, context=policy.context, pad=pad_id(tokenizer), width=config.packed_length)
+    require_apart(policy, packed)
+    filled = float(packed.attention_mask.float().mean())
+    print(
+        f"{len(texts)} texts in {len(packed)} rows of {packed.mask.shape[1]} tokens, {filled:.1%} filled",
+        flush=True,
+    )
+    return packed
+
+
 def make_optimizer(policy: LanguagePolicy, config: SupervisedConfig) -> torch.optim.AdamW:
     """AdamW over everything that learns, in its fused form."""
-    return torch.optim.AdamW(
-        policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    learned = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
 def supervised_step(
     policy: LanguagePolicy,
     optimizer: torch.optim.Optimizer,
-    data: TokenizedTexts,
+    data: TokenizedTexts | PackedTexts,
     batches: Batches,
     config: SupervisedConfig,
     *,
@@ -137,8 +208,12 @@ def supervised_step(
     )
     set_learning_rate(optimizer, rate)
     rows = batches.next()
-    evaluation = policy.evaluate(data.observations(rows), data.input_ids[rows])
-    loss, _ = bc_loss(log_probs=evaluation.log_probs, mask=data.mask[rows])
+    with autocast(policy, config.precision):
+        if isinstance(data, PackedTexts):
+            log_probs = data.log_probs(policy, rows)
+        else:
+            log_probs = policy.evaluate(data.observations(rows), data.input_ids[rows]).log_probs
+    loss, _ = bc_loss(log_probs=log_probs, mask=data.mask[rows])
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)

@@ -7,6 +7,7 @@ the surroundings are one line and exit code 2; bugs keep their traceback.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -241,6 +242,25 @@ def _data(action: str) -> Callable[[argparse.Namespace], int]:
     return act
 
 
+def _module_arguments(name: str) -> Callable[[argparse.ArgumentParser], None]:
+    def add(parser: argparse.ArgumentParser) -> None:
+        importlib.import_module(f"tandem.{name}").add_arguments(parser)
+
+    return add
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    from tandem.benchmark import benchmark
+
+    return benchmark(arguments)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from tandem.chat import chat
+
+    return chat(arguments)
+
+
 def _config(arguments: argparse.Namespace) -> int:
     from tandem.verbs import show_config
 
@@ -286,6 +306,20 @@ VERBS: dict[str, Verb] = {
         "The scene has the things that TEXT names, where it is understood. For vision-language-action policies.",
         _watch_arguments,
         _watch,
+    ),
+    "chat": Verb(
+        "MODEL",
+        "talk with a language policy",
+        "A run, or a model's folder. /reset begins anew, /quit ends; a pipe is read line by line.",
+        _module_arguments("chat"),
+        _chat,
+    ),
+    "benchmark": Verb(
+        "MODEL --suite NAME --data FILE",
+        "a benchmark on your own files, with intervals",
+        "docs/language_evaluation.md says which suites there are and what their files hold.",
+        _module_arguments("benchmark"),
+        _benchmark,
     ),
     "compare": Verb(
         "RUN RUN ... [--metric PATTERN]",

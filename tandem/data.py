@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError
-from tandem import data_files
+from tandem import data_files, data_text
 from tandem.data_files import told
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ _MOST_PROBLEMS = 100
 
 def _folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a data set of any format, or the id of a local Minari one")
+
+
+def _validate_arguments(parser: argparse.ArgumentParser) -> None:
+    _folder(parser)
+    data_text.arguments(parser)
 
 
 def view_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +123,8 @@ def _inspect_any(source: Source) -> int:
 
 def validate(arguments: argparse.Namespace) -> int:
     """Every problem on a line; exit code 1 if there is one."""
+    if data_text.is_text(arguments.path):
+        return data_text.validate(arguments)
     from embodied.datasets.check import problems
 
     said, looked_at = time.monotonic(), 0
@@ -245,7 +252,7 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "inspect": _folder,
-    "validate": _folder,
+    "validate": _validate_arguments,
     "view": view_arguments,
     "record": record_arguments,
     "convert": data_files.convert_arguments,

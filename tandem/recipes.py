@@ -29,11 +29,18 @@ RECIPES: dict[str, tuple[str, str]] = {
     "embodied/vla_bc": ("embodied.train_vla_bc", "TrainVLABCConfig"),
     "embodied/vla_ppo": ("embodied.train_vla_ppo", "TrainVLAPPOConfig"),
     "embodied/vla_grpo": ("embodied.train_vla_grpo", "TrainVLAGRPOConfig"),
-    "llm/sft": ("llm_rlhf.train_sft", "TrainSFTConfig"),
-    "llm/ppo": ("llm_rlhf.train_ppo", "TrainPPOConfig"),
+    "llm/dpo": ("llm_rlhf.train_dpo", "TrainDPOConfig"),
     "llm/grpo": ("llm_rlhf.train_grpo", "TrainGRPOConfig"),
     "llm/ilql": ("llm_rlhf.train_ilql", "TrainILQLConfig"),
+    "llm/iterative_dpo": ("llm_rlhf.train_iterative_dpo", "TrainIterativeDPOConfig"),
+    "llm/kto": ("llm_rlhf.train_kto", "TrainKTOConfig"),
+    "llm/ppo": ("llm_rlhf.train_ppo", "TrainPPOConfig"),
+    "llm/process_reward": ("llm_rlhf.train_process_reward", "TrainProcessRewardConfig"),
     "llm/rejection": ("llm_rlhf.train_rejection", "TrainRejectionConfig"),
+    "llm/reward": ("llm_rlhf.train_reward", "TrainRewardConfig"),
+    "llm/sft": ("llm_rlhf.train_sft", "TrainSFTConfig"),
+    "llm/turns_ppo": ("llm_rlhf.train_turns_ppo", "TrainTurnsPPOConfig"),
+    "llm/turns_sft": ("llm_rlhf.train_turns_sft", "TrainTurnsSFTConfig"),
 }
 
 # Recipe, or the first part of its name -> module with `EvaluateConfig` and `evaluate_run(run_folder, config)`. It
@@ -46,6 +53,12 @@ EVALUATORS: dict[str, str] = {
     "embodied/vla_grpo": "embodied.evaluate_vla",
     "embodied/vla_ppo": "embodied.evaluate_vla",
     "llm": "llm_rlhf.evaluate",
+    "llm/dpo": "llm_rlhf.evaluate_preference",
+    "llm/kto": "llm_rlhf.evaluate_preference",
+    "llm/process_reward": "llm_rlhf.train_process_reward",
+    "llm/reward": "llm_rlhf.evaluate_reward",
+    "llm/turns_ppo": "llm_rlhf.evaluate_turns",
+    "llm/turns_sft": "llm_rlhf.evaluate_turns",
 }
 
 

@@ -7,30 +7,34 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llm_rlhf.rewards import RewardFunction
-from llm_rlhf.tasks import calculator, random_walks, rows, scored
+from llm_rlhf.tasks import calculator, random_walks, rows, scored, tool_calculator
 from llm_rlhf.tasks.calculator import CalculatorConfig
 from llm_rlhf.tasks.examples import Example, Piece
 from llm_rlhf.tasks.random_walks import RandomWalksConfig
 from llm_rlhf.tasks.rows import RowsConfig
 from llm_rlhf.tasks.scored import ScoredConfig
+from llm_rlhf.tasks.tool_calculator import ToolCalculatorConfig
 
 
 @dataclass(frozen=True)
 class TaskConfig:
     """Which task, on which data.
 
-    name    calculator, random_walks, rows (your own prompts and completions), or scored (with rewards)
+    name    calculator, random_walks, tool_calculator (word problems solved with a calculator tool), rows (your own
+            prompts and completions), or scored (with rewards)
     data    calculator: GSM8K's train file (jsonl or jsonl.gz), None or absent = generated expressions;
+            tool_calculator: the same file, None = generated problems
             rows: a jsonl file with `prompt`, `completion` and any further columns
             scored: a jsonl file with `prompt`, `completion` (or chat `messages`) and `reward`
     seed    of the split, of what is generated and of planted mistakes
     """
 
-    name: Literal["calculator", "random_walks", "rows", "scored"] = "calculator"
+    name: Literal["calculator", "random_walks", "tool_calculator", "rows", "scored"] = "calculator"
     data: str | None = None
     seed: int = 0
     calculator: CalculatorConfig = field(default_factory=CalculatorConfig)
     random_walks: RandomWalksConfig = field(default_factory=RandomWalksConfig)
+    tool_calculator: ToolCalculatorConfig = field(default_factory=ToolCalculatorConfig)
     rows: RowsConfig = field(default_factory=RowsConfig)
     scored: ScoredConfig = field(default_factory=ScoredConfig)
 
@@ -69,6 +73,8 @@ def build_task(config: TaskConfig) -> Task:
         parts = calculator.build(config.calculator, data=config.data, seed=config.seed)
     elif config.name == "random_walks":
         parts = random_walks.build(config.random_walks, seed=config.seed)
+    elif config.name == "tool_calculator":
+        parts = tool_calculator.build(config.tool_calculator, data=config.data, seed=config.seed)
     elif config.name == "rows":
         parts = rows.build(config.rows, data=config.data, seed=config.seed)
     else:

@@ -9,8 +9,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from llm_rlhf.generation import draw_index
 from llm_rlhf.decoding import RoomyLayer, roomy_cache
+from llm_rlhf.generation import draw_index
 
 
 def small_model() -> GPT2LMHeadModel:

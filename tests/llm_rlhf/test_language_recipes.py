@@ -1,5 +1,6 @@
 """Every recipe in miniature: it runs, learns, resumes to the bit, and says plainly what it cannot do."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from experiment.errors import UserError
 from experiment.run import RunConfig, RunResult
 from llm_rlhf import train_grpo, train_ppo, train_rejection, train_sft
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
+from llm_rlhf.experience import ShapingConfig
 from llm_rlhf.models import LanguagePolicy, ModelConfig
 from llm_rlhf.train_grpo import TrainGRPOConfig
 from llm_rlhf.train_ppo import TrainPPOConfig
@@ -280,3 +282,94 @@ def test_what_the_policy_writes_is_kept_as_a_table(tmp_path: Path, base: Path) -
     assert [set(row) for row in rows] == [{"prompt", "completion", "optimality"}] * 16
     assert all(len(row["prompt"]) == 1 for row in rows), "a walk's prompt is its first node"
     assert all(0.0 <= row["optimality"] <= 1.0 for row in rows)
+
+
+def test_micro_batches_change_no_number(tmp_path: Path, base: Path) -> None:
+    """One optimizer step in pieces of 3 rows, KL term included, has the whole's gradient and metrics."""
+    whole: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
+    for size, found in ((None, whole), (3, parts)):
+        ppo = small_ppo(tmp_path / f"ppo-{size}", base, 2)
+        ppo = replace(
+            ppo,
+            kl=replace(ppo.kl, placement="loss", estimator="k2", target=None),
+            ppo=replace(ppo.ppo, minibatch_size=16, epochs=1, critic_warmup=0, micro_batch_size=size),
+        )
+        grpo = small_grpo(tmp_path / f"grpo-{size}", base, 2)
+        grpo = replace(grpo, ppo=replace(grpo.ppo, minibatch_size=16, micro_batch_size=size))
+        found += [rows(train_ppo.train(ppo).folder)[0], rows(train_grpo.train(grpo).folder)[0]]
+    for one, other in zip(whole, parts, strict=True):
+        assert one["policy/grad_norm"] > 0
+        for name in ("policy/grad_norm", "loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg"):
+            assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
+    assert parts[0]["loss/value_avg"] == pytest.approx(whole[0]["loss/value_avg"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("placement", "estimator"), [("reward", "k1"), ("loss", "k2")])
+def test_the_adaptive_kl_ends_at_its_target(tmp_path: Path, base: Path, placement: str, estimator: str) -> None:
+    """A reward that half of the letters earn takes the policy far past a target of one nat a completion; the
+    controller brings it back, and holds it within a fifth."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "def liked(prompts, completions):\n"
+        "    return [float(sum(letter in 'acegikmoqs' for letter in text)) for text in completions]\n"
+    )
+    sections = {
+        "model": {"path": str(base)},
+        "rewards": {f"{file}:liked": 1.0},
+        "generation": {"max_new_tokens": 4},
+        "sampling": {"updates": 110, "prompts": 14, "samples_per_prompt": 8},
+        "ppo": {"minibatch_size": 112, "learning_rate": 3e-3, "epochs": 2},
+        "kl": {"coef": 0.5, "target": 1.0, "horizon": 400.0, "placement": placement, "estimator": estimator},
+        "validation": {"every": 0},
+    }
+    config = build_from_dict(settings(tmp_path / "run") | sections, TrainPPOConfig)
+    logged = rows(train_ppo.train(config).folder)
+    spent = [row["objective/kl"] for row in logged]
+    assert abs(spent[0]) < 1e-4
+    assert max(spent) > 1.8
+    assert sum(spent[-40:]) / 40 == pytest.approx(1.0, rel=0.2)
+    for before, after in itertools.pairwise(logged):  # Ziegler's rule, in nats a completion
+        error = min(max(before["objective/kl"] / 1.0 - 1.0, -0.2), 0.2)
+        factor = 1.0 + error * 112 / 400
+        assert after["objective/kl_coef"] == pytest.approx(before["objective/kl_coef"] * factor, rel=1e-5)
+
+
+def test_sampling_s_log_probs_are_compared_with_training_s(tmp_path: Path, base: Path) -> None:
+    made: list[tuple[Recipe, Any]] = [
+        (train_ppo.train, small_ppo(tmp_path / "ppo", base, 4)),
+        (train_grpo.train, small_grpo(tmp_path / "grpo", base, 4)),
+    ]
+    for recipe, config in made:
+        config = replace(config, sampling=replace(config.sampling, logprob_gap_every=2))
+        found = [row.get("sampling/logprob_gap") for row in rows(recipe(config).folder)]
+        assert [gap is not None for gap in found] == [False, True, False, True]
+        assert all(0 <= gap <= 1e-5 for gap in found if gap is not None)
+
+
+def test_penalties_and_scales_of_a_run(tmp_path: Path, base: Path) -> None:
+    """The reported score is the task's own; what is learned from is logged beside; the running scale resumes."""
+
+    def make(folder: Path, updates: int) -> TrainPPOConfig:
+        config = small_ppo(folder, base, updates)
+        shaping = ShapingConfig(missing_eos_penalty=1.0, scale="running")
+        return replace(config, shaping=shaping, generation=replace(config.generation, max_new_tokens=3))
+
+    resumed(train_ppo.train, make, tmp_path)
+    logged = rows(tmp_path / "whole")
+    assert all(row["objective/score_deviation"] > 0 for row in logged)
+    assert 0 < logged[0]["completions/finished"] < 1
+    assert logged[0]["objective/scores"] == pytest.approx(logged[0]["rewards/optimality/mean"])
+
+
+def test_a_reward_function_that_hangs_ends_the_run_with_one_line(tmp_path: Path, base: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("import threading\ndef hangs(prompts, completions):\n    threading.Event().wait()\n")
+    made: list[tuple[Recipe, Any]] = [
+        (train_ppo.train, small_ppo(tmp_path / "ppo", base)),
+        (train_grpo.train, small_grpo(tmp_path / "grpo", base)),
+    ]
+    for recipe, config in made:
+        config = replace(config, rewards={f"{file}:hangs": 1.0}, rewards_timeout=0.05)
+        with pytest.raises(UserError, match=r"own\.py:hangs: no answer within 0\.05 seconds \(rewards_timeout\)$"):
+            recipe(config)

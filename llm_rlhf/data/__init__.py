@@ -1,0 +1,1 @@
+"""Users' data of every column type, read, checked and tokenized."""

@@ -1,0 +1,152 @@
+"""How good a policy that writes in turns is on rows that it was not trained on, with its tools or environment.
+
+The numbers of `llm_rlhf.evaluate` (greedy, sampled, pass@k, with intervals), and turns and tool calls an episode.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from experiment.checkpoint import write_atomically
+from experiment.config import build_from_dict, read_tree
+from experiment.errors import UserError
+from experiment.statistics import bootstrap_interval, wilson_interval
+from llm_rlhf.evaluate import SOLVED, Result, numbers
+from llm_rlhf.learner import ValidationConfig
+from llm_rlhf.models import LanguagePolicy
+from llm_rlhf.playing import Played, Player, build_player
+from llm_rlhf.tasks.examples import Example
+from llm_rlhf.tasks.task import TaskConfig, build_task
+from llm_rlhf.tokenizer import load_tokenizer
+from llm_rlhf.turns import TurnsConfig
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to measure.
+
+    splits          names of the task's prompt sets; empty = all but "validation"
+    samples         episodes played on a row (the k of pass@k)
+    temperature     of those
+    batch_size      rows at once
+    seed            of the draws
+    checkpoint      which one of a run
+    """
+
+    splits: tuple[str, ...] = ()
+    samples: int = 8
+    temperature: float = 1.0
+    batch_size: int = 256
+    seed: int = 10_000
+    checkpoint: Literal["last", "best"] = "last"
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.batch_size < 1:
+            raise ValueError("evaluation: samples and batch_size must be at least 1")
+
+
+def evaluate_player(player: Player, examples: Sequence[Example], config: EvaluateConfig) -> Result:
+    """Measure the player's policy on rows.
+
+    Returns greedy, greedy_solved, sampled, pass@K (each with NAME_interval), turns, calls and failed_calls (of the
+    samples), mean_length (tokens that the policy wrote), finished (share that the environment ended), prompts.
+    """
+    policy = player.policy
+    temperature, policy.temperature = policy.temperature, config.temperature
+    generator = torch.Generator().manual_seed(config.seed)
+    greedy: list[Tensor] = []
+    drawn: list[Tensor] = []
+    looks: list[Played] = []
+    try:
+        for start in range(0, len(examples), config.batch_size):
+            batch = examples[start : start + config.batch_size]
+            best = player.play(batch, samples_per_prompt=1, generator=None, first_index=start)
+            greedy.append(best.scores.total)
+            look = player.play(
+                batch,
+                samples_per_prompt=config.samples,
+                generator=generator,
+                first_index=start * config.samples,
+            )
+            drawn.append(look.scores.total.view(len(batch), config.samples))
+            looks.append(look)
+    finally:
+        policy.temperature = temperature
+    return {**_scores(torch.cat(greedy), torch.cat(drawn)), **_course(looks)}
+
+
+def _scores(greedy: Tensor, drawn: Tensor) -> Result:
+    """greedy [P], drawn [P, K] -> shares with Wilson intervals, means with bootstrap intervals over rows."""
+    prompts, count = drawn.shape
+    solved, passed = int((greedy >= SOLVED).sum()), int((drawn >= SOLVED).any(1).sum())
+    return {
+        "prompts": prompts,
+        "greedy": float(greedy.mean()),
+        "greedy_interval": list(bootstrap_interval(greedy.tolist())),
+        "greedy_solved": solved / prompts,
+        "greedy_solved_interval": list(wilson_interval(solved, prompts)),
+        "sampled": float(drawn.mean()),
+        "sampled_interval": list(bootstrap_interval(drawn.mean(1).tolist())),
+        f"pass@{count}": passed / prompts,
+        f"pass@{count}_interval": list(wilson_interval(passed, prompts)),
+    }
+
+
+def _course(looks: Sequence[Played]) -> Result:
+    """What happened in the sampled episodes, a mean over all of them."""
+    sizes = [len(look.examples) for look in looks]
+    total = sum(sizes)
+    metrics = [look.episodes.metrics() for look in looks]
+    calls = [size * each["tools/call_frequency"] for size, each in zip(sizes, metrics, strict=True)]
+    failed = [count * each["tools/failure_frequency"] for count, each in zip(calls, metrics, strict=True)]
+    return {
+        "turns": sum(size * each["turns/mean"] for size, each in zip(sizes, metrics, strict=True)) / total,
+        "calls": sum(calls) / total,
+        "failed_calls": sum(failed) / total,
+        "mean_length": sum(float(look.episodes.samples.mask.sum()) for look in looks) / total,
+        "finished": sum(float(look.episodes.samples.finished.sum()) for look in looks) / total,
+    }
+
+
+def validate_player(
+    player: Player, examples: Sequence[Example], config: ValidationConfig, *, due: bool
+) -> dict[str, float]:
+    """Validation metrics (eval/...) when they are due, else nothing. Draws from a generator of its own."""
+    if config.every == 0 or not due:
+        return {}
+    result = evaluate_player(player, examples[: config.prompts], EvaluateConfig(samples=config.samples))
+    return numbers(result, prefix="eval")
+
+
+def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig()) -> dict[str, Result]:
+    """Evaluate a run's checkpoint on its task's held-out rows and write RUN/eval.json.
+
+    Returns split -> what `evaluate_player` returns. Raises UserError if the folder holds no run with a checkpoint,
+    or a split does not exist.
+    """
+    folder = Path(run_folder)
+    place = str(folder / "config.yaml")
+    values: dict[str, Any] = read_tree(folder / "config.yaml").values
+    task = build_task(build_from_dict(values.get("task") or {}, TaskConfig, place))
+    turns = build_from_dict(values.get("turns") or {}, TurnsConfig, place)
+    source = folder / "checkpoints" / config.checkpoint / "policy"
+    if not source.is_dir():
+        raise UserError(f"{folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
+    policy = LanguagePolicy.from_pretrained(source).eval()
+    limit = (values.get("generation") or {}).get("max_new_tokens")
+    player = build_player(policy, load_tokenizer(source), task, turns, rewards={}, max_new_tokens=limit)
+    results = {}
+    for split in config.splits or tuple(name for name in task.splits if name != "validation"):
+        if split not in task.splits:
+            raise UserError(f"evaluation.splits: this task has no {split!r}; it has {', '.join(task.splits)}")
+        results[split] = evaluate_player(player, task.splits[split], config)
+    written = {"checkpoint": config.checkpoint, "seed": config.seed, "splits": results}
+    write_atomically(folder / "eval.json", json.dumps(written, indent=2) + "\n")
+    return results

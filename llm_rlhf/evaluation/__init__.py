@@ -1,0 +1,1 @@
+"""Measuring language policies: win rates, frontiers, diversity, perplexity, benchmarks, red teams."""

@@ -1,0 +1,193 @@
+"""A model under test: it completes prompts and says how likely it finds given completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from experiment.errors import UserError
+from llm_rlhf.data.chat import Chat, render
+from llm_rlhf.generation import generate
+from llm_rlhf.ilql import AdvantageSteering
+from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy, model_folder
+from llm_rlhf.text_data import encode_prompts
+from llm_rlhf.tokenizer import decode_completions, pad_id
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+"""A text, or the messages of a conversation whose next one is the assistant's."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """max_new_tokens: longest completion, EOS included; temperature 0 is greedy; samples: of each prompt; stop: a
+    completion ends before the first of these texts; seed: of the draws."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    samples: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.samples < 1 or self.temperature < 0:
+            raise ValueError(
+                "decoding: max_new_tokens and samples must be at least 1, temperature must not be negative"
+            )
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("decoding: several samples at temperature 0 are all the same; raise it")
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of a completion after its prompt: log_prob in nats, tokens, and the completion's bytes (UTF-8)."""
+
+    log_prob: float
+    tokens: int
+    size: int
+
+    @property
+    def per_byte(self) -> float:
+        """Nats a byte: comparable between completions of different lengths, and between tokenizers."""
+        return self.log_prob / max(self.size, 1)
+
+
+@dataclass
+class Subject:
+    """A policy with its tokenizer.
+
+    chat        ask through the tokenizer's chat template (a plain one where it has none), else prompts as they are
+    batch_size  prompts at once
+    cut         how many prompts were too long for the context: those keep their end
+    """
+
+    policy: LanguagePolicy
+    tokenizer: PreTrainedTokenizerBase
+    chat: bool = False
+    batch_size: int = 16
+    cut: int = field(default=0, init=False)
+
+    def text_of(self, prompt: Prompt) -> str:
+        """What the model is given. Raises UserError if the chat template refuses the messages."""
+        if isinstance(prompt, Chat):
+            prompt = list(prompt.messages)
+        if self.chat:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return render(self.tokenizer, messages, answer=True)
+        return str(prompt) if isinstance(prompt, str) else str(Chat.prompt(prompt))
+
+    def complete(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[list[str]]:
+        """`decoding.samples` texts for each prompt. Raises UserError if none fits the model's context."""
+        room = self.policy.context - decoding.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"--max-new-tokens: {decoding.max_new_tokens} leave no room for a prompt in the model's context of "
+                f"{self.policy.context} tokens; lower it"
+            )
+        ids = [self._fitting(one, room) for one in encode_prompts(self.tokenizer, [*map(self.text_of, prompts)])]
+        eos = int(self.tokenizer.eos_token_id)
+        generator = torch.Generator().manual_seed(decoding.seed) if decoding.temperature > 0 else None
+        before, self.policy.temperature = self.policy.temperature, decoding.temperature or 1.0
+        texts: list[str] = []
+        try:
+            for start in range(0, len(ids), self.batch_size):
+                samples = generate(
+                    self.policy,
+                    ids[start : start + self.batch_size],
+                    samples_per_prompt=decoding.samples,
+                    max_new_tokens=decoding.max_new_tokens,
+                    eos=eos,
+                    pad=pad_id(self.tokenizer),
+                    generator=generator,
+                )
+                texts += decode_completions(self.tokenizer, samples.completions(without=eos))
+        finally:
+            self.policy.temperature = before
+        stopped = [cut_at(text, decoding.stop) for text in texts]
+        return [stopped[row : row + decoding.samples] for row in range(0, len(stopped), decoding.samples)]
+
+    @torch.no_grad()
+    def likelihoods(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Likelihood]:
+        """Of each (prompt, completion), at temperature 1; prompt and completion are tokenized apart.
+
+        Raises UserError for a completion that is empty or fills the context.
+        """
+        device = next(self.policy.parameters()).device
+        prompts = encode_prompts(self.tokenizer, [self.text_of(prompt) for prompt, _ in pairs])
+        ends = [list(self.tokenizer.encode(text, add_special_tokens=False)) for _, text in pairs]
+        found: list[Likelihood] = []
+        before, self.policy.temperature = self.policy.temperature, 1.0
+        try:
+            for start in range(0, len(pairs), self.batch_size):
+                rows = range(start, min(start + self.batch_size, len(pairs)))
+                right = max(len(ends[row]) for row in rows)
+                for row in rows:
+                    if not ends[row] or len(ends[row]) >= self.policy.context:
+                        raise UserError(
+                            f"the completion {pairs[row][1][:40]!r} has {len(ends[row])} tokens; it needs at least "
+                            f"one and fewer than the model's context of {self.policy.context}"
+                        )
+                starts = [self._fitting(prompts[row], self.policy.context - right) for row in rows]
+                left = max(len(ids) for ids in starts)
+                fill, ids, mask, decided = pad_id(self.tokenizer), [], [], []
+                for row, prompt in zip(rows, starts, strict=True):
+                    lead, trail = left - len(prompt), right - len(ends[row])
+                    ids.append([fill] * lead + prompt + ends[row] + [fill] * trail)
+                    mask.append([0] * lead + [1] * (len(prompt) + len(ends[row])) + [0] * trail)
+                    decided.append([False] * left + [True] * len(ends[row]) + [False] * trail)
+                tokens, decisions = torch.tensor(ids, device=device), torch.tensor(decided, device=device)
+                observations = {
+                    "input_ids": tokens,
+                    "attention_mask": torch.tensor(mask, device=device),
+                    "decisions": decisions,
+                }
+                log_probs = self.policy.evaluate(observations, tokens).log_probs
+                sums = torch.where(decisions, log_probs, 0.0).double().sum(1).tolist()
+                for row, value in zip(rows, sums, strict=True):
+                    found.append(Likelihood(value, len(ends[row]), len(pairs[row][1].encode())))
+        finally:
+            self.policy.temperature = before
+        return found
+
+    def _fitting(self, ids: list[int], room: int) -> list[int]:
+        if len(ids) <= room:
+            return ids
+        self.cut += 1
+        return ids[-room:]
+
+    def notes(self) -> list[str]:
+        """What the reader of a result must know of the asking."""
+        if not self.cut:
+            return []
+        return [
+            f"{self.cut} prompts were too long for the context of {self.policy.context} tokens: they kept their end"
+        ]
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop texts."""
+    places = [place for mark in stop if (place := text.find(mark)) >= 0]
+    return text[: min(places)] if places else text
+
+
+def load_subject(
+    path: str | Path, *, checkpoint: Literal["last", "best"] = "last", chat: bool = False, batch_size: int = 16
+) -> Subject:
+    """A run folder's checkpoint, a model's folder or a hub name.
+
+    A low-rank adapter is merged into the weights; value heads (llm/ilql) steer as their run was configured.
+
+    Raises UserError where there is no such model.
+    """
+    inner = Path(path) / "checkpoints" / checkpoint / "policy"
+    if (Path(path) / "checkpoints").is_dir() and not inner.is_dir():
+        raise UserError(f"{path}: there is no checkpoint {checkpoint!r}")
+    source = model_folder(inner if inner.is_dir() else path)
+    policy, tokenizer = build_policy(ModelConfig(path=source), alphabet="")
+    policy.eval().steering = AdvantageSteering.load(Path(source), policy)
+    return Subject(policy, tokenizer, chat=chat, batch_size=batch_size)

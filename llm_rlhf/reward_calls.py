@@ -1,0 +1,185 @@
+"""Calling reward functions: plain ones in turn, `async def` ones all at once, each within a time limit.
+
+A call with a limit runs on a thread that the process does not wait for, so a run whose function hangs can end. All
+`async def` functions share one event loop that lives as long as the process, so a client that a function keeps
+between calls stays usable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import inspect
+import math
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from experiment.errors import UserError
+
+RewardFunction = Callable[..., Sequence[float | None]]
+AsyncRewardFunction = Callable[..., Awaitable[Sequence[float | None]]]
+AnyRewardFunction = RewardFunction | AsyncRewardFunction
+
+REPLY_SECONDS = 1.0
+"""How soon an event loop that no function blocks answers."""
+
+
+def call_all(
+    functions: Mapping[str, AnyRewardFunction],
+    *,
+    prompts: list[str],
+    completions: list[str],
+    columns: Mapping[str, list[Any]],
+    timeout: float | None = None,
+) -> dict[str, list[float]]:
+    """Rewards [B] of every function by its name, NaN for None.
+
+    timeout     seconds that one call may take; None = any
+
+    Raises UserError naming the function that raised, took too long or returned something unusable.
+    """
+    arguments = {
+        name: {"prompts": prompts, "completions": completions, **_given(function, columns)}
+        for name, function in functions.items()
+    }
+    began = time.monotonic()
+    under_way = {
+        name: asyncio.run_coroutine_threadsafe(_named(name, function, arguments[name]), _loop(os.getpid()))
+        for name, function in functions.items()
+        if is_async(function)
+    }
+    results: dict[str, list[float]] = {}
+    try:
+        for name, function in functions.items():
+            if name not in under_way:
+                results[name] = _checked(name, _call(name, function, arguments[name], timeout), completions)
+        for name, future in under_way.items():
+            left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
+            if not concurrent.futures.wait([future], timeout=left).done:
+                raise _too_late(_blocking(name), timeout)
+            results[name] = _checked(name, _outcome(name, future.result), completions)
+    finally:
+        for future in under_way.values():
+            future.cancel()
+    return {name: results[name] for name in functions}
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling it gives a coroutine: an `async def`, or an object with such a `__call__`."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def check_columns(name: str, function: AnyRewardFunction, columns: Sequence[str]) -> None:
+    """Raise UserError if the function asks for a column that is not in `columns`."""
+    for wanted in _wanted(function)[0]:
+        if wanted not in columns:
+            raise UserError(
+                f"rewards.{name}: it asks for a column {wanted!r}; the data has {', '.join(sorted(columns))}"
+            )
+
+
+def _wanted(function: AnyRewardFunction) -> tuple[list[str], list[str], bool]:
+    """Required column names, optional ones, and whether the function takes any column (**kwargs)."""
+    required: list[str] = []
+    optional: list[str] = []
+    anything = False
+    for parameter in list(inspect.signature(function).parameters.values()):
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            anything = True
+        elif parameter.name not in ("prompts", "completions"):
+            (required if parameter.default is inspect.Parameter.empty else optional).append(parameter.name)
+    return required, optional, anything
+
+
+def _given(function: AnyRewardFunction, columns: Mapping[str, list[Any]]) -> Mapping[str, list[Any]]:
+    """The columns that a function is handed."""
+    required, optional, anything = _wanted(function)
+    return columns if anything else {key: columns[key] for key in [*required, *optional] if key in columns}
+
+
+def _call(name: str, function: AnyRewardFunction, arguments: dict[str, Any], timeout: float | None) -> list[Any]:
+    """One plain function's answer. Without a limit it runs right here, else on a thread of its own."""
+    if timeout is None:
+        return _outcome(name, lambda: function(**arguments))
+    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(function(**arguments))
+        except BaseException as error:  # SystemExit too: it is raised again where the answer is awaited
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name=f"reward {name}", daemon=True).start()
+    if not concurrent.futures.wait([answer], timeout=timeout).done:
+        raise _too_late(name, timeout)
+    return _outcome(name, answer.result)
+
+
+def _outcome(name: str, answer: Callable[[], Any]) -> list[Any]:
+    """What a function answered, as a list. Raises UserError if it raised, or answered no list."""
+    try:
+        return list(answer())
+    except Exception as error:
+        raise UserError(f"rewards.{name}: it raised {type(error).__name__}: {_one_line(error)}") from error
+
+
+def _checked(name: str, values: list[Any], completions: list[str]) -> list[float]:
+    """One finite number a completion, NaN for None. Raises UserError naming what is neither."""
+    if len(values) != len(completions):
+        raise UserError(f"rewards.{name}: it returned {len(values)} rewards for {len(completions)} completions")
+    for index, value in enumerate(values):
+        if value is None:
+            continue
+        try:
+            finite = math.isfinite(float(value))
+        except (TypeError, ValueError):
+            finite = False
+        if not finite:
+            raise UserError(
+                f"rewards.{name}: it returned {value!r} for completion {completions[index]!r}; "
+                "return a finite number, or None where it cannot judge"
+            )
+    return [math.nan if value is None else float(value) for value in values]
+
+
+async def _named(name: str, function: AnyRewardFunction, arguments: dict[str, Any]) -> Any:
+    """Await the function in a task of its name."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.set_name(name)
+    try:
+        return await function(**arguments)  # type: ignore[misc]
+    except SystemExit as error:  # it would end the event loop's thread, and nobody would hear of it
+        raise RuntimeError(f"it called sys.exit({error.code})") from error
+
+
+@functools.cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """The event loop of this process, on a thread that does not keep it from ending."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+    return loop
+
+
+def _blocking(name: str) -> str:
+    """Which function is to blame when `name` is late: one that blocks the event loop keeps all others waiting."""
+    loop = _loop(os.getpid())
+    replied = threading.Event()
+    loop.call_soon_threadsafe(replied.set)
+    if replied.wait(REPLY_SECONDS):
+        return name
+    _loop.cache_clear()  # a later call gets a loop that is not blocked
+    running = asyncio.current_task(loop)
+    return name if running is None else running.get_name()
+
+
+def _too_late(name: str, timeout: float | None) -> UserError:
+    return UserError(f"rewards.{name}: no answer within {timeout:g} seconds (rewards_timeout)")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or "no message"

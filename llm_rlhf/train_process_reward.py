@@ -1,0 +1,263 @@
+"""A process reward model from step labels: binary cross-entropy at the last token of each step.
+
+A checkpoint's `process_reward_model` folder is a reward model's with the separator of steps beside it;
+`process_reward.dense_rewards` pays a policy by it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from experiment.checkpoint import write_atomically
+from experiment.config import build_from_dict, read_tree
+from experiment.errors import UserError
+from experiment.run import Run, RunConfig, RunResult
+from experiment.statistics import wilson_interval
+from llm_rlhf.learner import Counters, progress_of, stopping_on_nan
+from llm_rlhf.models import ModelConfig
+from llm_rlhf.process_reward import (
+    FOLDER,
+    StepData,
+    StepsConfig,
+    StepScorer,
+    TokenizedSteps,
+    read_solutions,
+    require_causal,
+    step_loss,
+    token_scores,
+    tokenize_steps,
+)
+from llm_rlhf.reward_model import Scorer, build_reward_model
+from llm_rlhf.text_data import Batches
+from llm_rlhf.train_reward import LOOK, RewardLearningConfig, RewardValidationConfig, refuse_adapter
+from policy_core.ppo import NonFiniteLoss
+from policy_core.schedules import scheduled
+
+RECIPE = "llm/process_reward"
+
+
+@dataclass(frozen=True)
+class TrainProcessRewardConfig:
+    """Everything a process reward model's run is made of; learning.batch_size counts solutions."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(name="process-reward", checkpoint_every=500))
+    steps: StepsConfig = field(default_factory=StepsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    learning: RewardLearningConfig = field(default_factory=RewardLearningConfig)
+    validation: RewardValidationConfig = field(default_factory=RewardValidationConfig)
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        refuse_adapter(self.model)
+
+
+def train(config: TrainProcessRewardConfig, *, resume: Path | None = None) -> RunResult:
+    """Learn which steps are right; the best checkpoint has the lowest validation loss."""
+    solutions = read_solutions(config.steps)
+    with Run.start(config, recipe=RECIPE, resume=resume) as run:
+        learner = build_learner(run, solutions, config)
+        settings, counters = config.learning, learner.counters
+        start = 0 if run.checkpoint is None else run.checkpoint.step
+        steps = settings.steps or math.ceil(settings.epochs * len(learner.data) / settings.batch_size)
+        total = 1 if config.run.dry_run else steps
+        run.begin_loop(total)
+        for step in range(start + 1, total + 1):
+            began = time.process_time()
+            with stopping_on_nan(run, "learning.learning_rate"):
+                losses = update(learner, config, step=step, total=total)
+            counters.seconds += time.process_time() - began
+            last = step == total or (settings.max_seconds is not None and counters.seconds >= settings.max_seconds)
+            due = config.validation.every > 0 and (last or step % config.validation.every == 0)
+            looked = (
+                {f"eval/{name}": x for name, x in judge(learner.steps, learner.held_out).items()} if due else {}
+            )
+            if looked or last or step % config.log_every == 0:
+                position = {"samples": counters.samples, "tokens": counters.tokens, "epoch": learner.batches.epoch}
+                run.log({**losses, **position, **looked}, global_step=step)
+            better = looked.get("eval/loss", math.inf) < learner.best
+            if last or better or run.should_save(step):
+                learner.best = min(learner.best, looked.get("eval/loss", math.inf))
+                writers: dict[str, Callable[[Path], None]] = {FOLDER: learner.steps.save_pretrained}
+                metric = -looked["eval/loss"] if looked else None
+                run.save(learner.state_dict(), global_step=step, folders=writers, metric=metric)
+            if last:
+                break
+        return run.finish()
+
+
+@dataclass
+class Learner:
+    """What a run moves; `state_dict` is everything but the weights, which have a folder of their own."""
+
+    steps: StepScorer
+    data: TokenizedSteps
+    held_out: TokenizedSteps
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    counters: Counters
+    best: float = math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer, position in the data, counters, the best loss."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.state_dict(),
+            "counters": self.counters.state_dict(),
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        for name in ("optimizer", "batches", "counters"):
+            getattr(self, name).load_state_dict(state[name])
+        self.best = float(state["best"])
+
+
+def build_learner(run: Run, solutions: StepData, config: TrainProcessRewardConfig) -> Learner:
+    """A learner at the run's start, or as the checkpoint left it; says what the data is.
+
+    Raises UserError for an encoder, or solutions that do not fit.
+    """
+    source = config.model
+    if run.checkpoint is not None:
+        source = ModelConfig(path=str(run.checkpoint.folder / FOLDER))
+    model, tokenizer = build_reward_model(source, alphabet=solutions.alphabet, objectives=("step",), heads=1)
+    require_causal(model)
+    if config.model.gradient_checkpointing:
+        model.checkpoint_gradients()
+    model.tie_level.requires_grad_(False)
+    steps = StepScorer(Scorer(model, tokenizer), config.steps.separator)
+    data = tokenize_steps(solutions.train, steps.scorer, steps.separator)
+    labelled = int((~data.labels.isnan()).sum())
+    right = float(data.labels.nan_to_num().sum()) / labelled
+    print(f"training: {len(data)} solutions, {labelled} labelled steps, {right:.0%} of them right", flush=True)
+    learning = config.learning
+    groups: list[dict[str, Any]] = [
+        {"params": list(model.heads.parameters())},
+        {"params": list(model.trunk.parameters())},
+    ]
+    learner = Learner(
+        steps=steps,
+        data=data,
+        held_out=tokenize_steps(solutions.validation, steps.scorer, steps.separator),
+        optimizer=torch.optim.AdamW(
+            groups, lr=learning.head_learning_rate, weight_decay=learning.weight_decay, fused=True
+        ),
+        batches=Batches(len(data), learning.batch_size, seed=config.run.seed),
+        counters=Counters(),
+    )
+    if run.checkpoint is not None:
+        learner.load_state_dict(run.checkpoint.state)
+    return learner
+
+
+def update(learner: Learner, config: TrainProcessRewardConfig, *, step: int, total: int) -> dict[str, float]:
+    """One step on the next batch of solutions; every labelled step weighs the same.
+
+    Raises NonFiniteLoss before a step that would spoil the weights.
+    """
+    settings, model, data = config.learning, learner.steps.scorer.model, learner.data
+    progress = progress_of(step, total, learner.counters, settings.max_seconds)
+    factor = scheduled(1.0, schedule=settings.schedule, progress=progress, warmup=settings.warmup)
+    rates = (settings.head_learning_rate, settings.learning_rate)
+    for group, rate in zip(learner.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * factor
+    rows = learner.batches.next()
+    labelled = max(int((~data.labels[rows].isnan()).sum()), 1)
+    learner.optimizer.zero_grad(set_to_none=True)
+    total_loss, right = 0.0, 0
+    for part in rows.split(settings.micro_batch_size or len(rows)):
+        labels = data.labels[part]
+        logits = token_scores(model, data.input_ids[part], data.attention_mask[part])
+        loss = step_loss(logits=logits, labels=labels, weights=torch.full_like(labels, 1.0 / labelled))
+        loss.backward()
+        total_loss += loss.item()
+        right += int((~labels.isnan() & ((logits > 0) == (labels >= 0.5))).sum())
+    learned = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(learned, settings.max_grad_norm)
+    if not (torch.isfinite(grad_norm) and math.isfinite(total_loss)):
+        raise NonFiniteLoss(f"NaN or infinity in the update (loss {total_loss:g}, gradient {float(grad_norm):g})")
+    learner.optimizer.step()
+    learner.counters.samples += len(rows)
+    learner.counters.tokens += int(data.attention_mask[rows].sum())
+    return {
+        "loss/steps": total_loss,
+        "rewards/accuracies": right / labelled,
+        "policy/grad_norm": float(grad_norm),
+        "lr": rates[1] * factor,
+        "lr/heads": rates[0] * factor,
+    }
+
+
+@torch.no_grad()
+def judge(steps: StepScorer, data: TokenizedSteps) -> dict[str, float]:
+    """How well labelled steps are judged, with 0.5 as the threshold.
+
+    Returns loss, accuracy (of steps), accuracy_right and accuracy_wrong (of steps that are so: whoever calls
+    everything right has 1 and 0), first_error (of solutions: the first wrong step, or that there is none, is
+    found, as ProcessBench asks, 2412.06559); shares with Wilson bounds NAME_low and NAME_high.
+    """
+    parts = torch.arange(len(data)).split(LOOK)
+    model = steps.scorer.model
+    logits = torch.cat([token_scores(model, data.input_ids[part], data.attention_mask[part]) for part in parts])
+    known = ~data.labels.isnan()
+    good, said = data.labels >= 0.5, logits > 0
+    weights = torch.full_like(logits, 1.0 / max(int(known.sum()), 1))
+    result = {"loss": float(step_loss(logits=logits, labels=data.labels, weights=weights))}
+    first = _first(known & ~good) == _first(known & ~said)
+    right = said == good
+    shares = {
+        "accuracy": right[known],
+        "accuracy_right": right[known & good],
+        "accuracy_wrong": right[known & ~good],
+        "first_error": first,
+    }
+    for name, found in shares.items():
+        if len(found):
+            count = int(found.sum())
+            low, high = wilson_interval(count, len(found))
+            result |= {name: count / len(found), f"{name}_low": low, f"{name}_high": high}
+    return result
+
+
+def _first(found: Tensor) -> Tensor:
+    """The first column that is True [N, T] -> [N]; T where none is."""
+    columns = torch.arange(found.shape[1]).expand_as(found)
+    return torch.where(found, columns, found.shape[1]).amin(1)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """split: validation or test; checkpoint: which one of a run."""
+
+    split: Literal["validation", "test"] = "test"
+    checkpoint: Literal["last", "best"] = "best"
+
+
+def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig()) -> dict[str, dict[str, float]]:
+    """Judge a run's model on held-out solutions and write RUN/eval.json. Returns split -> what `judge` returns.
+
+    Raises UserError if there is no such checkpoint, or no solutions.
+    """
+    folder = Path(run_folder)
+    values = read_tree(folder / "config.yaml").values
+    settings = build_from_dict(values.get("steps") or {}, StepsConfig, str(folder / "config.yaml"))
+    source = folder / "checkpoints" / config.checkpoint / FOLDER
+    if not source.is_dir():
+        raise UserError(f"{folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
+    steps = StepScorer.from_pretrained(source)
+    data = tokenize_steps(getattr(read_solutions(settings), config.split), steps.scorer, steps.separator)
+    results: dict[str, dict[str, float]] = {config.split: judge(steps, data)}
+    write_atomically(
+        folder / "eval.json", json.dumps({"checkpoint": config.checkpoint, "splits": results}, indent=2) + "\n"
+    )
+    return results

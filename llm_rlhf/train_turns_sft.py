@@ -1,0 +1,95 @@
+"""Supervised fine-tuning on texts with tool calls: what the tools answered is read, not learned."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiment.run import Run, RunConfig, RunResult
+from llm_rlhf.evaluate_turns import validate_player
+from llm_rlhf.generation import GenerationConfig
+from llm_rlhf.learner import (
+    Counters,
+    ValidationConfig,
+    announce,
+    checkpoint_policy,
+    stopping_on_nan,
+    writer,
+)
+from llm_rlhf.lora import merged_writer
+from llm_rlhf.models import ModelConfig, build_policy
+from llm_rlhf.playing import build_player, tokenize_demonstrations
+from llm_rlhf.tasks.task import TaskConfig, build_task
+from llm_rlhf.text_data import Batches
+from llm_rlhf.train_sft import SupervisedConfig, make_optimizer, require_precision, supervised_step
+from llm_rlhf.turns import TurnsConfig
+
+RECIPE = "llm/turns_sft"
+
+
+@dataclass(frozen=True)
+class TrainTurnsSFTConfig:
+    """Everything a run is made of. turns: who answers in validation, and which texts are tools' answers;
+    generation: of validation's episodes."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(name="turns-sft", checkpoint_every=500))
+    task: TaskConfig = field(default_factory=lambda: TaskConfig(name="tool_calculator"))
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(context=192))
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
+    validation: ValidationConfig = field(default_factory=lambda: ValidationConfig(every=500))
+    log_every: int = 50
+
+
+def train(config: TrainTurnsSFTConfig, *, resume: Path | None = None) -> RunResult:
+    """Train on the task's demonstrations; the run's `policy` folder is a plain transformers model."""
+    require_precision(config.sft.precision)
+    task = build_task(config.task)
+    with Run.start(config, recipe=RECIPE, resume=resume) as run:
+        announce(task)
+        policy, tokenizer = build_policy(checkpoint_policy(run, config.model), alphabet=task.alphabet)
+        player = build_player(
+            policy, tokenizer, task, config.turns, rewards={}, max_new_tokens=config.generation.max_new_tokens
+        )
+        data, notes = tokenize_demonstrations(task.demonstrations, tokenizer, config.turns, context=policy.context)
+        for note in notes:
+            print(note, flush=True)
+        optimizer = make_optimizer(policy, config.sft)
+        batches = Batches(len(data), config.sft.batch_size, seed=config.run.seed)
+        counters = Counters()
+        start = 0
+        if run.checkpoint is not None:
+            start = run.checkpoint.step
+            optimizer.load_state_dict(run.checkpoint.state["optimizer"])
+            batches.load_state_dict(run.checkpoint.state["batches"])
+            counters.load_state_dict(run.checkpoint.state["counters"])
+        total = 1 if config.run.dry_run else config.sft.steps
+        run.begin_loop(total)
+        for step in range(start + 1, total + 1):
+            began = time.process_time()
+            with stopping_on_nan(run, "sft.learning_rate"):
+                losses = supervised_step(policy, optimizer, data, batches, config.sft, step=step, counters=counters)
+            counters.seconds += time.process_time() - began
+            limit = config.sft.max_seconds
+            last = step == total or (limit is not None and counters.seconds >= limit)
+            due = last or step % max(config.validation.every, 1) == 0
+            looked = validate_player(player, task.splits["validation"], config.validation, due=due)
+            if looked or last or step % config.log_every == 0:
+                position = {"samples": counters.samples, "tokens": counters.tokens, "epoch": batches.epoch}
+                run.log({**losses, **position, **looked}, global_step=step)
+            if last or run.should_save(step):
+                state = {
+                    "optimizer": optimizer.state_dict(),
+                    "batches": batches.state_dict(),
+                    "counters": counters.state_dict(),
+                }
+                folders = {
+                    **writer(policy, tokenizer),
+                    **merged_writer(policy.model, tokenizer, asked=policy.write_merged),
+                }
+                run.save(state, global_step=step, folders=folders, metric=looked.get("eval/greedy"))
+            if last:
+                break
+        return run.finish()

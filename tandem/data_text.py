@@ -1,0 +1,246 @@
+"""`tandem data validate` for texts: what kind of data a file holds, and every row that cannot be used."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiment.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llm_rlhf.data.columns import ColumnNames
+    from llm_rlhf.data.files import Row
+    from llm_rlhf.data.records import Comparison, Feedback
+    from llm_rlhf.tasks.examples import Example
+
+_MOST_PROBLEMS = 100
+_SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
+
+
+@dataclass
+class Report:
+    """What was found; `lengths` and `tokens` of each column, in characters and tokens; `kinds`: rows by type."""
+
+    rows: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    lengths: dict[str, list[int]] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    prompts: Counter[str] = field(default_factory=Counter)
+    duplicates: int = 0
+    conversations: int = 0
+    ties: int = 0
+    margins: int = 0
+    thumbs_up: int = 0
+
+
+def is_text(path: str | Path) -> bool:
+    """Whether a path is for this command: a jsonl, json or parquet file, a folder of them, or one of `datasets`.
+
+    Robots' data sets lie in folders with `meta/` or are hdf5, so none of them is.
+    """
+    from llm_rlhf.data.files import SUFFIXES
+
+    place = Path(path)
+    if place.is_dir():
+        names = [entry.name for entry in place.iterdir() if entry.is_file()]
+        return not (place / "meta").is_dir() and any(name.endswith((*SUFFIXES, *_SAVED)) for name in names)
+    return place.name.endswith(SUFFIXES)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Beside the path."""
+    texts = parser.add_argument_group("of texts")
+    texts.add_argument("--tokenizer", metavar="FOLDER", help="count tokens too, and look for special ones in texts")
+    texts.add_argument(
+        "--columns", default="", metavar="A=B,...", help="what they are called here, such as chosen=winner"
+    )
+
+
+def validate(options: argparse.Namespace) -> int:
+    """Print what the data are and every problem on a line; exit code 1 if there is one."""
+    report = examine(
+        options.path, tokenizer=getattr(options, "tokenizer", None), columns=getattr(options, "columns", "")
+    )
+    for problem in report.problems[:_MOST_PROBLEMS]:
+        print(problem)
+    if len(report.problems) > _MOST_PROBLEMS:
+        print(f"and {len(report.problems) - _MOST_PROBLEMS} more")
+    for line in describe(report):
+        print(line)
+    found = len(report.problems)
+    print(f"{report.rows} rows checked: {found or 'no'} problem{'' if found == 1 else 's'}")
+    return 1 if found else 0
+
+
+def examine(path: str | Path, *, tokenizer: str | None = None, columns: str = "") -> Report:
+    """Read every row as training would.
+
+    tokenizer   a folder or hub name; None counts characters only
+    columns     "prompt=question,chosen=winner"
+
+    What is wrong with a row, and a file that breaks off, goes into `problems`. Raises UserError for a path, a
+    tokenizer or a column name that there is not.
+    """
+    from llm_rlhf.data.columns import kind_of
+    from llm_rlhf.data.files import read_rows
+    from llm_rlhf.tokenizer import load_tokenizer
+
+    names = column_names(columns)
+    words = None if tokenizer is None else load_tokenizer(tokenizer)
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file or folder")
+    report = Report()
+    seen: set[int] = set()
+    first: str | None = None
+    rows = read_rows(path)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except UserError as error:  # nothing can be read behind this
+            report.problems.append(str(error))
+            break
+        report.rows += 1
+        kind = kind_of(row.columns, names)
+        if kind is None:
+            there = ", ".join(row.columns)
+            report.problems.append(f"{row.place}: no known column type (there is {there or 'no column'})")
+            continue
+        report.kinds[kind] += 1
+        first = first or kind
+        if kind != first:
+            report.problems.append(f"{row.place}: this row is {kind}, the first one {first}")
+        try:
+            record = _read(row, kind, names)
+            if isinstance(record, str):
+                report.left_out[record] += 1
+                if record not in ("thumbs down",):
+                    report.problems.append(f"{row.place}: {_SAYS[record]}")
+                continue
+            _count(report, record, row, words, seen)
+        except UserError as error:
+            report.problems.append(str(error))
+    if report.rows == 0 and not report.problems:
+        report.problems.append(f"{path}: there are no rows")
+    return report
+
+
+_SAYS = {
+    "equal answers": "both answers are the same, so they say nothing",
+    "empty answers": "an answer is empty",
+    "no common prompt": "the two answers have no question in common",
+}
+
+
+def column_names(text: str) -> ColumnNames:
+    """ColumnNames out of "prompt=question,chosen=winner". Raises UserError for a kind that there is not."""
+    from dataclasses import fields
+
+    from llm_rlhf.data.columns import ColumnNames
+
+    known = [one.name for one in fields(ColumnNames)]
+    given: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        kind, equals, name = part.partition("=")
+        if kind not in known or not equals or not name:
+            raise UserError(f"--columns {part}: write KIND=NAME, where KIND is one of {', '.join(known)}")
+        given[kind] = name
+    return ColumnNames(**given)
+
+
+def describe(report: Report) -> list[str]:
+    """What the data are, a line each."""
+    lines = [f"type       {', '.join(f'{kind} ({count:,} rows)' for kind, count in report.kinds.most_common())}"]
+    if not report.kinds:
+        return []
+    if report.conversations:
+        lines.append(f"           conversational in {report.conversations:,} rows")
+    if report.prompts:
+        most = max(report.prompts.values())
+        lines.append(f"prompts    {len(report.prompts):,} different, up to {most} rows of one")
+    for unit, found in (("characters", report.lengths), ("tokens", report.tokens)):
+        for name, lengths in found.items():
+            middle, high, top = _quantiles(lengths)
+            lines.append(f"{name:<10} {middle:,} {unit} in the middle, 95% up to {high:,}, at most {top:,}")
+    notes = {
+        "duplicate rows": report.duplicates,
+        "ties": report.ties,
+        "margins": report.margins,
+        "thumbs up": report.thumbs_up,
+    }
+    return lines + [f"{name:<10} {count:,} of {report.rows:,} rows" for name, count in notes.items() if count]
+
+
+def _read(row: Row, kind: str, names: ColumnNames) -> Comparison | Feedback | Example | str:
+    from llm_rlhf.data import columns
+
+    if kind == "preference":
+        return columns.read_comparison(row, names)
+    if kind == "unpaired preference":
+        return columns.read_feedback_row(row, names)
+    if kind == "prompt-only":
+        return columns.read_prompt(row, names)
+    example = columns.read_demonstration(row, names)
+    return columns.EMPTY if not isinstance(example, str) and not example.completion.strip() else example
+
+
+def _count(
+    report: Report,
+    record: Comparison | Feedback | Example,
+    row: Row,
+    words: PreTrainedTokenizerBase | None,
+    seen: set[int],
+) -> None:
+    """Lengths, prompts, duplicates and special tokens of a row that can be used."""
+    from llm_rlhf.data.chat import Chat
+    from llm_rlhf.data.records import Comparison, Feedback
+
+    texts = dict(_texts(record))
+    mark = hash((*texts.items(), getattr(record, "desirable", None), getattr(record, "tied", None)))
+    report.duplicates += mark in seen
+    seen.add(mark)
+    report.prompts[record.prompt] += 1
+    report.conversations += isinstance(record.prompt, Chat)
+    for name, text in texts.items():
+        report.lengths.setdefault(name, []).append(len(text))
+    if isinstance(record, Comparison):
+        report.ties += record.tied
+        report.margins += record.margin is not None
+        if not record.tied and (record.margin or 0.0) < 0:
+            report.problems.append(f"{row.place}: the rejected answer scores more than the chosen one")
+    elif isinstance(record, Feedback):
+        report.thumbs_up += record.desirable
+    if words is None:
+        return
+    from llm_rlhf.text_data import encode, encode_prompts
+
+    (prompt,) = encode_prompts(words, [record.prompt])
+    for name, text in texts.items():
+        ids = prompt if name == "prompt" else encode(words, record.prompt, text).completion
+        report.tokens.setdefault(name, []).append(len(ids))
+        special = next((token for token in words.all_special_tokens if token in text), None)
+        if special is not None:
+            report.problems.append(f"{row.place}: {name}: the text {special!r} would become a special token")
+
+
+def _texts(record: Comparison | Feedback | Example) -> Iterator[tuple[str, str]]:
+    for name in ("prompt", "completion", "chosen", "rejected"):
+        text = getattr(record, name, "")
+        if text:
+            yield name, text
+
+
+def _quantiles(lengths: Sequence[int]) -> tuple[int, int, int]:
+    """Median, 95th percentile and maximum."""
+    ordered: Any = sorted(lengths)
+    last = len(ordered) - 1
+    return ordered[last // 2], ordered[round(0.95 * last)], ordered[last]

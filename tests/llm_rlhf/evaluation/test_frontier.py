@@ -1,0 +1,127 @@
+"""Gao's forms: exact on exact points, honest about noise; best-of-n by hand; rows out of runs."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiment.errors import UserError
+from llm_rlhf.evaluation.frontier import (
+    Frontier,
+    Row,
+    best_of_n_rows,
+    describe,
+    draw,
+    fit,
+    fit_bon,
+    fit_rl,
+    frontier,
+    row_of_evaluation,
+    rows_of_run,
+)
+
+D = np.linspace(0, 4, 9)
+
+
+def test_both_forms_are_recovered() -> None:
+    bon = fit_bon((D**2).tolist(), (D * (1.5 - 0.25 * D)).tolist())
+    assert (bon.alpha, bon.beta) == pytest.approx((1.5, 0.25))
+    assert bon.turning_point == pytest.approx(1.5 / 0.5)
+    assert bon.peak == pytest.approx(3 * (1.5 - 0.75))
+    logs = np.log(np.where(D > 0, D, 1))
+    rl = fit_rl((D**2).tolist(), (0.7 + D * (1.2 - 0.6 * logs)).tolist(), intercept=True)
+    assert (rl.alpha, rl.beta, rl.offset) == pytest.approx((1.2, 0.6, 0.7))
+    assert rl.turning_point == pytest.approx(math.e)
+    assert rl.turning_kl == pytest.approx(math.e**2)
+    assert rl.peak == pytest.approx(0.7 + 0.6 * math.e)  # beta d* above the start
+    assert float(rl(np.array([math.e]))[0]) == pytest.approx(rl.peak)
+    assert max(rl(np.linspace(0, 6, 500))) <= 0.7 + 0.6 * math.e + 1e-9
+
+
+@pytest.mark.parametrize("form", ["bon", "rl"])
+def test_standard_errors_are_those_of_repeated_fits(form: str) -> None:
+    """The spread of 300 fits to fresh noise against what one fit says of itself."""
+    generator = np.random.default_rng(0)
+    d = np.linspace(0.2, 4, 30)
+    bend = 0.3 * d if form == "bon" else 0.8 * np.log(d)
+    clean = d * (1.6 - bend)
+    fits = [
+        fit("bon" if form == "bon" else "rl", (d**2).tolist(), (clean + generator.normal(0, 0.05, 30)).tolist())
+        for _ in range(300)
+    ]
+    for name in ("alpha", "beta", "turning_point"):
+        said = np.mean([getattr(one, f"{name}_error") for one in fits])
+        assert np.std([getattr(one, name) for one in fits]) == pytest.approx(said, rel=0.15)
+    assert np.mean([one.residual_std for one in fits]) == pytest.approx(0.05, rel=0.05)
+
+
+def test_what_does_not_turn() -> None:
+    rising = fit_bon((D**2).tolist(), (D * (1 + 0.1 * D)).tolist())
+    assert rising.turning_point is rising.peak is rising.turning_kl is None
+    assert "no turning point" in describe(rising)
+    straight = fit_rl((D**2).tolist(), (2 * D).tolist())
+    assert straight.turning_point is None or straight.turning_point > 1e6
+    with pytest.raises(ValueError, match="2 points at 1 KLs are too few to fit 2 numbers"):
+        fit_rl([1.0, 1.0], [0.1, 0.2])
+    with pytest.raises(ValueError, match="none of them negative"):
+        fit_rl([-1.0, 1.0, 2.0], [0.1, 0.2, 0.3])
+
+
+def test_best_of_n_by_hand() -> None:
+    """Of 1, 2, 3, 4 the best of two is 2, 3, 4 with chances 1/6, 2/6, 3/6; gold by a proxy that is its opposite."""
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    one, two = best_of_n_rows(-scores, scores, (1, 2))
+    assert (one.kl, one.proxy, one.gold) == pytest.approx((0.0, 2.5, -2.5))
+    assert (two.kl, two.proxy, two.gold) == pytest.approx((math.log(2) - 0.5, 20 / 6, -20 / 6))
+    with pytest.raises(ValueError, match="best of k"):
+        best_of_n_rows(scores, scores, (5,))
+
+
+def test_rows_of_runs(tmp_path: Path) -> None:
+    lines = [
+        {"global_step": 1, "objective/kl": -0.01, "objective/scores": 0.1, "eval/sampled": 0.2},
+        {"global_step": 2, "objective/kl": 0.5, "objective/scores": 0.3},
+        {"global_step": 3, "objective/kl": 1.0, "objective/scores": 0.5, "eval/sampled": 0.4},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [(row.step, row.kl, row.gold, row.proxy) for row in rows_of_run(tmp_path)] == [
+        (1, 0.0, 0.2, 0.1),
+        (3, 1.0, 0.4, 0.5),
+    ]
+    (tmp_path / "metrics.jsonl").write_text('{"global_step": 1, "eval/sampled": 0.2}\n')
+    with pytest.raises(UserError, match="no step has both objective/kl and eval/sampled"):
+        rows_of_run(tmp_path)
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        rows_of_run(tmp_path / "nowhere")
+
+
+def test_row_of_an_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    figures = {"sampled": 0.5, "sampled_interval": [0.4, 0.6], "kl": 2.0, "rewards": {"sampled": 1.5}}
+    path.write_text(json.dumps({"splits": {"test": figures, "bare": {"sampled": 1.0}}}))
+    assert row_of_evaluation(path, "test") == Row(tmp_path.name, 0, 2.0, 0.5, 1.5, (0.4, 0.6))
+    with pytest.raises(UserError, match="no split 'tset'; it has test, bare"):
+        row_of_evaluation(path, "tset")
+    with pytest.raises(UserError, match="it has no kl"):
+        row_of_evaluation(path, "bare")
+    with pytest.raises(UserError, match="no evaluation could be read"):
+        row_of_evaluation(tmp_path / "none.json", "test")
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    rows = [
+        Row("run", step, float(d**2), float(d * (1 - 0.5 * math.log(d + 1e-9))), 1.5 * float(d))
+        for step, d in enumerate(D)
+    ]
+    rows += best_of_n_rows(torch.randn(5, 16), torch.randn(5, 16), (1, 2, 4, 8, 16))
+    found = frontier([*rows, Row("few", 0, 1.0, 0.5), Row("few", 1, 2.0, None)])
+    assert {label: one.form for label, one in found.fits.items()} == {"run": "rl", "best of n": "bon"}
+    assert found.lines()[0].startswith("run: d (alpha - beta log d), alpha 1 +-")
+    draw(found, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        draw(Frontier(rows[:1]), tmp_path / "file" / "frontier.png")

@@ -1,0 +1,353 @@
+"""The recipes in miniature: texts with calls, episodes with a tool, resuming, and a user's own game."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiment.config import build_from_dict
+from experiment.errors import UserError
+from experiment.run import Run, RunResult
+from llm_rlhf import train_turns_ppo, train_turns_sft
+from llm_rlhf.evaluate_turns import EvaluateConfig, evaluate_run
+from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.playing import build_judge, build_player, tokenize_demonstrations
+from llm_rlhf.tasks.examples import Example
+from llm_rlhf.tasks.task import Task, TaskConfig, build_task
+from llm_rlhf.tasks.tool_calculator import (
+    ToolCalculatorConfig,
+    final_answer,
+    number_in,
+    read_problems,
+    without_annotations,
+)
+from llm_rlhf.train_turns_ppo import TrainTurnsPPOConfig
+from llm_rlhf.train_turns_sft import TrainTurnsSFTConfig
+from llm_rlhf.turns import TurnsConfig
+
+DATA = Path(os.environ.get("TANDEM_DATA", Path(__file__).parents[3] / "shared" / "data"))
+GSM8K = DATA / "gsm8k_train.jsonl.gz"
+SMALL = {"problems": 120, "steps": 1, "by_heart": 0.5, "validation": 10, "test": 12}
+TASK = {"name": "tool_calculator", "tool_calculator": SMALL}
+TURNS = {"tools": ["calculator"], "max_turns": 3}
+
+
+def settings(folder: Path, **sections: Any) -> dict[str, Any]:
+    return {
+        "run": {"folder": str(folder), "wandb": "disabled", "checkpoint_every": 3, "seed": 5},
+        "task": TASK,
+        "turns": TURNS,
+        "validation": {"every": 2, "samples": 2, "prompts": 6},
+        "log_every": 1,
+        **sections,
+    }
+
+
+def small_sft(folder: Path, steps: int = 6) -> TrainTurnsSFTConfig:
+    model = {"layers": 1, "width": 32, "heads": 2, "context": 112}
+    sft = {"steps": steps, "batch_size": 16, "learning_rate": 1e-2}
+    return build_from_dict(settings(folder, model=model, sft=sft), TrainTurnsSFTConfig)
+
+
+def small_ppo(folder: Path, base: Path, updates: int = 6, **sections: Any) -> TrainTurnsPPOConfig:
+    defaults = {
+        "model": {"path": str(base)},
+        "generation": {"max_new_tokens": 24},
+        "sampling": {"updates": updates, "prompts": 6, "samples_per_prompt": 2},
+        "ppo": {"minibatch_size": 6, "critic_warmup": 1},
+        "kl": {"coef": 0.05, "target": 1.0, "horizon": 100.0},
+    }
+    return build_from_dict(settings(folder, **{**defaults, **sections}), TrainTurnsPPOConfig)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned to open a call, at times."""
+    return train_turns_sft.train(small_sft(tmp_path_factory.mktemp("base") / "run", steps=30)).folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return LanguagePolicy.from_pretrained(folder, value_head=True).state_dict()
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def resumed(train: Callable[..., RunResult], make: Callable[[Path], Any], folder: Path) -> None:
+    """Interrupted after the checkpoint at three, as a kill would, against six updates at a stretch."""
+
+    class InterruptError(Exception):
+        pass
+
+    whole = train(make(folder / "whole")).folder
+    original = Run.log
+
+    def log(self: Any, metrics: Any, *, global_step: int) -> None:
+        if global_step == 5:
+            raise InterruptError
+        original(self, metrics, global_step=global_step)
+
+    config = make(folder / "broken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "log", log)
+        with pytest.raises(InterruptError):
+            train(config)
+    torch.manual_seed(12345)  # a new process would not have the old one's global generator
+    train(config, resume=folder / "broken")
+    expected, found = weights(whole), weights(folder / "broken")
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+    assert logged(folder / "broken") == logged(whole)
+
+
+def test_sft_resumes_to_the_bit(tmp_path: Path) -> None:
+    resumed(train_turns_sft.train, small_sft, tmp_path)
+
+
+def test_ppo_resumes_to_the_bit(tmp_path: Path, base: Path) -> None:
+    resumed(train_turns_ppo.train, lambda folder: small_ppo(folder, base), tmp_path)
+
+
+def test_one_update_runs_and_says_what_happened(tmp_path: Path, base: Path) -> None:
+    folder = train_turns_ppo.train(small_ppo(tmp_path / "run", base, 2)).folder
+    rows = logged(folder)
+    names = {
+        "objective/kl",
+        "objective/scores",
+        "objective/rlhf_reward",
+        "rewards/final_answer/mean",
+        "turns/mean",
+        "turns/masked_share",
+        "tools/call_frequency",
+        "tools/failure_frequency",
+        "policy/approxkl_avg",
+        "val/explained_variance",
+        "completions/finished",
+        "eval/greedy",
+        "eval/pass@2",
+        "eval/turns",
+        "eval/calls",
+        "samples",
+        "tokens",
+    }
+    assert names <= rows[-1].keys()
+    assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert rows[-1]["samples"] == 24
+    assert "loss/policy_avg" not in rows[0]  # critic warm-up
+    assert "loss/policy_avg" in rows[1]
+    before, after = weights(base), weights(folder)
+    assert not torch.equal(before["model.transformer.wte.weight"], after["model.transformer.wte.weight"])
+    (table,) = (folder / "tables" / "completions").glob("*.jsonl")
+    first = json.loads(table.read_text().splitlines()[0])
+    assert set(first) == {"prompt", "completion", "final_answer"}
+    assert first["prompt"].startswith("There are ")
+
+
+def test_it_is_evaluated_with_its_tools(base: Path) -> None:
+    found = evaluate_run(base, EvaluateConfig(samples=2))
+    assert set(found) == {"test"}
+    assert found["test"]["prompts"] == 12
+    assert {"greedy", "greedy_interval", "sampled", "pass@2", "turns", "calls", "finished"} <= found["test"].keys()
+    assert found["test"]["calls"] > 0
+    assert json.loads((base / "eval.json").read_text())["splits"] == found
+    assert evaluate_run(base, EvaluateConfig(samples=2)) == found
+    with pytest.raises(UserError, match="no 'nothing'"):
+        evaluate_run(base, EvaluateConfig(splits=("nothing",)))
+
+
+# ---------------------------------------------------------------- somebody's own environment
+
+GAME = """
+class Count:
+    '''Pays 1 for a turn that says the letter wanted, and asks again, three times.'''
+    def reset(self, row):
+        self.row, self.turns = row, 0
+    def ends_turn(self, text):
+        return len(text) >= 1
+    def respond(self, text):
+        self.turns += 1
+        return "b", float(text.startswith(self.row["answer"])), self.turns == 3
+
+def tell(prompts, completions, turns, replies, answer):
+    assert all("".join(x + y for x, y in zip(t, r + [""])) for t, r in zip(turns, replies))
+    return [float(len(t) == 3) for t in turns]
+"""
+
+
+def letters(tmp_path: Path) -> dict[str, Any]:
+    lines = [{"prompt": "abcd" * (1 + i % 3) + "abcd"[i % 4] + str(i), "completion": "a"} for i in range(40)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"name": "rows", "data": str(data), "rows": {"validation": 0.2, "test": 0.2, "max_new_tokens": 12}}
+
+
+def test_a_game_of_ones_own_teaches_by_turn(tmp_path: Path) -> None:
+    """Rewards come from the environment, a turn at a time; the letter that pays becomes likelier."""
+    game = tmp_path / "game.py"
+    game.write_text(GAME)
+    task = letters(tmp_path)
+    model = {"layers": 1, "width": 16, "heads": 2, "context": 40}
+    sft = small_sft(tmp_path / "sft", steps=1)
+    sft = build_from_dict(
+        settings(tmp_path / "sft", task=task, model=model, sft={"steps": 1, "learning_rate": 1e-6}), type(sft)
+    )
+    start = train_turns_sft.train(replace(sft, turns=TurnsConfig(environment=f"{game}:Count"))).folder
+    sections: dict[str, Any] = {
+        "task": task,
+        "turns": {"environment": f"{game}:Count", "max_turns": 5},
+        "generation": {"cut_is_end": False},
+        "sampling": {"updates": 12, "prompts": 24},
+        "ppo": {"minibatch_size": 24, "learning_rate": 2e-2, "critic_warmup": 0, "gamma": 0.9},
+        "kl": {"coef": 0.0},
+        "validation": {"every": 0},
+    }
+    folder = train_turns_ppo.train(small_ppo(tmp_path / "run", start, **sections)).folder
+    rows = logged(folder)
+    assert rows[0]["objective/scores"] < 1.0
+    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 1.0
+    assert rows[-1]["rewards/environment/mean"] == pytest.approx(rows[-1]["objective/scores"])
+    rewards = {"environment": 0.5, f"{game}:tell": 2.0}
+    both: dict[str, Any] = {**sections, "rewards": rewards, "sampling": {"updates": 1}}
+    last = train_turns_ppo.train(small_ppo(tmp_path / "both", folder, **both)).metrics
+    expected = 0.5 * last["rewards/environment/mean"] + 2.0 * last[f"rewards/{game}:tell/mean"]
+    assert last["objective/scores"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_mistakes_are_one_line(tmp_path: Path, base: Path) -> None:
+    for turns, message in (
+        ({}, "nobody would answer"),
+        ({"tools": ["abacus"]}, "abacus: unknown"),
+        ({"environment": "game.py:Nobody"}, "there is no file game.py"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_turns_ppo.train(small_ppo(tmp_path / "run", base, turns=turns))
+    with pytest.raises(UserError, match=r"model\.path"):
+        train_turns_ppo.train(replace(small_ppo(tmp_path / "run", base), model=ModelConfig()))
+    config = small_ppo(tmp_path / "wild", base, 3)
+    with pytest.raises(UserError, match=r"lower (learning rate|ppo\.learning_rate)"):
+        train_turns_ppo.train(replace(config, ppo=replace(config.ppo, learning_rate=1e30, max_grad_norm=1e30)))
+    with pytest.raises(UserError, match="do not fit the model's context of 8"):
+        train_turns_sft.train(replace(small_sft(tmp_path / "sft"), model=ModelConfig(context=8)))
+
+
+# ---------------------------------------------------------------- the task, and its texts
+
+
+def task_of(**changes: Any) -> Task:
+    config = ToolCalculatorConfig(**{**SMALL, "by_heart": 0.0, **changes})
+    return build_task(TaskConfig(name="tool_calculator", tool_calculator=config))
+
+
+def test_generated_problems_are_solved_by_their_demonstrations() -> None:
+    task = task_of(problems=300, steps=3)
+    for example in [*task.demonstrations, *task.splits["test"]]:
+        answer = example.columns["answer"]
+        assert final_answer([""], [example.completion], [answer]) == [1.0]
+        assert final_answer([""], [without_annotations(example.completion)], [answer]) == [1.0]
+    prompts = [example.prompt for split in (task.train, *task.splits.values()) for example in split]
+    assert len(set(prompts)) == len(prompts) == 300
+    assert task_of(problems=300, steps=3) == replace(task, rewards=task_of().rewards)
+    heart = task_of(by_heart=0.25)
+    assert sum("<<" not in example.completion for example in heart.demonstrations) == round(0.25 * 98)
+    with pytest.raises(UserError, match="too few to keep 22 out"):
+        task_of(longest=10)
+
+
+def test_final_answers() -> None:
+    texts = ["#### 72", "so #### 1\n#### $72.00", "72", "#### 7 2", "####", "#### 72 pens", "#### nan"]
+    assert final_answer([""] * 7, texts, ["72"] * 7) == [1, 1, 0, 0, 0, 0, 0]
+    assert number_in(" $1,200. ") == 1200
+
+
+def test_what_the_tool_answers_is_masked_in_demonstrations() -> None:
+    task = task_of()
+    _, tokenizer = build_policy(ModelConfig(), alphabet=task.alphabet)
+    config = TurnsConfig(tools=("calculator",))
+    texts = [Example("a\n", "a <<48/2=24>>24", {}), Example("aa\n", "<<1+1=3>>", {}), Example("r\n", "24", {})]
+    data, notes = tokenize_demonstrations(texts, tokenizer, config, context=64)
+    assert len(data) == 2
+    assert "2 texts with 1 tool calls, 1 left out" in notes[0]
+    row, mask = data.input_ids[0], data.mask[0]
+    assert tokenizer.decode(row[mask], skip_special_tokens=True) == "a <<48/2=24"
+    assert int(row[mask][-1]) == int(tokenizer.eos_token_id)
+    given = data.attention_mask[0].bool() & ~mask
+    assert tokenizer.decode(row[given]) == "a\n24>>"
+    with pytest.raises(UserError, match=r"no texts to train on.* 1 left out"):
+        tokenize_demonstrations(texts[1:2], tokenizer, config, context=64)
+
+
+def test_greedy_play_of_a_model_that_knows_its_text(tmp_path: Path) -> None:
+    """A model that has learned one text by heart asks the tool, reads the answer and ends, as the text does."""
+    data = tmp_path / "one.jsonl"
+    answer = "<<6*7=42>>42\n#### 42"
+    rows = [{"question": f"What is {i}?", "answer": answer} for i in range(30)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = build_from_dict(
+        settings(
+            tmp_path / "run",
+            task={"name": "tool_calculator", "data": str(data), "tool_calculator": {"validation": 3, "test": 3}},
+            model={"layers": 1, "width": 32, "heads": 2, "context": 48},
+            sft={"steps": 50, "batch_size": 24, "learning_rate": 1e-2},
+            validation={"every": 0},
+        ),
+        TrainTurnsSFTConfig,
+    )
+    folder = train_turns_sft.train(config).folder
+    task = build_task(config.task)
+    policy, tokenizer = build_policy(ModelConfig(path=str(folder)), alphabet="")
+    player = build_player(policy, tokenizer, task, config.turns, rewards={}, max_new_tokens=None)
+    played = player.play(task.splits["test"], samples_per_prompt=1, generator=None, first_index=0)
+    assert played.completions == [answer] * 3
+    assert [[turn.text for turn in turns] for turns in played.episodes.turns] == [["<<6*7=", "42\n#### 42"]] * 3
+    assert played.scores.total.tolist() == [1.0] * 3
+    metrics = played.episodes.metrics()
+    assert metrics["tools/call_frequency"] == 1.0
+    assert metrics["turns/masked_share"] == pytest.approx(4 / 21)
+
+
+def test_judges_take_the_weights_they_are_given() -> None:
+    task = task_of()
+    own = build_judge({}, task, TurnsConfig(environment="a.py:b"))
+    assert (own.functions, own.environment) == (None, 1.0)
+    tools = build_judge({}, task, TurnsConfig(tools=("calculator",)))
+    assert tools.functions is not None
+    assert tools.environment == 0.0
+    with pytest.raises(UserError, match=r"rewards\.nobody: unknown"):
+        build_judge({"nobody": 1.0}, task, TurnsConfig(tools=("calculator",)))
+
+
+def test_a_file_that_is_not_gsm8k_is_said(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"question": "How many?", "answer": "#### 5"}\n{"question": "?", "answer": "five"}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: column 'answer' does not end with #### and a number"):
+        read_problems(data)
+    data.write_text('{"question": "How many?"}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: column 'answer' is missing"):
+        read_problems(data)
+    with pytest.raises(UserError, match="no such file"):
+        read_problems(tmp_path / "none.jsonl")
+
+
+@pytest.mark.needs_data
+@pytest.mark.skipif(not GSM8K.exists(), reason=f"{GSM8K} is not there")
+def test_gsm8ks_own_annotations_are_the_tools_answers() -> None:
+    """96 of 100 solutions; the others write numbers in another way (.5, 500.00)."""
+    config = ToolCalculatorConfig(longest=350, validation=100, test=100)
+    task = build_task(TaskConfig(name="tool_calculator", data=str(GSM8K), tool_calculator=config))
+    _, tokenizer = build_policy(ModelConfig(), alphabet=task.alphabet)
+    data, notes = tokenize_demonstrations(
+        task.demonstrations, tokenizer, TurnsConfig(tools=("calculator",)), context=500
+    )
+    assert len(data) > 0.95 * len(task.demonstrations) > 1000
+    assert "left out" in notes[0]
+    texts = [example.completion for example in task.demonstrations]
+    answers = [example.columns["answer"] for example in task.demonstrations]
+    assert set(final_answer(texts, texts, answers)) == {1.0}
