@@ -29,7 +29,7 @@ def columns(path: Path) -> list[dict[str, Any]]:
 
 def test_json_of_every_kind(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines(ROWS))
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(ROWS).encode()))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(ROWS).encode(), mtime=0))
     (tmp_path / "c.json").write_text(json.dumps(ROWS, indent=2))
     (tmp_path / "d.json").write_text(lines(ROWS))  # the hub's habit: lines in a .json
     (tmp_path / "e.json").write_text("\ufeff" + json.dumps(ROWS))
@@ -78,8 +78,8 @@ def test_what_datasets_saved(tmp_path: Path) -> None:
         ("a.json", b'[{"prompt": "x"},\n{"prompt" "y"}]', r"a\.json:2: not valid JSON"),
         ("a.json", b'[{"prompt": "x"}, 3]', r"a\.json: row 2: expected a JSON object, got int"),
         ("a.jsonl", b'{"prompt": "x"}\n[1]\n', r"a\.jsonl:2: expected a JSON object, got list"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n')[:-9], r"gz:\d: damaged or truncated"),
-        ("a.json.gz", gzip.compress(b'[{"prompt": "x"}]')[:-9], r"gz: damaged or truncated|gz:\d: damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n', mtime=0)[:-9], r"gz:\d: damaged or truncated"),
+        ("a.json.gz", gzip.compress(b'[{"prompt": "x"}]', mtime=0)[:-9], r"gz: damaged or truncated|gz:\d: damaged"),
         ("a.parquet", b"PAR1 nothing PAR1", r"a\.parquet: not a whole parquet file"),
         ("a.csv", b"prompt\nx\n", r"a\.csv: not a known kind of data file"),
     ],
