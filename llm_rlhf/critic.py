@@ -21,15 +21,15 @@ from llm_rlhf.lora import base_of, merge
 from llm_rlhf.models import (
     VALUE_HEAD,
     LanguagePolicy,
-    _column_range,
-    _leading_padding,
-    _quietly,
+    column_range,
+    leading_padding,
     load_language_model,
     model_folder,
     position_ids,
+    quietly,
     without_dropout,
 )
-from llm_rlhf.reward_model import RewardModel, _look, find_folder, load_reward_tokenizer, load_trunk
+from llm_rlhf.reward_model import RewardModel, find_folder, load_reward_tokenizer, load_trunk, probe
 from policy_core.policy import Evaluation
 from policy_core.returns import next_values_of
 from policy_core.rollout import Nested, Rollout
@@ -70,7 +70,7 @@ class ValueModel(nn.Module):
         super().__init__()
         without_dropout(trunk)
         self.trunk = trunk.eval()
-        width, sees_all = _look(trunk)
+        width, sees_all = probe(trunk)
         if sees_all:
             raise UserError("critic.init: a model that sees the whole text cannot judge unfinished ones")
         self.head = nn.Linear(width, 1)
@@ -89,10 +89,10 @@ class ValueModel(nn.Module):
         """
         assert isinstance(observations, Mapping), "observations must be named tensors"
         ids, mask = observations["input_ids"], observations["attention_mask"]
-        first, last = _column_range(observations.get("decisions"), ids.shape[1])
+        first, last = column_range(observations.get("decisions"), ids.shape[1])
         if last <= first:
             return self.head.weight.new_zeros(ids.shape)
-        lead = _leading_padding(mask, limit=first - 1)
+        lead = leading_padding(mask, limit=first - 1)
         ids, mask = ids[:, lead:last], mask[:, lead:last]
         padded = not bool(mask[:, 0].all())  # on the right nothing that counts comes after it
         states = self.trunk(
@@ -110,7 +110,7 @@ class ValueModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the trunk as a plain transformers folder, and the head beside it."""
-        with _quietly():
+        with quietly():
             self.trunk.save_pretrained(str(folder))
         state = {name: tensor.detach().contiguous() for name, tensor in self.head.state_dict().items()}
         save_file(state, str(Path(folder) / VALUE_HEAD))

@@ -110,7 +110,7 @@ def load_language_model(path: str | Path) -> PreTrainedModel:
     """
     source = model_folder(path)
     try:
-        with _quietly():
+        with quietly():
             model: PreTrainedModel
             if base_of(source) is None:
                 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -128,7 +128,7 @@ def load_language_model(path: str | Path) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' progress bar, which would write over a run's own."""
     shown = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
@@ -249,10 +249,10 @@ class LanguagePolicy(nn.Module):
         """
         assert isinstance(observations, Mapping), "observations must be named tensors"
         input_ids, attention_mask = observations["input_ids"], observations["attention_mask"]
-        first, last = _column_range(observations.get("decisions"), input_ids.shape[1])
+        first, last = column_range(observations.get("decisions"), input_ids.shape[1])
         if last <= first:
             return None
-        lead = _leading_padding(attention_mask, limit=first - 1)
+        lead = leading_padding(attention_mask, limit=first - 1)
         logits, hidden = self._outputs(
             input_ids[:, lead : last - 1], attention_mask[:, lead : last - 1], prefix=first - lead
         )
@@ -372,7 +372,7 @@ class LanguagePolicy(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a plain transformers folder (of a model with an adapter: peft's), and the value head beside it."""
-        with _quietly():
+        with quietly():
             self.model.save_pretrained(str(folder))
         if self.value_head is not None:
             state = {name: tensor.detach().contiguous() for name, tensor in self.value_head.state_dict().items()}
@@ -446,7 +446,7 @@ def _head_is_linear(model: PreTrainedModel) -> bool:
     return bool(torch.allclose(head(hidden), logits, atol=1e-5))
 
 
-def _column_range(decisions: Tensor | None, width: int) -> tuple[int, int]:
+def column_range(decisions: Tensor | None, width: int) -> tuple[int, int]:
     """First decision column and one past the last, over the whole batch."""
     if decisions is None:
         return 1, width
@@ -456,7 +456,7 @@ def _column_range(decisions: Tensor | None, width: int) -> tuple[int, int]:
     return max(int(columns[0]), 1), int(columns[-1]) + 1
 
 
-def _leading_padding(attention_mask: Tensor, *, limit: int) -> int:
+def leading_padding(attention_mask: Tensor, *, limit: int) -> int:
     """How many first columns are padding in every row, at most `limit`."""
     columns = attention_mask.any(0).nonzero()
     return min(int(columns[0]) if columns.numel() else 0, limit)

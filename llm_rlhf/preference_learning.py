@@ -6,11 +6,10 @@ the whole optimizer step's denominator, so micro-batches, padding and the compan
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +22,12 @@ from llm_rlhf.data.pairs import PairData, TokenizedPairs, concatenated, tokenize
 from llm_rlhf.learner import Counters, writer
 from llm_rlhf.lora import merged_writer
 from llm_rlhf.models import LanguagePolicy
+from llm_rlhf.precision import Precision, autocast
 from llm_rlhf.text_data import Batches, TokenizedTexts
 from llm_rlhf.tokenizer import pad_id
 from policy_core.ppo import NonFiniteLoss
 from policy_core.preference import PREFERENCE_LOSSES, PairLogProbs, PreferenceConfig
 from policy_core.schedules import Schedule, set_learning_rate
-
-Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -82,13 +80,6 @@ class HeldOutConfig:
 
 
 # ---------------------------------------------------------------- log-probs
-
-
-def autocast(policy: LanguagePolicy, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """The context of a forward pass; casts of weights are not kept across a step."""
-    if precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(next(policy.parameters()).device.type, torch.bfloat16, cache_enabled=False)
 
 
 def rows_of(parts: Sequence[TokenizedTexts], rows: Tensor) -> TokenizedTexts:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,12 +27,13 @@ from experiment.errors import UserError
 from llm_rlhf.lora import base_of
 from llm_rlhf.models import (
     ModelConfig,
-    _quietly,
     build_policy,
     model_folder,
     new_language_model,
+    quietly,
     without_dropout,
 )
+from llm_rlhf.precision import Precision, autocast
 from llm_rlhf.text_data import Encoded, encode, fit, lay_out
 from llm_rlhf.tokenizer import character_tokenizer, pad_id
 
@@ -125,7 +125,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.trunk, self.objectives, self.start, self.context = trunk, tuple(objectives), start, context
         without_dropout(trunk)
-        self.width, sees_all = _look(trunk.eval())
+        self.width, sees_all = probe(trunk.eval())
         self.pooling: Pooling = "mean" if sees_all else "last"
         self.heads = nn.Linear(self.width, heads * len(self.objectives))
         nn.init.normal_(self.heads.weight, std=1.0 / math.sqrt(self.width + 1))
@@ -137,7 +137,7 @@ class RewardModel(nn.Module):
         self.trained = False
         self.gradient_checkpointing = False
         self.scoring = ScoringConfig()
-        self.precision: Literal["float32", "bfloat16"] = "float32"
+        self.precision: Precision = "float32"
 
     @property
     def ensemble(self) -> int:
@@ -166,7 +166,7 @@ class RewardModel(nn.Module):
             arguments |= {"attention_mask": torch.ones_like(ids), "use_cache": False}
         if self.gradient_checkpointing:  # transformers does it in training mode only; there is no dropout
             self.trunk.train(torch.is_grad_enabled())
-        with self._autocast(ids.device.type):
+        with autocast(self, self.precision):
             states = self.trunk(**arguments).last_hidden_state
         return states.float(), packed
 
@@ -199,14 +199,9 @@ class RewardModel(nn.Module):
         """`score`, under the name by which distributed wrappers call a module."""
         return self.score(input_ids, attention_mask)
 
-    def _autocast(self, device: str) -> AbstractContextManager[Any]:
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(device, dtype=torch.bfloat16)
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the trunk as a plain transformers folder, the heads and `reward.json` beside it."""
-        with _quietly():
+        with quietly():
             self.trunk.save_pretrained(str(folder))
         state = {f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}
         state |= {"offset": self.offset, "tie_level": self.tie_level}
@@ -275,7 +270,7 @@ def load_trunk(path: str | Path) -> PreTrainedModel:
     """
     source = model_folder(path)
     try:
-        with _quietly():
+        with quietly():
             loaded, report = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"model.path: {path} could not be loaded as a model: {_first_line(error)}") from error
@@ -333,7 +328,7 @@ def build_reward_model(
     else:  # a language model with an adapter, which is merged into the weights
         policy, tokenizer = build_policy(ModelConfig(path=source), alphabet=alphabet)
         trunk = cast(PreTrainedModel, policy.model.base_model)
-    start = tokenizer.cls_token_id if _look(trunk)[1] else None
+    start = tokenizer.cls_token_id if probe(trunk)[1] else None
     longest = min(int(getattr(trunk.config, "max_position_embeddings", 2**31)), int(tokenizer.model_max_length))
     context = longest - (start is not None)
     return RewardModel(trunk, objectives=objectives, heads=heads, start=start, context=context), tokenizer
@@ -350,7 +345,7 @@ def reward_writer(model: RewardModel, tokenizer: PreTrainedTokenizerBase) -> dic
 
 
 @torch.no_grad()
-def _look(trunk: PreTrainedModel) -> tuple[int, bool]:
+def probe(trunk: PreTrainedModel) -> tuple[int, bool]:
     """Width of the hidden states, and whether a token's depends on what comes after it."""
     if getattr(trunk.config, "is_encoder_decoder", False):
         raise UserError(

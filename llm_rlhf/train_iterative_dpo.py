@@ -41,6 +41,7 @@ from llm_rlhf.learner import (
     validate,
 )
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.precision import require_precision
 from llm_rlhf.preference_learning import (
     LearningConfig,
     ReferencedPairs,
@@ -182,6 +183,7 @@ def train(config: TrainIterativeDPOConfig, *, resume: Path | None = None) -> Run
     Raises UserError if model.path names none, or if in the first round no prompt makes a pair.
     """
     require_trained(config.model)
+    require_precision(config.learning.precision, setting="learning.precision")
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         learner = build_learner(run, config)
         start = 0 if run.checkpoint is None else run.checkpoint.step

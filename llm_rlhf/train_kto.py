@@ -23,6 +23,7 @@ from llm_rlhf.data.pairs import FeedbackData, PairsConfig, read_feedback, tokeni
 from llm_rlhf.data.records import Feedback
 from llm_rlhf.learner import Counters, checkpoint_policy, progress_of, require_trained, stopping_on_nan
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.precision import require_precision
 from llm_rlhf.preference_learning import (
     HeldOutConfig,
     LearningConfig,
@@ -95,6 +96,7 @@ def train(config: TrainKTOConfig, *, resume: Path | None = None) -> RunResult:
     Raises UserError if model.path names no trained model, or the texts cannot be learned from.
     """
     require_trained(config.model)
+    require_precision(config.learning.precision, setting="learning.precision")
     data = read_feedback(config.pairs)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         policy, tokenizer = build_policy(checkpoint_policy(run, config.model), alphabet=data.alphabet)

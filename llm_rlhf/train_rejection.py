@@ -28,6 +28,7 @@ from llm_rlhf.learner import (
     writer,
 )
 from llm_rlhf.models import ModelConfig, build_policy
+from llm_rlhf.precision import require_precision
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from llm_rlhf.text_data import Batches, TokenizedTexts, columns_of, concatenate, tokenize
@@ -94,6 +95,7 @@ class Kept:
 def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunResult:
     """Alternate between filtering and imitating. Raises UserError if nothing reaches the threshold."""
     chosen = config.rejection
+    require_precision(config.sft.precision, setting="sft.precision")
     if chosen.source == "samples":
         require_trained(config.model)
     task = build_task(config.task)

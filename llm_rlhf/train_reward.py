@@ -24,6 +24,7 @@ from llm_rlhf.data.pairs import PairData, PairsConfig, read_pairs
 from llm_rlhf.data.records import Comparison
 from llm_rlhf.learner import Counters, progress_of, stopping_on_nan
 from llm_rlhf.models import ModelConfig
+from llm_rlhf.precision import Precision, require_precision
 from llm_rlhf.reward_data import RewardData, objectives_of, reward_data
 from llm_rlhf.reward_model import FOLDER, RewardModel, ScoringConfig, build_reward_model, combine, reward_writer
 from llm_rlhf.text_data import Batches
@@ -54,7 +55,7 @@ class RewardConfig:
     heads: int = 1
     bootstrap: bool = True
     freeze_trunk: bool = False
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     ties: Literal["drop", "rao_kupper", "davidson"] = "drop"
     tie_strength: float = 0.5
     label_smoothing: float = 0.0
@@ -142,6 +143,7 @@ def refuse_adapter(model: ModelConfig) -> None:
 
 def train(config: TrainRewardConfig, *, resume: Path | None = None) -> RunResult:
     """Learn to score completions from comparisons of them; the best checkpoint has the lowest validation loss."""
+    require_precision(config.reward.precision, setting="reward.precision")
     pairs = read_pairs(config.pairs)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         learner = build_learner(run, pairs, config)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.chat import Chat, ensure_template
 from llm_rlhf.data.packing import PackedTexts, pack, require_apart
@@ -25,7 +24,7 @@ from llm_rlhf.learner import (
 )
 from llm_rlhf.lora import merged_writer
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
-from llm_rlhf.preference_learning import Precision, autocast
+from llm_rlhf.precision import Precision, autocast, require_precision
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 from llm_rlhf.text_data import Batches, TokenizedTexts, encode_examples, lay_out
 from llm_rlhf.tokenizer import pad_id
@@ -92,7 +91,7 @@ class TrainSFTConfig:
 
 def train(config: TrainSFTConfig, *, resume: Path | None = None) -> RunResult:
     """Train on the task's demonstrations; the run's `policy` folder is a plain transformers model."""
-    require_precision(config.sft.precision)
+    require_precision(config.sft.precision, setting="sft.precision")
     task = build_task(config.task)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
@@ -139,17 +138,6 @@ def train(config: TrainSFTConfig, *, resume: Path | None = None) -> RunResult:
             if out_of_time:
                 break
         return run.finish()
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies matrices of bfloat16; without that, they are slower than float32's."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def require_precision(precision: Precision) -> None:
-    """Raises UserError if this machine cannot compute so."""
-    if precision == "bfloat16" and not has_bfloat16():
-        raise UserError("sft.precision: this processor has no bfloat16 instructions; leave it at float32")
 
 
 def training_texts(

@@ -20,9 +20,10 @@ from llm_rlhf.learner import (
 from llm_rlhf.lora import merged_writer
 from llm_rlhf.models import ModelConfig, build_policy
 from llm_rlhf.playing import build_player, tokenize_demonstrations
+from llm_rlhf.precision import require_precision
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from llm_rlhf.text_data import Batches
-from llm_rlhf.train_sft import SupervisedConfig, make_optimizer, require_precision, supervised_step
+from llm_rlhf.train_sft import SupervisedConfig, make_optimizer, supervised_step
 from llm_rlhf.turns import TurnsConfig
 
 RECIPE = "llm/turns_sft"
@@ -45,7 +46,7 @@ class TrainTurnsSFTConfig:
 
 def train(config: TrainTurnsSFTConfig, *, resume: Path | None = None) -> RunResult:
     """Train on the task's demonstrations; the run's `policy` folder is a plain transformers model."""
-    require_precision(config.sft.precision)
+    require_precision(config.sft.precision, setting="sft.precision")
     task = build_task(config.task)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)

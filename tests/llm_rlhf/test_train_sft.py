@@ -16,19 +16,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiment.config import build_from_dict
 from experiment.errors import UserError
 from experiment.run import Run
-from llm_rlhf import train_sft
+from llm_rlhf import precision, train_sft
 from llm_rlhf.data.chat import PLAIN
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
 from llm_rlhf.learner import Counters
 from llm_rlhf.lora import ADAPTER, WEIGHTS
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.precision import require_precision
 from llm_rlhf.text_data import Batches, Encoded, lay_out
 from llm_rlhf.train_sft import (
     SupervisedConfig,
     TextsConfig,
     TrainSFTConfig,
     make_optimizer,
-    require_precision,
     supervised_step,
 )
 
@@ -213,10 +213,10 @@ def test_gradient_checkpointing_trains_the_same() -> None:
 def test_bad_settings_and_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"texts\.packed_length must be at least 2"):
         TextsConfig(packed_length=1)
-    require_precision("float32")
-    monkeypatch.setattr(train_sft, "has_bfloat16", lambda: False)
+    require_precision("float32", setting="sft.precision")
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: False)
     with pytest.raises(UserError, match=r"sft\.precision: this processor has no bfloat16"):
-        require_precision("bfloat16")
+        require_precision("bfloat16", setting="sft.precision")
 
 
 def test_a_tokenizer_without_eos_is_refused_and_without_pad_is_not(tmp_path: Path, base: Path) -> None:

@@ -79,7 +79,11 @@ def test_what_datasets_saved(tmp_path: Path) -> None:
         ("a.json", b'[{"prompt": "x"}, 3]', r"a\.json: row 2: expected a JSON object, got int"),
         ("a.jsonl", b'{"prompt": "x"}\n[1]\n', r"a\.jsonl:2: expected a JSON object, got list"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n', mtime=0)[:-9], r"gz:\d: damaged or truncated"),
-        ("a.json.gz", gzip.compress(b'[{"prompt": "x"}]', mtime=0)[:-9], r"gz: damaged or truncated|gz:\d: damaged"),
+        (
+            "a.json.gz",
+            gzip.compress(b'[{"prompt": "x"}]', mtime=0)[:-9],
+            r"gz: damaged or truncated|gz:\d: damaged",
+        ),
         ("a.parquet", b"PAR1 nothing PAR1", r"a\.parquet: not a whole parquet file"),
         ("a.csv", b"prompt\nx\n", r"a\.csv: not a known kind of data file"),
     ],
