@@ -36,6 +36,8 @@ from transformers import (  # noqa: E402
 )
 
 BATCH, LENGTH, GROUP, EPOCHS, ROWS = 16, 32, 4, 4, 4096
+REPORTS = sys.stdout
+"""What the study reads; TRL's own prints (PPO's of every step) go nowhere."""
 
 
 class Turns(TrainerCallback):
@@ -49,7 +51,7 @@ class Turns(TrainerCallback):
         self.done += 1
         if self.done % self.steps:
             return
-        print(time.perf_counter() - self.started, flush=True)
+        print(time.perf_counter() - self.started, file=REPORTS, flush=True)
         if not sys.stdin.readline():
             os._exit(0)  # the study has ended: nothing is to be written
         self.started = time.perf_counter()
@@ -140,6 +142,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(2)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     with tempfile.TemporaryDirectory() as folder:
         shared = {
             "output_dir": folder,
