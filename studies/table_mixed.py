@@ -104,7 +104,7 @@ def demonstrate(env: TableEnv, rng: np.random.Generator, task: str, misheard: fl
     level = rng.uniform(0.0, NOISE)
     seen, _ = env.reset(seed=int(rng.integers(TRAINING_SEEDS)), options={"task": task, "swap": wrong})
     expert = Expert(env) if env.other is None else Expert(cast(TableEnv, Misheard(env, env.other)))
-    observations, actions, rewards = [seen["state"]], [], []
+    observations, actions, rewards = [seen["state"]], list[np.ndarray](), list[float]()
     terminated, success = False, False
     while not terminated and len(actions) < TIME_LIMIT:
         action = np.clip(expert.act() + level * rng.normal(size=4), -1.0, 1.0).astype(np.float32)
