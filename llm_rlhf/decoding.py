@@ -1,16 +1,22 @@
-"""Keys and values of a decode in buffers that have room for what is to come.
+"""What makes a decode fast without changing what it computes.
 
-transformers' own cache joins the new column to all the old ones at every token, which copies everything that was
-ever computed: a tenth of a small model's decode. Here a column is written into its place.
+Keys and values lie in buffers that have room for what is to come: transformers' own cache joins the new column to
+all the old ones at every token, which copies everything that was ever computed. And a GPT-2 takes its steps in
+plain tensor operations, the same ones in the same order: much of a small model's decode is transformers'
+bookkeeping.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedConfig
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel, PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.pytorch_utils import Conv1D
 
 
 class RoomyLayer(DynamicLayer):
@@ -72,3 +78,83 @@ def roomy_cache(config: PreTrainedConfig, room: int) -> DynamicCache | None:
         return None
     cache.layers = [RoomyLayer(room) for _ in cache.layers]
     return cache
+
+
+class PlainGPT2:
+    """Single-token steps of a GPT-2 as plain tensor operations, on the model's own weights as they are now."""
+
+    def __init__(self, model: GPT2LMHeadModel) -> None:
+        """Use `PlainGPT2.of`, which refuses what this cannot do."""
+        body: Any = model.transformer
+        config = model.config
+        self.words: Tensor = body.wte.weight
+        self.places: Tensor = body.wpe.weight
+        self.heads, self.epsilon = config.n_head, config.layer_norm_epsilon
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.blocks: list[list[Tensor]] = [
+            [
+                *(block.ln_1.weight, block.ln_1.bias, block.attn.c_attn.weight, block.attn.c_attn.bias),
+                *(block.attn.c_proj.weight, block.attn.c_proj.bias, block.ln_2.weight, block.ln_2.bias),
+                *(block.mlp.c_fc.weight, block.mlp.c_fc.bias, block.mlp.c_proj.weight, block.mlp.c_proj.bias),
+            ]
+            for block in body.h
+        ]
+        self.last: tuple[Tensor, Tensor] = (body.ln_f.weight, body.ln_f.bias)
+        self.head = model.lm_head
+
+    @classmethod
+    def of(cls, model: nn.Module) -> PlainGPT2 | None:
+        """None for another model, one with adapters, dropout, or options that only transformers knows."""
+        if type(model) is not GPT2LMHeadModel:
+            return None
+        config = model.config
+        projections = [
+            m for m in model.transformer.h.modules() if hasattr(m, "weight") and not isinstance(m, nn.LayerNorm)
+        ]
+        plain = (
+            config.activation_function in ACTIVATIONS
+            and config.scale_attn_weights
+            and not (config.scale_attn_by_inverse_layer_idx or config.reorder_and_upcast_attn)
+            and not config.add_cross_attention
+            and all(type(module) is Conv1D for module in projections)
+            and not any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules())
+            and not torch.is_autocast_enabled(model.device.type)
+        )
+        return cls(model) if plain else None
+
+    def step(self, tokens: Tensor, attention_mask: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+        """One more token of each row, [B], where attention_mask [B, past + 1] covers it; the cache is written to.
+
+        Returns logits [B, 1, V] and hidden states [B, 1, D].
+        """
+        rows, width = len(tokens), self.words.shape[1]
+        padded = not bool(attention_mask[:, 0].all())
+        mask = attention_mask.bool().view(rows, 1, 1, -1) if padded else None
+        hidden = F.embedding(tokens, self.words) + F.embedding(attention_mask.sum(1) - 1, self.places)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            norm_1, shift_1, wide, wide_bias, back, back_bias, norm_2, shift_2, up, up_bias, down, down_bias = block
+            normed = F.layer_norm(hidden, (width,), norm_1, shift_1, self.epsilon)
+            query, key, value = (
+                part.view(rows, 1, self.heads, -1).transpose(1, 2)
+                for part in torch.addmm(wide_bias, normed, wide).split(width, dim=1)
+            )
+            assert isinstance(layer, RoomyLayer)
+            keys, values = layer.update(key, value)
+            seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+            hidden = torch.addmm(back_bias, seen.transpose(1, 2).reshape(rows, width), back) + hidden
+            normed = F.layer_norm(hidden, (width,), norm_2, shift_2, self.epsilon)
+            hidden = hidden + torch.addmm(down_bias, self.activation(torch.addmm(up_bias, normed, up)), down)
+        hidden = F.layer_norm(hidden, (width,), *self.last, self.epsilon).unsqueeze(1)
+        return self.head(hidden), hidden
+
+
+def _tanh_gelu(numbers: Tensor) -> Tensor:
+    return F.gelu(numbers, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from experiment.errors import UserError
-from llm_rlhf.decoding import roomy_cache
+from llm_rlhf.decoding import PlainGPT2, roomy_cache
 from llm_rlhf.models import LanguagePolicy
 from policy_core.rollout import Rollout
 
@@ -144,6 +144,7 @@ def _decode(
     prompts, start = prompt_ids.shape
     device = prompt_ids.device
     cache = roomy_cache(policy.model.config, start + max_new_tokens)
+    plain = None if cache is None else PlainGPT2.of(policy.model)
     logits, hidden, cache = policy.step(prompt_ids, prompt_mask, cache=cache, use_cache=True, keep=1)
     if samples_per_prompt > 1:
         cache.batch_repeat_interleave(samples_per_prompt)
@@ -179,7 +180,10 @@ def _decode(
             cache.batch_select_indices(going_on)
             alive, token, mask = alive[going_on], token[going_on], mask[going_on]
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-        logits, hidden, cache = policy.step(token.unsqueeze(1), mask, cache=cache, use_cache=True, keep=1)
+        if plain is not None:
+            logits, hidden = plain.step(token, mask, cache)
+        else:
+            logits, hidden, cache = policy.step(token.unsqueeze(1), mask, cache=cache, use_cache=True, keep=1)
 
     def beside_prompt(columns: Tensor) -> Tensor:
         return torch.cat([columns.new_zeros(rows, start), columns], dim=1)

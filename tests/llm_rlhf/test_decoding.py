@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from llm_rlhf.decoding import RoomyLayer, roomy_cache
+from llm_rlhf.decoding import PlainGPT2, RoomyLayer, roomy_cache
 from llm_rlhf.generation import draw_index
+from llm_rlhf.lora import LoRAConfig, add_lora
+from llm_rlhf.models import LanguagePolicy
 
 
 def small_model() -> GPT2LMHeadModel:
@@ -73,6 +76,63 @@ def test_columns_are_written_in_place() -> None:
 
 def test_a_model_with_a_window_makes_its_own_cache() -> None:
     assert roomy_cache(MistralConfig(num_hidden_layers=2, sliding_window=4), 10) is None
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_new", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_plain_steps_are_transformers_steps(activation: str, padded: bool) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=20, n_positions=32, n_embd=16, n_layer=2, n_head=2, activation_function=activation
+    )
+    policy = LanguagePolicy(GPT2LMHeadModel(config).eval())
+    prompts = torch.arange(18).view(3, 6)
+    mask = torch.ones(3, 6, dtype=torch.long)
+    mask[1, :4] = 0 if padded else 1
+    caches = [roomy_cache(config, 12), None]
+    plain = PlainGPT2.of(policy.model)
+    assert plain is not None
+    for index, cache in enumerate(caches):
+        caches[index] = policy.step(prompts, mask, cache=cache, use_cache=True)[2]
+    for token in range(5):
+        if token == 2:  # a row ends
+            mask = mask[1:]
+            for cache in caches:
+                assert cache is not None
+                cache.batch_select_indices(torch.tensor([1, 2]))
+        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], 1)
+        tokens = torch.arange(len(mask)) + token
+        assert caches[0] is not None
+        logits, hidden = plain.step(tokens, mask, caches[0])
+        expected, states, _ = policy.step(tokens.unsqueeze(1), mask, cache=caches[1], use_cache=True)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(hidden, states, rtol=0, atol=2e-6)
+
+
+def test_what_plain_steps_leave_to_transformers() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 20, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    assert PlainGPT2.of(model) is not None
+    assert PlainGPT2.of(model.train()) is None  # dropout
+    options: list[dict[str, Any]] = [
+        {"activation_function": "silu"},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"reorder_and_upcast_attn": True},
+        {"add_cross_attention": True},
+    ]
+    for option in options:
+        assert PlainGPT2.of(GPT2LMHeadModel(GPT2Config(**sizes, **option)).eval()) is None
+    adapted = small_model()
+    add_lora(adapted, LoRAConfig(), base="somewhere")
+    assert PlainGPT2.of(adapted) is None
+    llama = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    assert PlainGPT2.of(LlamaForCausalLM(llama)) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert PlainGPT2.of(small_model()) is None
 
 
 def test_indices_are_drawn_with_their_probabilities() -> None:
