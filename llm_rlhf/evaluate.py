@@ -146,13 +146,12 @@ def _add_totals(
         totals["kl"] += float(torch.where(samples.mask, samples.log_probs - log_probs, 0.0).sum())
 
 
-def _summary(greedy: Tensor, drawn: Tensor, totals: dict[str, float], *, with_kl: bool) -> Result:
-    """greedy [P], drawn [P, K] -> one flat dict."""
+def scores(greedy: Tensor, drawn: Tensor) -> Result:
+    """greedy [P], drawn [P, K] -> shares with Wilson intervals, means with bootstrap intervals over prompts."""
     prompts, count = drawn.shape
-    solved = int((greedy >= SOLVED).sum())
-    passed = int((drawn >= SOLVED).any(1).sum())
+    solved, passed = int((greedy >= SOLVED).sum()), int((drawn >= SOLVED).any(1).sum())
     name = f"pass@{count}"
-    result: Result = {
+    return {
         "prompts": prompts,
         "greedy": float(greedy.mean()),
         "greedy_interval": list(bootstrap_interval(greedy.tolist())),
@@ -162,6 +161,13 @@ def _summary(greedy: Tensor, drawn: Tensor, totals: dict[str, float], *, with_kl
         "sampled_interval": list(bootstrap_interval(drawn.mean(1).tolist())),
         name: passed / prompts,
         f"{name}_interval": list(wilson_interval(passed, prompts)),
+    }
+
+
+def _summary(greedy: Tensor, drawn: Tensor, totals: dict[str, float], *, with_kl: bool) -> Result:
+    """greedy [P], drawn [P, K] -> one flat dict."""
+    result: Result = {
+        **scores(greedy, drawn),
         "entropy": totals["entropy"] / max(totals["tokens"], 1.0),
         "mean_length": totals["tokens"] / drawn.numel(),
         "finished": totals["finished"] / drawn.numel(),

@@ -17,8 +17,7 @@ from torch import Tensor
 from experiment.checkpoint import write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
-from experiment.statistics import bootstrap_interval, wilson_interval
-from llm_rlhf.evaluate import SOLVED, Result, numbers
+from llm_rlhf.evaluate import Result, numbers, scores
 from llm_rlhf.learner import ValidationConfig
 from llm_rlhf.models import LanguagePolicy
 from llm_rlhf.playing import Played, Player, build_player
@@ -79,24 +78,7 @@ def evaluate_player(player: Player, examples: Sequence[Example], config: Evaluat
             looks.append(look)
     finally:
         policy.temperature = temperature
-    return {**_scores(torch.cat(greedy), torch.cat(drawn)), **_course(looks)}
-
-
-def _scores(greedy: Tensor, drawn: Tensor) -> Result:
-    """greedy [P], drawn [P, K] -> shares with Wilson intervals, means with bootstrap intervals over rows."""
-    prompts, count = drawn.shape
-    solved, passed = int((greedy >= SOLVED).sum()), int((drawn >= SOLVED).any(1).sum())
-    return {
-        "prompts": prompts,
-        "greedy": float(greedy.mean()),
-        "greedy_interval": list(bootstrap_interval(greedy.tolist())),
-        "greedy_solved": solved / prompts,
-        "greedy_solved_interval": list(wilson_interval(solved, prompts)),
-        "sampled": float(drawn.mean()),
-        "sampled_interval": list(bootstrap_interval(drawn.mean(1).tolist())),
-        f"pass@{count}": passed / prompts,
-        f"pass@{count}_interval": list(wilson_interval(passed, prompts)),
-    }
+    return {**scores(torch.cat(greedy), torch.cat(drawn)), **_course(looks)}
 
 
 def _course(looks: Sequence[Played]) -> Result:

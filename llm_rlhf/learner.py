@@ -260,10 +260,6 @@ def record(
 ) -> None:
     """Log an update, look at the validation prompts when that is due, save when that is due; the last always."""
     sampler = learner.sampler
-    folders = writer(learner.policy, sampler.tokenizer)
-    folders |= merged_writer(learner.policy.model, sampler.tokenizer, asked=learner.policy.write_merged)
-    if learner.critic is not None:
-        folders[FOLDER] = learner.critic.save_pretrained
     looked = validate(
         learner.policy,
         sampler.tokenizer,
@@ -283,6 +279,9 @@ def record(
     if looked and learner.latest is not None:
         log_completions(run, sampler, *learner.latest, global_step=global_step)
     if last or run.should_save(global_step):
+        folders = writer(learner.policy, sampler.tokenizer)
+        if learner.critic is not None:
+            folders[FOLDER] = learner.critic.save_pretrained
         run.save(
             learner.state_dict(),
             global_step=global_step,
@@ -333,13 +332,14 @@ def frozen_reference(run: Run, policy: LanguagePolicy) -> LanguagePolicy:
 
 
 def writer(policy: LanguagePolicy, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[Path], None]]:
-    """The checkpoint's `policy` folder: a plain transformers model with its tokenizer."""
+    """The checkpoint's `policy` folder: a plain transformers model with its tokenizer; and, where an adapter's
+    configuration asks for it, the `merged` one."""
 
     def write(folder: Path) -> None:
         policy.save_pretrained(folder)
         tokenizer.save_pretrained(str(folder))
 
-    return {"policy": write}
+    return {"policy": write} | merged_writer(policy.model, tokenizer, asked=policy.write_merged)
 
 
 def checkpoint_policy(run: Run, config: ModelConfig) -> ModelConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from experiment.checkpoint import Checkpoint
 from experiment.errors import UserError
 from experiment.statistics import wilson_interval
 from llm_rlhf.data.pairs import PairData, TokenizedPairs, concatenated, tokenize_pairs
-from llm_rlhf.learner import Counters, writer
-from llm_rlhf.lora import merged_writer
+from llm_rlhf.learner import Counters
 from llm_rlhf.models import LanguagePolicy
 from llm_rlhf.precision import Precision, autocast
 from llm_rlhf.text_data import Batches, TokenizedTexts
@@ -303,11 +301,6 @@ class PreferenceLearner:
 def reference_of(checkpoint: Checkpoint | None) -> str | None:
     """Fingerprint of the reference that a run began with, from its checkpoint; None at a run's start."""
     return None if checkpoint is None else str(checkpoint.state["reference"])
-
-
-def folders_of(policy: LanguagePolicy, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[Path], None]]:
-    """The checkpoint's `policy` folder and, where an adapter's configuration asks for it, the `merged` one."""
-    return writer(policy, tokenizer) | merged_writer(policy.model, tokenizer, asked=policy.write_merged)
 
 
 def make_optimizer(policy: LanguagePolicy, learning: LearningConfig) -> torch.optim.AdamW:

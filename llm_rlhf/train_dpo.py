@@ -14,7 +14,7 @@ from pathlib import Path
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.pairs import PairsConfig, TokenizedPairs, read_pairs
-from llm_rlhf.learner import Counters, checkpoint_policy, progress_of, require_trained, stopping_on_nan
+from llm_rlhf.learner import Counters, checkpoint_policy, progress_of, require_trained, stopping_on_nan, writer
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
 from llm_rlhf.precision import require_precision
 from llm_rlhf.preference_learning import (
@@ -24,7 +24,6 @@ from llm_rlhf.preference_learning import (
     ReferencedPairs,
     announce_all,
     first_rows,
-    folders_of,
     make_optimizer,
     pair_step,
     reference_of,
@@ -111,7 +110,7 @@ def train(config: TrainDPOConfig, *, resume: Path | None = None) -> RunResult:
                 run.save(
                     learner.state_dict(),
                     global_step=step,
-                    folders=folders_of(policy, tokenizer),
+                    folders=writer(policy, tokenizer),
                     metric=looked.get("eval/rewards/accuracies"),
                 )
             if last:

@@ -39,6 +39,7 @@ from llm_rlhf.learner import (
     require_trained,
     stopping_on_nan,
     validate,
+    writer,
 )
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
 from llm_rlhf.precision import require_precision
@@ -46,7 +47,6 @@ from llm_rlhf.preference_learning import (
     LearningConfig,
     ReferencedPairs,
     all_log_probs,
-    folders_of,
     make_optimizer,
     pair_step,
 )
@@ -214,7 +214,7 @@ def train(config: TrainIterativeDPOConfig, *, resume: Path | None = None) -> Run
                 run.save(
                     learner.state_dict(),
                     global_step=step,
-                    folders=folders_of(learner.policy, learner.tokenizer),
+                    folders=writer(learner.policy, learner.tokenizer),
                     metric=looked.get("eval/greedy"),
                 )
             if last:

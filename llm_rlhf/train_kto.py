@@ -21,7 +21,7 @@ from experiment.run import Run, RunConfig, RunResult
 from experiment.statistics import wilson_interval
 from llm_rlhf.data.pairs import FeedbackData, PairsConfig, read_feedback, tokenize_feedback
 from llm_rlhf.data.records import Feedback
-from llm_rlhf.learner import Counters, checkpoint_policy, progress_of, require_trained, stopping_on_nan
+from llm_rlhf.learner import Counters, checkpoint_policy, progress_of, require_trained, stopping_on_nan, writer
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
 from llm_rlhf.precision import require_precision
 from llm_rlhf.preference_learning import (
@@ -31,7 +31,6 @@ from llm_rlhf.preference_learning import (
     all_log_probs,
     announce_all,
     completion_log_probs,
-    folders_of,
     make_optimizer,
     optimizer_step,
     reference_of,
@@ -130,7 +129,7 @@ def train(config: TrainKTOConfig, *, resume: Path | None = None) -> RunResult:
                 run.save(
                     learner.state_dict(),
                     global_step=step,
-                    folders=folders_of(policy, tokenizer),
+                    folders=writer(policy, tokenizer),
                     metric=looked.get("eval/rewards/auc"),
                 )
             if last:

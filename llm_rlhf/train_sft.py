@@ -22,7 +22,6 @@ from llm_rlhf.learner import (
     validate,
     writer,
 )
-from llm_rlhf.lora import merged_writer
 from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
 from llm_rlhf.precision import Precision, autocast, require_precision
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
@@ -129,10 +128,7 @@ def train(config: TrainSFTConfig, *, resume: Path | None = None) -> RunResult:
                 run.save(
                     state,
                     global_step=step,
-                    folders={
-                        **writer(policy, tokenizer),
-                        **merged_writer(policy.model, tokenizer, asked=policy.write_merged),
-                    },
+                    folders=writer(policy, tokenizer),
                     metric=metrics.get("eval/greedy"),
                 )
             if out_of_time:

@@ -17,7 +17,6 @@ from llm_rlhf.learner import (
     stopping_on_nan,
     writer,
 )
-from llm_rlhf.lora import merged_writer
 from llm_rlhf.models import ModelConfig, build_policy
 from llm_rlhf.playing import build_player, tokenize_demonstrations
 from llm_rlhf.precision import require_precision
@@ -86,11 +85,12 @@ def train(config: TrainTurnsSFTConfig, *, resume: Path | None = None) -> RunResu
                     "batches": batches.state_dict(),
                     "counters": counters.state_dict(),
                 }
-                folders = {
-                    **writer(policy, tokenizer),
-                    **merged_writer(policy.model, tokenizer, asked=policy.write_merged),
-                }
-                run.save(state, global_step=step, folders=folders, metric=looked.get("eval/greedy"))
+                run.save(
+                    state,
+                    global_step=step,
+                    folders=writer(policy, tokenizer),
+                    metric=looked.get("eval/greedy"),
+                )
             if last:
                 break
         return run.finish()

@@ -296,7 +296,9 @@ def random_pairs() -> TokenizedPairs:
 def ours_sft(folder: Path, precision: str) -> Iterator[Step]:
     """`train_sft.supervised_step` on 16 texts of 64 tokens, all but the first of which are learned."""
     policy = LanguagePolicy.from_pretrained(folder / "model")
-    config = train_sft.SupervisedConfig(learning_rate=1e-6, batch_size=BATCH)
+    config = train_sft.SupervisedConfig(
+        learning_rate=1e-6, batch_size=BATCH, precision="bfloat16" if precision == "bf16" else "float32"
+    )
     optimizer = train_sft.make_optimizer(policy, config)
     tokens = random_tokens()
     attention = torch.ones_like(tokens)
@@ -306,8 +308,7 @@ def ours_sft(folder: Path, precision: str) -> Iterator[Step]:
     counters = Counters()
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            train_sft.supervised_step(policy, optimizer, data, batches, config, step=1, counters=counters)
+        train_sft.supervised_step(policy, optimizer, data, batches, config, step=1, counters=counters)
 
     yield step
 

@@ -22,7 +22,7 @@ from experiment.errors import UserError
 from llm_rlhf.data.chat import ASSISTANT, Chat, Message, is_conversation, read_messages
 from llm_rlhf.data.files import Row
 from llm_rlhf.data.records import Comparison, Feedback
-from llm_rlhf.tasks.examples import Example, text_column
+from llm_rlhf.tasks.examples import Example, number_column, text_column
 
 Kind = Literal["preference", "unpaired preference", "language modeling", "prompt-completion", "prompt-only"]
 Transcripts = Literal["text", "chat"]
@@ -293,8 +293,6 @@ def _alone(value: Any, name: str, place: str) -> tuple[str, str]:
 
 
 def _margin(columns: Mapping[str, Any], names: ColumnNames, place: str) -> float | None:
-    from llm_rlhf.tasks.scored import number_column  # here: the tasks read their rows through this file
-
     if columns.get(names.margin) is not None:
         return number_column(columns, names.margin, place)
     if columns.get(names.score_chosen) is None or columns.get(names.score_rejected) is None:

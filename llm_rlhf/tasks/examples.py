@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -73,3 +74,19 @@ def text_column(row: Mapping[str, Any], name: str, place: str) -> str:
     except UnicodeEncodeError:
         raise UserError(f"{place}: column {name!r} holds half of a character (a lone surrogate)") from None
     return value
+
+
+def number_column(row: Mapping[str, Any], name: str, place: str) -> float:
+    """A column that must be there and be a finite number. Raises UserError naming `place`."""
+    if name not in row:
+        raise UserError(f"{place}: column {name!r} is missing (there is {', '.join(row)})")
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{place}: column {name!r} is {type(value).__name__}, not a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or abs(number) > 1e30:
+        raise UserError(f"{place}: column {name!r} is {number}; a finite number is needed (at most 1e30)")
+    return number

@@ -11,14 +11,13 @@ the model is asked for in validation and evaluation is the first assistant messa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from experiment.errors import UserError
 from llm_rlhf.rewards import RewardFunction
-from llm_rlhf.tasks.examples import Example, Piece, read_jsonl, text_column
+from llm_rlhf.tasks.examples import Example, Piece, number_column, read_jsonl, text_column
 from llm_rlhf.tasks.rows import split_prompts
 
 WRITER = "assistant"
@@ -137,19 +136,3 @@ def _conversation(row: Mapping[str, Any], config: ScoredConfig, place: str) -> l
         last = pieces[-1]
         pieces[-1] = Piece(last.text, (last.reward or 0.0) + number_column(row, config.reward, place))
     return pieces
-
-
-def number_column(row: Mapping[str, Any], name: str, place: str) -> float:
-    """A column that must be there and be a finite number. Raises UserError naming `place`."""
-    if name not in row:
-        raise UserError(f"{place}: column {name!r} is missing (there is {', '.join(row)})")
-    value = row[name]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{place}: column {name!r} is {type(value).__name__}, not a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number) or abs(number) > 1e30:
-        raise UserError(f"{place}: column {name!r} is {number}; a finite number is needed (at most 1e30)")
-    return number
