@@ -2,8 +2,9 @@
 
     python -m studies.table
 
-A cell is a stage of a seed (`clone-0`, `ppo-0`, ...), a policy to compare (`more`: ten times the demonstrations;
-`longer`: cloning for as long as cloning and PPO took together) or a floor (`no-image`, `no-words`). All are judged
+A cell is a stage of a seed (`clone-0`, then `ppo-0`, then `further-0`: PPO again, for half as long), a policy to
+compare (`more`: ten times the demonstrations; `longer`: cloning for as long as cloning and PPO took together) or a
+floor (`no-image`, `no-words`). All are judged
 on the same 200 test scenes a task, in training's words, in held-out combinations, in held-out words and with
 swapped words. Cells that start from another's run need that run in runs/studies.
 """
@@ -26,7 +27,11 @@ from studies.cells import RUNS, Figures, main
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "embodied"
 DEMONSTRATIONS = 100
-CELLS = ["clone-0", "ppo-0", "clone-1", "ppo-1", "no-image", "no-words", "more", "longer"]
+CELLS = [f"{stage}-{seed}" for seed in range(2) for stage in ("clone", "ppo", "further")]
+CELLS += ["no-image", "no-words", "more", "longer"]
+BEFORE = {"ppo": "clone", "further": "ppo"}
+"""The stage that a stage of PPO starts from."""
+FURTHER = "total_steps=2000000"
 SUITES: tuple[Suite, ...] = ("normal", "held_out", "synonyms", "swapped")
 OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "no-image": ("policy.ablate=image",),
@@ -41,8 +46,9 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
     kind, _, number = cell.partition("-")
     folder = RUNS / f"table-{cell}"
     shutil.rmtree(folder, ignore_errors=True)
-    if kind == "ppo":
-        trained = fine_tune(folder, init=RUNS / f"table-clone-{number}", seed=int(number))
+    if kind in BEFORE:
+        overrides = [FURTHER] if kind == "further" else []
+        trained = fine_tune(folder, *overrides, init=RUNS / f"table-{BEFORE[kind]}-{number}", seed=int(number))
     else:
         seed = int(number) if kind == "clone" else 0
         count = 10 * DEMONSTRATIONS if cell == "more" else DEMONSTRATIONS
