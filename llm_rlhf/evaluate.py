@@ -21,14 +21,14 @@ from experiment.checkpoint import write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
 from experiment.statistics import bootstrap_interval, wilson_interval
-from llm_rlhf.generation import Samples, generate
-from llm_rlhf.ilql import AdvantageSteering
-from llm_rlhf.models import LanguagePolicy, model_folder
-from llm_rlhf.rewards import RewardSet, resolve
+from llm_rlhf.data.texts import columns_of, encode_prompts
+from llm_rlhf.logged.value_heads import AdvantageSteering
+from llm_rlhf.models.causal import LanguagePolicy, model_folder
+from llm_rlhf.models.generation import Samples, generate
+from llm_rlhf.models.tokenizer import decode_completions, load_tokenizer, pad_id
+from llm_rlhf.rewards.functions import RewardSet, resolve
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
-from llm_rlhf.text_data import columns_of, encode_prompts
-from llm_rlhf.tokenizer import decode_completions, load_tokenizer, pad_id
 
 SOLVED = 1.0 - 1e-6
 Result = dict[str, Any]

@@ -17,9 +17,9 @@ from experiment.errors import UserError
 from experiment.yaml_tree import ConfigTree
 from llm_rlhf import train_dpo, train_kto
 from llm_rlhf.data.pairs import read_feedback, read_pairs
-from llm_rlhf.models import LanguagePolicy
-from llm_rlhf.preference_learning import reference_of, tokenized_sets, validate_pairs
-from llm_rlhf.tokenizer import load_tokenizer
+from llm_rlhf.models.causal import LanguagePolicy
+from llm_rlhf.models.tokenizer import load_tokenizer
+from llm_rlhf.preferences.learning import reference_of, tokenized_sets, validate_pairs
 
 Result = dict[str, dict[str, float]]
 

@@ -22,7 +22,7 @@ from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
 from llm_rlhf.data.pairs import PairData, PairsConfig, read_pairs
 from llm_rlhf.data.records import Comparison
-from llm_rlhf.reward_audit import (
+from llm_rlhf.rewards.reward_audit import (
     Result,
     accuracy_sweep,
     bag_of_words,
@@ -34,8 +34,8 @@ from llm_rlhf.reward_audit import (
     sweep_rows,
     weight_grid,
 )
-from llm_rlhf.reward_data import RewardData, reward_data
-from llm_rlhf.reward_model import FOLDER, RewardModel, combine, load_reward_tokenizer
+from llm_rlhf.rewards.reward_data import RewardData, reward_data
+from llm_rlhf.rewards.reward_model import FOLDER, RewardModel, combine, load_reward_tokenizer
 from llm_rlhf.train_reward import RewardConfig, features_of
 from policy_core.calibration import both_ways, expected_calibration_error, fit_temperature, reliability_table
 

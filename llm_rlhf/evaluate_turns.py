@@ -18,13 +18,13 @@ from experiment.checkpoint import write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
 from llm_rlhf.evaluate import Result, numbers, scores
-from llm_rlhf.learner import ValidationConfig
-from llm_rlhf.models import LanguagePolicy
-from llm_rlhf.playing import Played, Player, build_player
+from llm_rlhf.models.causal import LanguagePolicy
+from llm_rlhf.models.tokenizer import load_tokenizer
+from llm_rlhf.online.learner import ValidationConfig
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import TaskConfig, build_task
-from llm_rlhf.tokenizer import load_tokenizer
-from llm_rlhf.turns import TurnsConfig
+from llm_rlhf.turns.episodes import TurnsConfig
+from llm_rlhf.turns.playing import Played, Player, build_player
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,18 @@ from pathlib import Path
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.pairs import PairsConfig, TokenizedPairs, read_pairs
-from llm_rlhf.learner import Counters, checkpoint_policy, progress_of, require_trained, stopping_on_nan, writer
-from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
-from llm_rlhf.precision import require_precision
-from llm_rlhf.preference_learning import (
+from llm_rlhf.data.texts import Batches
+from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.precision import require_precision
+from llm_rlhf.online.learner import (
+    Counters,
+    checkpoint_policy,
+    progress_of,
+    require_trained,
+    stopping_on_nan,
+    writer,
+)
+from llm_rlhf.preferences.learning import (
     HeldOutConfig,
     LearningConfig,
     PreferenceLearner,
@@ -32,8 +40,7 @@ from llm_rlhf.preference_learning import (
     tokenized_sets,
     validate_pairs,
 )
-from llm_rlhf.reference_cache import ReferenceLogProbs, ReferenceSource, reference_log_probs
-from llm_rlhf.text_data import Batches
+from llm_rlhf.preferences.reference_cache import ReferenceLogProbs, ReferenceSource, reference_log_probs
 from policy_core.preference import NEEDS_REFERENCE, PreferenceConfig
 from policy_core.schedules import scheduled
 

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from experiment.run import Run, RunConfig, RunResult
-from llm_rlhf.experience import (
+from llm_rlhf.models.causal import ModelConfig
+from llm_rlhf.models.generation import GenerationConfig, Samples, to_rollout
+from llm_rlhf.models.tokenizer import pad_id
+from llm_rlhf.online.experience import (
     OverlongConfig,
     ShapingConfig,
     joined,
@@ -26,8 +29,7 @@ from llm_rlhf.experience import (
     sample_metrics,
     with_kl_rewards,
 )
-from llm_rlhf.generation import GenerationConfig, Samples, to_rollout
-from llm_rlhf.learner import (
+from llm_rlhf.online.learner import (
     Learner,
     ValidationConfig,
     announce,
@@ -37,14 +39,12 @@ from llm_rlhf.learner import (
     require_trained,
     stopping_on_nan,
 )
-from llm_rlhf.models import ModelConfig
-from llm_rlhf.monitor import MonitorConfig
-from llm_rlhf.pretraining_mix import PretrainingMixConfig
-from llm_rlhf.rewards import Scores
-from llm_rlhf.safety import SafetyConfig
-from llm_rlhf.self_imitation import SelfImitationConfig
+from llm_rlhf.online.monitor import MonitorConfig
+from llm_rlhf.online.pretraining_mix import PretrainingMixConfig
+from llm_rlhf.online.self_imitation import SelfImitationConfig
+from llm_rlhf.rewards.functions import Scores
+from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
-from llm_rlhf.tokenizer import pad_id
 from policy_core.grpo import GRPOConfig, group_advantages, with_signal
 from policy_core.kl import KLConfig, kl_in_unit
 from policy_core.ppo import PPOConfig, update

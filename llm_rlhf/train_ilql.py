@@ -16,8 +16,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from experiment.run import Run, RunConfig, RunResult
-from llm_rlhf.ilql import AdvantageSteering, ValueHeads, heads_for, loss_of
-from llm_rlhf.learner import (
+from llm_rlhf.data.texts import Batches
+from llm_rlhf.logged.texts import LoggedTexts, logged_texts, tokenize_logged
+from llm_rlhf.logged.value_heads import AdvantageSteering, ValueHeads, heads_for, loss_of
+from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy, model_folder
+from llm_rlhf.models.tokenizer import pad_id
+from llm_rlhf.online.learner import (
     Counters,
     ValidationConfig,
     announce,
@@ -27,11 +31,7 @@ from llm_rlhf.learner import (
     validate,
     writer,
 )
-from llm_rlhf.logged import LoggedTexts, logged_texts, tokenize_logged
-from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy, model_folder
 from llm_rlhf.tasks.task import TaskConfig, build_task
-from llm_rlhf.text_data import Batches
-from llm_rlhf.tokenizer import pad_id
 from policy_core.critics import polyak_
 from policy_core.ilql import ILQLConfig
 from policy_core.ppo import NonFiniteLoss

@@ -21,15 +21,18 @@ from transformers import PreTrainedTokenizerBase
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.pairs import TokenizedPairs
-from llm_rlhf.experience import (
+from llm_rlhf.data.texts import Batches, TokenizedTexts, concatenate
+from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.generation import GenerationConfig, Samples
+from llm_rlhf.models.precision import require_precision
+from llm_rlhf.online.experience import (
     OverlongConfig,
     Sampler,
     build_sampler,
     joined_scores,
     reference_log_probs,
 )
-from llm_rlhf.generation import GenerationConfig, Samples
-from llm_rlhf.learner import (
+from llm_rlhf.online.learner import (
     Counters,
     ValidationConfig,
     announce,
@@ -41,18 +44,15 @@ from llm_rlhf.learner import (
     validate,
     writer,
 )
-from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
-from llm_rlhf.precision import require_precision
-from llm_rlhf.preference_learning import (
+from llm_rlhf.preferences.learning import (
     LearningConfig,
     ReferencedPairs,
     all_log_probs,
     make_optimizer,
     pair_step,
 )
-from llm_rlhf.rewards import Scores
+from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.tasks.task import TaskConfig, build_task
-from llm_rlhf.text_data import Batches, TokenizedTexts, concatenate
 from policy_core.preference import NEEDS_REFERENCE, PreferenceConfig
 from policy_core.schedules import scheduled
 

@@ -21,10 +21,19 @@ from experiment.run import Run, RunConfig, RunResult
 from experiment.statistics import wilson_interval
 from llm_rlhf.data.pairs import FeedbackData, PairsConfig, read_feedback, tokenize_feedback
 from llm_rlhf.data.records import Feedback
-from llm_rlhf.learner import Counters, checkpoint_policy, progress_of, require_trained, stopping_on_nan, writer
-from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
-from llm_rlhf.precision import require_precision
-from llm_rlhf.preference_learning import (
+from llm_rlhf.data.texts import Batches, TokenizedTexts
+from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.precision import require_precision
+from llm_rlhf.models.tokenizer import pad_id
+from llm_rlhf.online.learner import (
+    Counters,
+    checkpoint_policy,
+    progress_of,
+    require_trained,
+    stopping_on_nan,
+    writer,
+)
+from llm_rlhf.preferences.learning import (
     HeldOutConfig,
     LearningConfig,
     PreferenceLearner,
@@ -39,9 +48,7 @@ from llm_rlhf.preference_learning import (
     require_held_out,
     rows_of,
 )
-from llm_rlhf.reference_cache import ReferenceSource, reference_log_probs
-from llm_rlhf.text_data import Batches, TokenizedTexts
-from llm_rlhf.tokenizer import pad_id
+from llm_rlhf.preferences.reference_cache import ReferenceSource, reference_log_probs
 from policy_core.preference import KTOConfig, kto_baseline, kto_loss, kto_means
 from policy_core.schedules import scheduled
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from experiment.run import Run, RunConfig, RunResult
-from llm_rlhf.critic import CriticConfig, with_values
-from llm_rlhf.experience import (
+from llm_rlhf.models.causal import ModelConfig
+from llm_rlhf.models.generation import GenerationConfig, to_rollout
+from llm_rlhf.online.critic import CriticConfig, with_values
+from llm_rlhf.online.experience import (
     OverlongConfig,
     ShapingConfig,
     logprob_gap,
@@ -20,8 +22,7 @@ from llm_rlhf.experience import (
     with_dense_rewards,
     with_kl_rewards,
 )
-from llm_rlhf.generation import GenerationConfig, to_rollout
-from llm_rlhf.learner import (
+from llm_rlhf.online.learner import (
     Learner,
     ValidationConfig,
     announce,
@@ -31,12 +32,11 @@ from llm_rlhf.learner import (
     require_trained,
     stopping_on_nan,
 )
-from llm_rlhf.models import ModelConfig
-from llm_rlhf.monitor import MonitorConfig
-from llm_rlhf.pretraining_mix import PretrainingMixConfig
-from llm_rlhf.process_term import ProcessTermConfig
-from llm_rlhf.safety import SafetyConfig
-from llm_rlhf.self_imitation import SelfImitationConfig
+from llm_rlhf.online.monitor import MonitorConfig
+from llm_rlhf.online.pretraining_mix import PretrainingMixConfig
+from llm_rlhf.online.self_imitation import SelfImitationConfig
+from llm_rlhf.rewards.process_term import ProcessTermConfig
+from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.kl import KLConfig, kl_in_unit
 from policy_core.ppo import PPOConfig, update

@@ -22,9 +22,10 @@ from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from experiment.statistics import wilson_interval
-from llm_rlhf.learner import Counters, progress_of, stopping_on_nan
-from llm_rlhf.models import ModelConfig
-from llm_rlhf.process_reward import (
+from llm_rlhf.data.texts import Batches
+from llm_rlhf.models.causal import ModelConfig
+from llm_rlhf.online.learner import Counters, progress_of, stopping_on_nan
+from llm_rlhf.rewards.process_reward import (
     FOLDER,
     StepData,
     StepsConfig,
@@ -36,8 +37,7 @@ from llm_rlhf.process_reward import (
     token_scores,
     tokenize_steps,
 )
-from llm_rlhf.reward_model import Scorer, build_reward_model
-from llm_rlhf.text_data import Batches
+from llm_rlhf.rewards.reward_model import Scorer, build_reward_model
 from llm_rlhf.train_reward import LOOK, RewardLearningConfig, RewardValidationConfig, refuse_adapter
 from policy_core.ppo import NonFiniteLoss
 from policy_core.schedules import scheduled

@@ -15,9 +15,13 @@ import torch
 
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
-from llm_rlhf.experience import Sampler, build_sampler
-from llm_rlhf.generation import GenerationConfig
-from llm_rlhf.learner import (
+from llm_rlhf.data.texts import Batches, TokenizedTexts, columns_of, concatenate, tokenize
+from llm_rlhf.models.causal import ModelConfig, build_policy
+from llm_rlhf.models.generation import GenerationConfig
+from llm_rlhf.models.precision import require_precision
+from llm_rlhf.models.tokenizer import pad_id
+from llm_rlhf.online.experience import Sampler, build_sampler
+from llm_rlhf.online.learner import (
     Counters,
     ValidationConfig,
     announce,
@@ -27,12 +31,8 @@ from llm_rlhf.learner import (
     validate,
     writer,
 )
-from llm_rlhf.models import ModelConfig, build_policy
-from llm_rlhf.precision import require_precision
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import TaskConfig, build_task
-from llm_rlhf.text_data import Batches, TokenizedTexts, columns_of, concatenate, tokenize
-from llm_rlhf.tokenizer import pad_id
 from llm_rlhf.train_sft import SupervisedConfig, make_optimizer, supervised_step
 
 RECIPE = "llm/rejection"

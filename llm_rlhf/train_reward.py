@@ -22,12 +22,19 @@ from experiment.run import Run, RunConfig, RunResult
 from experiment.statistics import wilson_interval
 from llm_rlhf.data.pairs import PairData, PairsConfig, read_pairs
 from llm_rlhf.data.records import Comparison
-from llm_rlhf.learner import Counters, progress_of, stopping_on_nan
-from llm_rlhf.models import ModelConfig
-from llm_rlhf.precision import Precision, require_precision
-from llm_rlhf.reward_data import RewardData, objectives_of, reward_data
-from llm_rlhf.reward_model import FOLDER, RewardModel, ScoringConfig, build_reward_model, combine, reward_writer
-from llm_rlhf.text_data import Batches
+from llm_rlhf.data.texts import Batches
+from llm_rlhf.models.causal import ModelConfig
+from llm_rlhf.models.precision import Precision, require_precision
+from llm_rlhf.online.learner import Counters, progress_of, stopping_on_nan
+from llm_rlhf.rewards.reward_data import RewardData, objectives_of, reward_data
+from llm_rlhf.rewards.reward_model import (
+    FOLDER,
+    RewardModel,
+    ScoringConfig,
+    build_reward_model,
+    combine,
+    reward_writer,
+)
 from policy_core.calibration import both_ways, fit_temperature
 from policy_core.comparisons import bradley_terry_loss, centring_loss, davidson_loss, rao_kupper_loss
 from policy_core.ppo import NonFiniteLoss

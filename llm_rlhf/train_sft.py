@@ -12,7 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.chat import Chat, ensure_template
 from llm_rlhf.data.packing import PackedTexts, pack, require_apart
-from llm_rlhf.learner import (
+from llm_rlhf.data.texts import Batches, TokenizedTexts, encode_examples, lay_out
+from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.precision import Precision, autocast, require_precision
+from llm_rlhf.models.tokenizer import pad_id
+from llm_rlhf.online.learner import (
     Counters,
     ValidationConfig,
     announce,
@@ -22,11 +26,7 @@ from llm_rlhf.learner import (
     validate,
     writer,
 )
-from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
-from llm_rlhf.precision import Precision, autocast, require_precision
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
-from llm_rlhf.text_data import Batches, TokenizedTexts, encode_examples, lay_out
-from llm_rlhf.tokenizer import pad_id
 from policy_core.bc import bc_loss
 from policy_core.ppo import NonFiniteLoss
 from policy_core.schedules import Schedule, scheduled, set_learning_rate

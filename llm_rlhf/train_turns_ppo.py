@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from experiment.run import Run, RunConfig, RunResult
+from llm_rlhf.data.texts import Batches
 from llm_rlhf.evaluate_turns import validate_player
-from llm_rlhf.experience import policy_metrics, reference_log_probs, sample_metrics, with_kl_rewards
-from llm_rlhf.generation import GenerationConfig
-from llm_rlhf.learner import (
+from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.generation import GenerationConfig
+from llm_rlhf.online.experience import policy_metrics, reference_log_probs, sample_metrics, with_kl_rewards
+from llm_rlhf.online.learner import (
     Counters,
     ValidationConfig,
     announce,
@@ -29,12 +31,10 @@ from llm_rlhf.learner import (
     stopping_on_nan,
     writer,
 )
-from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
-from llm_rlhf.playing import Played, Player, build_player
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
-from llm_rlhf.text_data import Batches
 from llm_rlhf.train_ppo import language_ppo
-from llm_rlhf.turns import TurnsConfig, turns_to_rollout
+from llm_rlhf.turns.episodes import TurnsConfig, turns_to_rollout
+from llm_rlhf.turns.playing import Played, Player, build_player
 from policy_core.kl import KLConfig, KLController, kl_in_unit
 from policy_core.ppo import PPOConfig, update
 from policy_core.returns import explained_variance, gae

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiment.run import Run, RunConfig, RunResult
+from llm_rlhf.data.texts import Batches
 from llm_rlhf.evaluate_turns import validate_player
-from llm_rlhf.generation import GenerationConfig
-from llm_rlhf.learner import (
+from llm_rlhf.models.causal import ModelConfig, build_policy
+from llm_rlhf.models.generation import GenerationConfig
+from llm_rlhf.models.precision import require_precision
+from llm_rlhf.online.learner import (
     Counters,
     ValidationConfig,
     announce,
@@ -17,13 +20,10 @@ from llm_rlhf.learner import (
     stopping_on_nan,
     writer,
 )
-from llm_rlhf.models import ModelConfig, build_policy
-from llm_rlhf.playing import build_player, tokenize_demonstrations
-from llm_rlhf.precision import require_precision
 from llm_rlhf.tasks.task import TaskConfig, build_task
-from llm_rlhf.text_data import Batches
 from llm_rlhf.train_sft import SupervisedConfig, make_optimizer, supervised_step
-from llm_rlhf.turns import TurnsConfig
+from llm_rlhf.turns.episodes import TurnsConfig
+from llm_rlhf.turns.playing import build_player, tokenize_demonstrations
 
 RECIPE = "llm/turns_sft"
 

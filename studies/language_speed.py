@@ -29,18 +29,18 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from experiment.run import Run, RunConfig
 from llm_rlhf import train_grpo, train_ppo, train_sft
-from llm_rlhf.critic import CriticConfig
 from llm_rlhf.data.pairs import TokenizedPairs
-from llm_rlhf.learner import Counters, Learner, build_learner
-from llm_rlhf.models import LanguagePolicy, ModelConfig
-from llm_rlhf.preference_learning import LearningConfig, ReferencedPairs, pair_step
-from llm_rlhf.preference_learning import make_optimizer as make_preference_optimizer
-from llm_rlhf.reward_model import build_reward_model, reward_function
-from llm_rlhf.rewards import RewardFunction
-from llm_rlhf.self_imitation import SelfImitationConfig
+from llm_rlhf.data.texts import Batches, TokenizedTexts
+from llm_rlhf.models.causal import LanguagePolicy, ModelConfig
+from llm_rlhf.online.critic import CriticConfig
+from llm_rlhf.online.learner import Counters, Learner, build_learner
+from llm_rlhf.online.self_imitation import SelfImitationConfig
+from llm_rlhf.preferences.learning import LearningConfig, ReferencedPairs, pair_step
+from llm_rlhf.preferences.learning import make_optimizer as make_preference_optimizer
+from llm_rlhf.rewards.functions import RewardFunction
+from llm_rlhf.rewards.reward_model import build_reward_model, reward_function
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import Task
-from llm_rlhf.text_data import Batches, TokenizedTexts
 from policy_core.grpo import GRPOConfig
 from policy_core.kl import KLConfig
 from policy_core.ppo import PPOConfig

@@ -17,9 +17,9 @@ import torch
 
 from experiment.errors import UserError
 from llm_rlhf.data.chat import Message, render
+from llm_rlhf.data.texts import encode_prompts
 from llm_rlhf.evaluation.subject import Subject, load_subject
-from llm_rlhf.generation import draw_index
-from llm_rlhf.text_data import encode_prompts
+from llm_rlhf.models.generation import draw_index
 from tandem.benchmark import find_model
 
 PROMPT = "> "

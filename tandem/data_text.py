@@ -91,7 +91,7 @@ def examine(path: str | Path, *, tokenizer: str | None = None, columns: str = ""
     """
     from llm_rlhf.data.columns import kind_of
     from llm_rlhf.data.files import read_rows
-    from llm_rlhf.tokenizer import load_tokenizer
+    from llm_rlhf.models.tokenizer import load_tokenizer
 
     names = column_names(columns)
     words = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -221,7 +221,7 @@ def _count(
         report.thumbs_up += record.desirable
     if words is None:
         return
-    from llm_rlhf.text_data import encode, encode_prompts
+    from llm_rlhf.data.texts import encode, encode_prompts
 
     (prompt,) = encode_prompts(words, [record.prompt])
     for name, text in texts.items():

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from experiment.errors import UserError
-from llm_rlhf.models import LanguagePolicy
-from llm_rlhf.text_data import Encoded
+from llm_rlhf.data.texts import Encoded
+from llm_rlhf.models.causal import LanguagePolicy
 
 SHORT_ROW = 1024
 

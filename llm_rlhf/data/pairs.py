@@ -15,8 +15,8 @@ from experiment.errors import UserError
 from llm_rlhf.data.columns import ColumnNames, Transcripts, read_comparison, read_feedback_row
 from llm_rlhf.data.files import Row, read_rows
 from llm_rlhf.data.records import Comparison, Feedback
+from llm_rlhf.data.texts import Encoded, TokenizedTexts, encode, fit, lay_out
 from llm_rlhf.tasks.rows import split_prompts
-from llm_rlhf.text_data import Encoded, TokenizedTexts, encode, fit, lay_out
 
 Record = TypeVar("Record", Comparison, Feedback)
 

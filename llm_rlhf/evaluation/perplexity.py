@@ -20,8 +20,8 @@ from experiment.errors import UserError
 from llm_rlhf.data.files import SUFFIXES, read_rows
 from llm_rlhf.evaluation.results import Measure, Result
 from llm_rlhf.evaluation.subject import Subject
+from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.tasks.examples import text_column
-from llm_rlhf.tokenizer import pad_id
 
 
 def read_documents(path: str | Path, *, column: str = "text") -> list[str]:

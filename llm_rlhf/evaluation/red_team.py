@@ -17,7 +17,7 @@ from llm_rlhf.evaluation.diversity import Unit, pieces, self_bleu
 from llm_rlhf.evaluation.results import Measure, Result
 from llm_rlhf.evaluation.rules import Rule, judge, load_rule
 from llm_rlhf.evaluation.subject import Decoding, Subject, load_subject
-from llm_rlhf.rewards import RewardFunction
+from llm_rlhf.rewards.functions import RewardFunction
 from llm_rlhf.tasks.examples import text_column
 
 Target = Callable[[Sequence[str]], list[str]]

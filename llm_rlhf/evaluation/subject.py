@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 from llm_rlhf.data.chat import Chat, render
-from llm_rlhf.generation import generate
-from llm_rlhf.ilql import AdvantageSteering
-from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy, model_folder
-from llm_rlhf.text_data import encode_prompts
-from llm_rlhf.tokenizer import decode_completions, pad_id
+from llm_rlhf.data.texts import encode_prompts
+from llm_rlhf.logged.value_heads import AdvantageSteering
+from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy, model_folder
+from llm_rlhf.models.generation import generate
+from llm_rlhf.models.tokenizer import decode_completions, pad_id
 
 Message = dict[str, Any]
 Prompt = str | list[Message]

@@ -16,8 +16,8 @@ from envs.own import is_own, load_own
 from experiment.errors import UserError
 from llm_rlhf.data.files import read_rows
 from llm_rlhf.evaluation.results import Measure, Result
-from llm_rlhf.reward_model import find_folder, reward_function
-from llm_rlhf.rewards import RewardFunction
+from llm_rlhf.rewards.functions import RewardFunction
+from llm_rlhf.rewards.reward_model import find_folder, reward_function
 from llm_rlhf.tasks.examples import text_column
 
 PairJudge = Callable[[str, str, str], str | None]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiment.errors import UserError
-from llm_rlhf.rewards import exact_match
+from llm_rlhf.rewards.functions import exact_match
 from llm_rlhf.tasks.examples import Example, read_jsonl, text_column
 
 LIMIT = 1000  # operands lie below it

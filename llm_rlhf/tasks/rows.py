@@ -14,7 +14,7 @@ from typing import Any
 from experiment.errors import UserError
 from llm_rlhf.data.columns import ColumnNames, Transcripts, kind_of, read_demonstration, read_prompt
 from llm_rlhf.data.files import read_rows
-from llm_rlhf.rewards import exact_match
+from llm_rlhf.rewards.functions import exact_match
 from llm_rlhf.tasks.examples import Example
 
 

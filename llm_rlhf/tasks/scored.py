@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiment.errors import UserError
-from llm_rlhf.rewards import RewardFunction
+from llm_rlhf.rewards.functions import RewardFunction
 from llm_rlhf.tasks.examples import Example, Piece, number_column, read_jsonl, text_column
 from llm_rlhf.tasks.rows import split_prompts
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from llm_rlhf.rewards import RewardFunction
+from llm_rlhf.rewards.functions import RewardFunction
 from llm_rlhf.tasks import calculator, random_walks, rows, scored, tool_calculator
 from llm_rlhf.tasks.calculator import CalculatorConfig
 from llm_rlhf.tasks.examples import Example, Piece

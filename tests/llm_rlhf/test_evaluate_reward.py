@@ -14,7 +14,7 @@ from experiment.errors import UserError
 from llm_rlhf import train_reward
 from llm_rlhf.data.records import Comparison
 from llm_rlhf.evaluate_reward import EvaluateConfig, calibration, evaluate_run
-from llm_rlhf.reward_audit import (
+from llm_rlhf.rewards.reward_audit import (
     accuracy_sweep,
     bag_of_words,
     best_of_n_sweep,
@@ -28,7 +28,7 @@ from llm_rlhf.reward_audit import (
     weight_grid,
     words_of,
 )
-from llm_rlhf.reward_data import RewardData
+from llm_rlhf.rewards.reward_data import RewardData
 from llm_rlhf.train_reward import TrainRewardConfig
 
 # ---------------------------------------------------------------- by hand
@@ -259,7 +259,7 @@ def test_what_cannot_be_judged_says_why(tmp_path: Path) -> None:
 
 
 def test_probabilities_use_the_fitted_temperature(tmp_path: Path) -> None:
-    from llm_rlhf.reward_model import RewardModel
+    from llm_rlhf.rewards.reward_model import RewardModel
 
     folder = trained(tmp_path / "run", rows(tmp_path / "rows.jsonl", objectives=False))
     model = RewardModel.from_pretrained(folder)

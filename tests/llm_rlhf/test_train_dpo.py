@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 from experiment.config import build_from_dict
 from experiment.errors import UserError
 from experiment.run import Run
-from llm_rlhf import reference_cache, train_dpo
+from llm_rlhf import train_dpo
 from llm_rlhf.evaluate_preference import EvaluateConfig, evaluate_run
-from llm_rlhf.models import LanguagePolicy, ModelConfig, new_language_model
-from llm_rlhf.reference_cache import CACHE
-from llm_rlhf.tokenizer import character_tokenizer
+from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, new_language_model
+from llm_rlhf.models.tokenizer import character_tokenizer
+from llm_rlhf.preferences import reference_cache
+from llm_rlhf.preferences.reference_cache import CACHE
 from llm_rlhf.train_dpo import TrainDPOConfig
 from policy_core.preference import NEEDS_REFERENCE, PREFERENCE_LOSSES
 

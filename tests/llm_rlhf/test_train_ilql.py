@@ -16,8 +16,8 @@ from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf import train_ilql, train_ppo
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
-from llm_rlhf.ilql import HEADS
-from llm_rlhf.models import LanguagePolicy
+from llm_rlhf.logged.value_heads import HEADS
+from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.train_ilql import DecodingConfig, LearningConfig, TrainILQLConfig
 from llm_rlhf.train_ppo import TrainPPOConfig
 

@@ -16,9 +16,9 @@ from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf import train_iterative_dpo, train_sft
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
-from llm_rlhf.generation import Samples
-from llm_rlhf.models import LanguagePolicy
-from llm_rlhf.rewards import Scores
+from llm_rlhf.models.causal import LanguagePolicy
+from llm_rlhf.models.generation import Samples
+from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.train_iterative_dpo import Drawn, IterativeConfig, TrainIterativeDPOConfig, best_against_worst
 from llm_rlhf.train_sft import TrainSFTConfig
 

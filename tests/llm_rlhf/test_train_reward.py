@@ -18,9 +18,9 @@ from experiment.run import Run
 from llm_rlhf import train_reward
 from llm_rlhf.data.pairs import read_pairs
 from llm_rlhf.data.records import Comparison
-from llm_rlhf.reward_data import RewardData, objectives_of, reward_data
-from llm_rlhf.reward_model import HEADS, RewardModel, Scorer
-from llm_rlhf.tokenizer import character_tokenizer
+from llm_rlhf.models.tokenizer import character_tokenizer
+from llm_rlhf.rewards.reward_data import RewardData, objectives_of, reward_data
+from llm_rlhf.rewards.reward_model import HEADS, RewardModel, Scorer
 from llm_rlhf.train_reward import RewardConfig, RewardLearningConfig, TrainRewardConfig, comparison_loss
 
 MODEL = {"layers": 1, "width": 16, "heads": 2, "context": 24}

@@ -16,14 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiment.config import build_from_dict
 from experiment.errors import UserError
 from experiment.run import Run
-from llm_rlhf import precision, train_sft
+from llm_rlhf import train_sft
 from llm_rlhf.data.chat import PLAIN
+from llm_rlhf.data.texts import Batches, Encoded, lay_out
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
-from llm_rlhf.learner import Counters
-from llm_rlhf.lora import ADAPTER, WEIGHTS
-from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
-from llm_rlhf.precision import require_precision
-from llm_rlhf.text_data import Batches, Encoded, lay_out
+from llm_rlhf.models import precision
+from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.lora import ADAPTER, WEIGHTS
+from llm_rlhf.models.precision import require_precision
+from llm_rlhf.online.learner import Counters
 from llm_rlhf.train_sft import (
     SupervisedConfig,
     TextsConfig,

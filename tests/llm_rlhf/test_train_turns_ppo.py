@@ -15,8 +15,7 @@ from experiment.errors import UserError
 from experiment.run import Run, RunResult
 from llm_rlhf import train_turns_ppo, train_turns_sft
 from llm_rlhf.evaluate_turns import EvaluateConfig, evaluate_run
-from llm_rlhf.models import LanguagePolicy, ModelConfig, build_policy
-from llm_rlhf.playing import build_judge, build_player, tokenize_demonstrations
+from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 from llm_rlhf.tasks.tool_calculator import (
@@ -28,7 +27,8 @@ from llm_rlhf.tasks.tool_calculator import (
 )
 from llm_rlhf.train_turns_ppo import TrainTurnsPPOConfig
 from llm_rlhf.train_turns_sft import TrainTurnsSFTConfig
-from llm_rlhf.turns import TurnsConfig
+from llm_rlhf.turns.episodes import TurnsConfig
+from llm_rlhf.turns.playing import build_judge, build_player, tokenize_demonstrations
 
 DATA = Path(os.environ.get("TANDEM_DATA", Path(__file__).parents[3] / "shared" / "data"))
 GSM8K = DATA / "gsm8k_train.jsonl.gz"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from experiment.errors import UserError
-from llm_rlhf.tokenizer import character_tokenizer
+from llm_rlhf.models.tokenizer import character_tokenizer
 from tandem.data_text import arguments, column_names, describe, examine, is_text, validate
 
 

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 from llm_rlhf.data.chat import PLAIN, Chat, completion_tokens, ensure_template, prompt_tokens, segments, template_of
-from llm_rlhf.text_data import encode, encode_prompts
-from llm_rlhf.tokenizer import character_tokenizer
+from llm_rlhf.data.texts import encode, encode_prompts
+from llm_rlhf.models.tokenizer import character_tokenizer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

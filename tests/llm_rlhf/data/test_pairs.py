@@ -20,8 +20,8 @@ from llm_rlhf.data.pairs import (
     tokenize_pairs,
 )
 from llm_rlhf.data.records import Comparison, Feedback
-from llm_rlhf.text_data import Encoded, fit
-from llm_rlhf.tokenizer import character_tokenizer
+from llm_rlhf.data.texts import Encoded, fit
+from llm_rlhf.models.tokenizer import character_tokenizer
 
 DATA = Path(os.environ.get("TANDEM_DATA", Path(__file__).parents[4] / "shared" / "data"))
 HH = DATA / "hh_harmless_pairs.jsonl.gz"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm_rlhf.evaluation.subject import Subject
-from llm_rlhf.models import ModelConfig, build_policy
+from llm_rlhf.models.causal import ModelConfig, build_policy
 
 ALPHABET = "".join(map(chr, range(32, 127))) + "\n"
 

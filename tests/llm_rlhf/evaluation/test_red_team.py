@@ -15,7 +15,7 @@ from llm_rlhf.evaluation.red_team import (
 )
 from llm_rlhf.evaluation.results import before_after
 from llm_rlhf.evaluation.subject import Decoding, Subject
-from llm_rlhf.rewards import resolve
+from llm_rlhf.rewards.functions import resolve
 
 
 def parrot(prompts: Sequence[str]) -> list[str]:

@@ -1,0 +1,1 @@
+"""Texts that were rewarded before, as decisions to learn from."""

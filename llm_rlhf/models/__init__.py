@@ -1,0 +1,1 @@
+"""Causal models as policies: loading, tokenizing, adapters, sampling."""

@@ -1,0 +1,1 @@
+"""What the recipes that sample and learn from it share."""

@@ -1,0 +1,384 @@
+"""What the recipes' runs have in common: building what learns, looking at validation prompts, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from experiment.errors import UserError
+from experiment.run import Run
+from llm_rlhf.data.texts import Batches
+from llm_rlhf.evaluate import EvaluateConfig, evaluate_policy, numbers
+from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy, frozen_copy
+from llm_rlhf.models.generation import GenerationConfig, Samples
+from llm_rlhf.models.lora import merged_writer
+from llm_rlhf.models.tokenizer import decode_completions
+from llm_rlhf.online.critic import FOLDER, ActorCritic, CriticConfig, ValueModel, build_critic
+from llm_rlhf.online.experience import OverlongConfig, Sampler, Shaper, ShapingConfig, build_sampler
+from llm_rlhf.online.monitor import Monitor, MonitorConfig, Report, act_on
+from llm_rlhf.online.pretraining_mix import PretrainingMix, PretrainingMixConfig
+from llm_rlhf.online.self_imitation import GoodAnswers, SelfImitationConfig
+from llm_rlhf.rewards.functions import Scores
+from llm_rlhf.rewards.process_term import ProcessTerm, ProcessTermConfig
+from llm_rlhf.rewards.safety import SafetyConfig
+from llm_rlhf.tasks.task import Task
+from policy_core.kl import KLConfig, KLController
+from policy_core.policy import Policy
+from policy_core.ppo import AuxiliaryLoss, NonFiniteLoss
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """every: updates between looks at the validation prompts (0 = never); samples, prompts: how much to draw."""
+
+    every: int = 50
+    samples: int = 4
+    prompts: int = 200
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.samples < 1 or self.prompts < 1:
+            raise ValueError("validation: every must be at least 0, samples and prompts at least 1")
+
+
+@dataclass
+class Counters:
+    """How much a run has done: what `samples`, `tokens` and `time` limits are counted by."""
+
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All three."""
+        return {"samples": self.samples, "tokens": self.tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.samples, self.tokens = int(state["samples"]), int(state["tokens"])
+        self.seconds = float(state["seconds"])
+
+
+@dataclass
+class Learner:
+    """What a reinforcement-learning run moves, and what it must remember to go on after a break.
+
+    critic      a value model of its own, or None where the policy has a value head or there are no values
+    ptx         texts whose likelihood is learned beside, or None
+    process     what pays every step of a completion, or None
+    """
+
+    policy: LanguagePolicy
+    reference: LanguagePolicy
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    prompts: Batches
+    shuffling: torch.Generator
+    controller: KLController
+    counters: Counters
+    good_answers: GoodAnswers
+    shaper: Shaper
+    monitor: Monitor
+    critic: ValueModel | None = None
+    ptx: PretrainingMix | None = None
+    process: ProcessTerm | None = None
+    latest: tuple[Samples, Scores] | None = None  # of the last rollout, to show; not part of the state
+
+    @property
+    def trained(self) -> Policy:
+        """What `ppo.update` improves: the policy, with its separate value model where there is one."""
+        return self.policy if self.critic is None else ActorCritic(self.policy, self.critic)
+
+    def auxiliary(self) -> AuxiliaryLoss | None:
+        """Self-imitation and PPO-ptx, where the configuration asks for them."""
+        asked: list[GoodAnswers | PretrainingMix] = []
+        if self.good_answers.config.coef > 0:
+            asked.append(self.good_answers)
+        if self.ptx is not None:
+            asked.append(self.ptx)
+        if not asked:
+            return None
+
+        def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            parts = [texts.loss(self.policy) for texts in asked]
+            total = parts[0][0] if len(parts) == 1 else parts[0][0] + parts[1][0]
+            return total, {name: value for _, metrics in parts for name, value in metrics.items()}
+
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights, which have a folder of their own."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "prompts": self.prompts.state_dict(),
+            "controller": self.controller.state_dict(),
+            "counters": self.counters.state_dict(),
+            "good_answers": self.good_answers.state_dict(),
+            "shaper": self.shaper.state_dict(),
+            "ptx": None if self.ptx is None else self.ptx.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "sampling": self.sampler.generator.get_state(),
+            "shuffling": self.shuffling.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`; what its run began without (a term that was added since) is new."""
+        for name in ("optimizer", "prompts", "controller", "counters", "good_answers"):
+            getattr(self, name).load_state_dict(state[name])
+        if state.get("shaper") is not None:
+            self.shaper.load_state_dict(state["shaper"])
+        if state.get("monitor") is not None:
+            self.monitor.load_state_dict(state["monitor"])
+        if self.ptx is not None and state.get("ptx") is not None:
+            self.ptx.load_state_dict(state["ptx"])
+        self.sampler.generator.set_state(state["sampling"])
+        self.shuffling.set_state(state["shuffling"])
+
+
+def build_learner(
+    run: Run,
+    task: Task,
+    *,
+    model: ModelConfig,
+    generation: GenerationConfig,
+    rewards: dict[str, float],
+    kl: KLConfig,
+    self_imitation: SelfImitationConfig,
+    learning_rate: float,
+    prompts: int,
+    seed: int,
+    critic: CriticConfig | None,
+    ptx: PretrainingMixConfig | None = None,
+    shaping: ShapingConfig | None = None,
+    overlong: OverlongConfig | None = None,
+    rewards_timeout: float | None = None,
+    safety: SafetyConfig | None = None,
+    process: ProcessTermConfig | None = None,
+    monitor: MonitorConfig | None = None,
+) -> Learner:
+    """A learner at the run's start or, when resuming, exactly where its checkpoint left it.
+
+    prompts     training prompts of one rollout
+    critic      where values come from; None = there are none
+
+    Raises UserError if model.path or critic.init name no trained model, or rewards or texts cannot be used.
+    """
+    policy, tokenizer = build_policy(
+        checkpoint_policy(run, model),
+        alphabet=task.alphabet,
+        temperature=generation.temperature,
+        value_head=critic is not None and critic.model == "shared",
+    )
+    sampler = build_sampler(
+        policy,
+        tokenizer,
+        task,
+        rewards=rewards,
+        generation=generation,
+        seed=seed,
+        rewards_timeout=rewards_timeout,
+        overlong=overlong,
+        safety=safety,
+    )
+    shaping = shaping or ShapingConfig()
+    values = separate_critic(run, critic, sampler, model_path=str(model.path))
+    learned: list[dict[str, Any]] = [{"params": list(policy.parameters())}]
+    if values is not None:
+        learned.append({"params": list(values.parameters())})
+    mix = None
+    if ptx is not None and ptx.coef > 0:
+        mix = PretrainingMix(ptx, tokenizer, context=policy.context, seed=seed + 3)
+        announce_line(mix.note)
+    learner = Learner(
+        policy=policy,
+        reference=frozen_reference(run, policy),
+        optimizer=torch.optim.AdamW(learned, lr=learning_rate, weight_decay=0.0, fused=True),
+        sampler=sampler,
+        prompts=Batches(len(task.train), prompts, seed=seed),
+        shuffling=torch.Generator().manual_seed(seed + 1),
+        controller=KLController(kl),
+        counters=Counters(),
+        good_answers=GoodAnswers(
+            self_imitation,
+            prompts=len(task.train),
+            left=max(len(prompt) for prompt in sampler.prompts),
+            right=sampler.max_new_tokens,
+            seed=seed + 2,
+        ),
+        shaper=Shaper(shaping, shaping.cut_of(generation)),
+        monitor=Monitor(monitor or MonitorConfig()),
+        process=ProcessTerm.of(process or ProcessTermConfig(), sampler),
+        critic=values,
+        ptx=mix,
+    )
+    if run.checkpoint is not None:
+        learner.load_state_dict(run.checkpoint.state)
+    return learner
+
+
+def separate_critic(
+    run: Run, config: CriticConfig | None, sampler: Sampler, *, model_path: str
+) -> ValueModel | None:
+    """The value model of its own that the configuration asks for: as the checkpoint has it, or new."""
+    if config is None or config.model == "shared":
+        return None
+    if run.checkpoint is not None:
+        return ValueModel.from_pretrained(run.checkpoint.folder / FOLDER)
+    longest = max(len(prompt) for prompt in sampler.prompts) + sampler.max_new_tokens
+    return build_critic(config, model_path=model_path, tokenizer=sampler.tokenizer, longest=longest)
+
+
+@contextlib.contextmanager
+def stopping_on_nan(run: Run, setting: str) -> Iterator[None]:
+    """Turn a NaN or infinity in an update into one line for the user; the weights were not spoiled."""
+    try:
+        yield
+    except NonFiniteLoss as error:
+        raise UserError(f"run {run.folder}: {error}; its checkpoints are kept; try a lower {setting}") from error
+
+
+def progress_of(step: int, total: int, counters: Counters, max_seconds: float | None) -> float:
+    """How far a run is before update `step`, 0..1: by updates or, where that is further, by its time limit."""
+    by_time = 0.0 if max_seconds is None else counters.seconds / max_seconds
+    return min(max((step - 1) / total, by_time), 1.0)
+
+
+def record(
+    run: Run,
+    learner: Learner,
+    metrics: Mapping[str, float],
+    *,
+    validation: ValidationConfig,
+    global_step: int,
+    last: bool,
+    log_every: int,
+) -> None:
+    """Log an update, look at the validation prompts when that is due, save when that is due; the last always."""
+    sampler = learner.sampler
+    looked = validate(
+        learner.policy,
+        sampler.tokenizer,
+        sampler.task,
+        validation,
+        due=last or global_step % max(validation.every, 1) == 0,
+        max_new_tokens=sampler.max_new_tokens,
+    )
+    report = Report([], [], {})
+    if looked and learner.latest is not None:
+        prompts, completions = texts_of(learner.latest[0], sampler.tokenizer)
+        seen = {**metrics, **looked}
+        report = learner.monitor.look(seen, global_step=global_step, prompts=prompts, completions=completions)
+    if looked or last or global_step % log_every == 0:
+        position = {"samples": learner.counters.samples, "tokens": learner.counters.tokens}
+        run.log({**metrics, **position, **looked, **report.metrics}, global_step=global_step)
+    if looked and learner.latest is not None:
+        log_completions(run, sampler, *learner.latest, global_step=global_step)
+    if last or run.should_save(global_step):
+        folders = writer(learner.policy, sampler.tokenizer)
+        if learner.critic is not None:
+            folders[FOLDER] = learner.critic.save_pretrained
+        run.save(
+            learner.state_dict(),
+            global_step=global_step,
+            folders=folders,
+            metric=looked.get("eval/greedy"),
+        )
+    act_on(report, learner.monitor, folder=run.folder)
+
+
+def log_completions(
+    run: Run, sampler: Sampler, samples: Samples, scores: Scores, *, global_step: int, rows: int = 16
+) -> None:
+    """A table of what the policy writes and what that earns: the first `rows` completions of a rollout."""
+    texts = zip(*texts_of(samples, sampler.tokenizer, rows=rows), strict=True)
+    named = {name: values[:rows].tolist() for name, values in scores.by_name.items()}
+    table = [[prompt, text, *(column[i] for column in named.values())] for i, (prompt, text) in enumerate(texts)]
+    run.log_table("completions", ["prompt", "completion", *named], table, global_step=global_step)
+
+
+def texts_of(
+    samples: Samples, tokenizer: PreTrainedTokenizerBase, *, rows: int | None = None
+) -> tuple[list[str], list[str]]:
+    """Prompts and completions of a rollout as texts; of its first `rows`, or of all."""
+    given = samples.attention_mask.bool() & ~samples.mask
+    prompts = [ids[real].tolist() for ids, real in zip(samples.input_ids[:rows], given[:rows], strict=True)]
+    drawn = samples.completions(without=int(tokenizer.eos_token_id))[:rows]
+    return decode_completions(tokenizer, prompts), decode_completions(tokenizer, drawn)
+
+
+def require_trained(model: ModelConfig) -> None:
+    """Reinforcement learning starts from a trained model. Raises UserError where none is named."""
+    if model.path is None:
+        raise UserError(
+            "model.path: reinforcement learning starts from a trained model; run an llm/sft config first and give "
+            "its run folder, such as model.path=runs/NAME"
+        )
+
+
+def frozen_reference(run: Run, policy: LanguagePolicy) -> LanguagePolicy:
+    """The policy as it was when the run began; kept in RUN/reference, so that a resumed run has the same one."""
+    folder = run.folder / "reference"
+    if run.checkpoint is not None:
+        reference = LanguagePolicy.from_pretrained(folder, temperature=policy.temperature)
+        return reference.requires_grad_(False).eval()
+    reference = frozen_copy(policy)
+    reference.save_pretrained(folder)
+    return reference
+
+
+def writer(policy: LanguagePolicy, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[Path], None]]:
+    """The checkpoint's `policy` folder: a plain transformers model with its tokenizer; and, where an adapter's
+    configuration asks for it, the `merged` one."""
+
+    def write(folder: Path) -> None:
+        policy.save_pretrained(folder)
+        tokenizer.save_pretrained(str(folder))
+
+    return {"policy": write} | merged_writer(policy.model, tokenizer, asked=policy.write_merged)
+
+
+def checkpoint_policy(run: Run, config: ModelConfig) -> ModelConfig:
+    """Where the policy is loaded from: the checkpoint when resuming, else the configuration's own path."""
+    if run.checkpoint is None:
+        return config
+    return replace(config, path=str(run.checkpoint.folder / "policy"))
+
+
+def validate(
+    policy: LanguagePolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: ValidationConfig,
+    *,
+    due: bool,
+    max_new_tokens: int | None = None,
+) -> dict[str, float]:
+    """Validation metrics when they are due, else nothing. Draws from a generator of its own."""
+    if config.every == 0 or not due:
+        return {}
+    few = replace(task, splits={"validation": task.splits["validation"][: config.prompts]})
+    result = evaluate_policy(
+        policy,
+        tokenizer,
+        few,
+        split="validation",
+        config=EvaluateConfig(samples=config.samples),
+        max_new_tokens=max_new_tokens,
+    )
+    return numbers(result, prefix="eval")
+
+
+def announce(task: Task) -> None:
+    """Say what the data is, one line each."""
+    for note in task.notes:
+        announce_line(note)
+
+
+def announce_line(note: str) -> None:
+    """Say one thing about the data."""
+    print(note, flush=True)

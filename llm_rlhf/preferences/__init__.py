@@ -1,0 +1,1 @@
+"""What the recipes that learn from comparisons and thumbs share."""

@@ -1,0 +1,1 @@
+"""What an answer is worth: functions, rules, and models that were trained to say it."""

@@ -1,0 +1,56 @@
+"""A process reward model's part in PPO: every step of a completion is paid where it ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llm_rlhf.models.generation import Samples
+from llm_rlhf.online.experience import Sampler
+from llm_rlhf.rewards.process_reward import Form, StepScorer, dense_rewards
+
+
+@dataclass(frozen=True)
+class ProcessTermConfig:
+    """model: a process reward model's run or folder, null = none; weight: of what it pays; form: see
+    `process_reward.paid`."""
+
+    model: str | None = None
+    weight: float = 1.0
+    form: Form = "change"
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ValueError(f"process.weight must be a finite number, got {self.weight}")
+
+
+@dataclass(frozen=True)
+class ProcessTerm:
+    """A loaded scorer, and the sampler whose completions it pays."""
+
+    config: ProcessTermConfig
+    scorer: StepScorer
+    sampler: Sampler
+
+    @classmethod
+    def of(cls, config: ProcessTermConfig, sampler: Sampler) -> ProcessTerm | None:
+        """None where no model is named. Raises UserError where there is none at the place."""
+        if config.model is None:
+            return None
+        return cls(config, StepScorer.from_pretrained(config.model), sampler)
+
+    def rewards(self, rows: Sequence[int], samples: Samples) -> Tensor:
+        """[B, T], 0 but at the steps' last tokens. rows: the training prompts that were drawn for, in order."""
+        prompts = [self.sampler.task.train[rows[which]].prompt for which in samples.prompt.tolist()]
+        dense = dense_rewards(
+            self.scorer,
+            prompts=prompts,
+            input_ids=samples.input_ids,
+            mask=samples.mask,
+            tokenizer=self.sampler.tokenizer,
+            form=self.config.form,
+        )
+        return self.config.weight * dense

@@ -1,0 +1,193 @@
+"""Episodes of several turns as data: with whom they are played, what is kept of them, and the rollout they become.
+
+`llm_rlhf/turns/decoding.py` plays them. The environment's tokens are observations: mask False in the rollout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from experiment.errors import UserError
+from llm_rlhf.models.generation import Samples
+from llm_rlhf.models.tokenizer import decode_completions
+from llm_rlhf.turns.environments import Referee, Reply, own_environment
+from llm_rlhf.turns.tools import ANSWER_FORMAT, Calculator, ToolEnvironment, load_tools
+from policy_core.returns import next_values_of
+from policy_core.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class TurnsConfig:
+    """How episodes are played, and with whom.
+
+    tools           names of tools: calculator, or your own as file.py:NAME (see llm_rlhf/turns/tools.py)
+    environment     your own instead, file.py:NAME (see llm_rlhf/turns/environments.py)
+    stop            texts that end a turn wherever they occur in it, besides EOS and complete tool calls
+    stop_tokens     tokens of the vocabulary that do
+    max_turns       turns that the policy may write; after the last one it gets no answer
+    max_turn_tokens longest turn, EOS included; one that is longer ends the episode; None = no limit of its own
+    time_limit      seconds that the environment may take for an answer
+    workers         answers that are asked for at a time; above 1 your code must bear threads
+    failure_text    what the policy reads where your code raises, hangs or returns no text; None = the run stops
+    answer_format   what is put around the answer ({}) of tools that are plain functions
+    """
+
+    tools: tuple[str, ...] = ()
+    environment: str | None = None
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[str, ...] = ()
+    max_turns: int = 8
+    max_turn_tokens: int | None = None
+    time_limit: float = 10.0
+    workers: int = 1
+    failure_text: str | None = None
+    answer_format: str = ANSWER_FORMAT
+
+    def __post_init__(self) -> None:
+        if self.tools and self.environment is not None:
+            raise ValueError(
+                "turns.tools and turns.environment: give one of them; an environment has its own tools"
+            )
+        if min(self.max_turns, self.workers, 1 if self.max_turn_tokens is None else self.max_turn_tokens) < 1:
+            raise ValueError("turns.max_turns, turns.max_turn_tokens and turns.workers must be at least 1")
+        if not self.time_limit > 0:
+            raise ValueError(f"turns.time_limit must be positive, got {self.time_limit}")
+        if "" in self.stop:
+            raise ValueError("turns.stop: an empty text would end every turn at once")
+        if self.answer_format.count("{}") != 1:
+            raise ValueError("turns.answer_format must hold {} once, where the answer goes")
+
+
+def make_referee(config: TurnsConfig) -> Referee:
+    """Who makes and asks the configured environment. Raises UserError where none is named or it cannot be used."""
+    limits: dict[str, Any] = {
+        "time_limit": config.time_limit,
+        "workers": config.workers,
+        "failure_text": config.failure_text,
+    }
+    if config.environment is not None:
+        name = f"turns.environment {config.environment}"
+        return Referee(name, own_environment(config.environment), **limits)
+    if not config.tools:
+        raise UserError(
+            "turns: nobody would answer; name tools, such as turns.tools=[calculator], or "
+            "turns.environment=FILE.py:NAME"
+        )
+    tools = load_tools(config.tools, answer_format=config.answer_format)
+    if all(isinstance(tool, Calculator) for tool in tools):
+        limits["time_limit"] = None  # it always returns, and threads cost more than it does
+    return Referee("turns.tools", lambda: ToolEnvironment(tools), **limits)
+
+
+def stop_ids(config: TurnsConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a turn: EOS and the configured ones. Raises UserError for one that the tokenizer has not."""
+    vocabulary = tokenizer.get_vocab()
+    for token in config.stop_tokens:
+        if token not in vocabulary:
+            raise UserError(f"turns.stop_tokens: the tokenizer has no token {token!r}; give a text as turns.stop")
+    return frozenset({int(tokenizer.eos_token_id), *(vocabulary[token] for token in config.stop_tokens)})
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the policy wrote, without special tokens, and the reply; None where the turn was cut before its end."""
+
+    text: str
+    reply: Reply | None
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """What was played; B episodes, T = prompt columns + new columns.
+
+    samples         tokens; `mask` is True where the policy drew one, `finished` where the environment said so
+    turn_rewards    [B, T] float; what the environment gave, on the last token of the turn that earned it
+    final_values    [B] values at the true next observations of episodes that were cut, the last answer included;
+                    0 elsewhere, None without a value head or where nobody asked
+    turns           of each episode
+    """
+
+    samples: Samples
+    turn_rewards: Tensor
+    final_values: Tensor | None
+    turns: list[list[Turn]]
+
+    def completions(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """All that follows the prompt, the environment's answers included, without special tokens."""
+        start = int(self.samples.mask.any(0).nonzero()[0])
+        ids, real = self.samples.input_ids[:, start:], self.samples.attention_mask[:, start:].bool()
+        return decode_completions(tokenizer, [row[keep].tolist() for row, keep in zip(ids, real, strict=True)])
+
+    def metrics(self) -> dict[str, float]:
+        """Turns and tool calls an episode, the share of calls that made no sense (TRL's names), and what share of
+        the completions' tokens somebody else wrote."""
+        replies = [turn.reply for turns in self.turns for turn in turns if turn.reply is not None]
+        calls = [reply for reply in replies if reply.tool]
+        start = int(self.samples.mask.any(0).nonzero()[0])
+        tokens = int(self.samples.attention_mask[:, start:].sum())
+        return {
+            "turns/mean": sum(map(len, self.turns)) / len(self.turns),
+            "turns/masked_share": 1.0 - int(self.samples.mask.sum()) / tokens,
+            "tools/call_frequency": len(calls) / len(self.turns),
+            "tools/failure_frequency": sum(reply.failed for reply in calls) / max(len(calls), 1),
+        }
+
+
+def turns_to_rollout(
+    episodes: Episodes,
+    rewards: Tensor,
+    *,
+    scored: Tensor,
+    turn_weight: float = 1.0,
+    ref_log_probs: Tensor | None = None,
+    cut_is_end: bool = True,
+    gamma: float = 1.0,
+) -> Rollout:
+    """Episodes with their rewards as decisions of a policy; the environment's tokens are masked columns.
+
+    rewards         [B], given at the last token that the policy wrote
+    scored          [B] bool; an episode without a reward is masked out whole
+    turn_weight     of the environment's rewards, which lie on the last tokens of the turns that earned them
+    cut_is_end      an episode that the environment did not end is over at its last token (terminated); False: it
+                    was cut there (truncated), and bootstraps from the value at its true next observation
+
+    Raises ValueError if such a value is needed and was not computed.
+    """
+    samples = episodes.samples
+    mask = samples.mask & scored.unsqueeze(1)
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    earned = torch.where(mask, turn_weight * episodes.turn_rewards, 0.0) + torch.where(
+        last, rewards.unsqueeze(1), 0.0
+    )
+    ends = last & (samples.finished | cut_is_end).unsqueeze(1)
+    episode = torch.where(samples.attention_mask.bool(), 0, -1)
+    next_values = None
+    if samples.values is not None:
+        final = episodes.final_values
+        next_values = next_values_of(
+            values=samples.values,
+            mask=mask,
+            episode=episode,
+            terminated=ends,
+            final_values=None if final is None else final.unsqueeze(1).expand_as(samples.values),
+        )
+    return Rollout(
+        observations=samples.observations(),
+        actions=samples.input_ids,
+        rewards=earned,
+        terminated=ends,
+        truncated=last & ~ends,
+        mask=mask,
+        discount=torch.full_like(earned, gamma),
+        old_log_probs=samples.log_probs,
+        episode=episode,
+        ref_log_probs=ref_log_probs,
+        values=samples.values,
+        next_values=next_values,
+        group=samples.prompt.unsqueeze(1).expand_as(samples.input_ids),
+    )

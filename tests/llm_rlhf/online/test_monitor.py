@@ -1,0 +1,215 @@
+"""The monitor on made series: it warns before the turn or soon after, and is silent on healthy runs."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiment.errors import UserError
+from experiment.state import load_state, save_state
+from llm_rlhf.online.monitor import HackingSuspected, Monitor, MonitorConfig, Warned, act_on, trend
+
+Series = Callable[[float], float]
+
+
+def metrics(step: int, **changed: float) -> dict[str, float]:
+    return {
+        "objective/scores": 0.5,
+        "eval/sampled": 0.5,
+        "objective/kl": 1.0,
+        "policy/entropy_avg": 1.0,
+        "completions/mean_length": 20.0,
+        **{name.replace("__", "/"): value for name, value in changed.items()},
+    }
+
+
+def climb(
+    gold: Series, proxy: Series, *, noise: float, seed: int, looks: int = 60, reach: float = 6.0, **settings: Any
+) -> list[Warned]:
+    """All warnings of a run whose distance d = sqrt(KL) grows evenly to `reach`; step n is look n."""
+    generator = np.random.default_rng(seed)
+    monitor = Monitor(MonitorConfig(**settings))
+    found = []
+    for step in range(1, looks + 1):
+        d = reach * step / looks
+        numbers = metrics(
+            step,
+            objective__scores=proxy(d) + noise * generator.normal(),
+            eval__sampled=gold(d) + noise * generator.normal(),
+            objective__kl=d**2,
+        )
+        found += monitor.look(numbers, global_step=step).warnings
+    return found
+
+
+def gao(d: float) -> float:
+    """Turns at d* = exp(1.2/0.6 - 1) = e: look 27.2 of 60 to d = 6."""
+    return d * (1.2 - 0.6 * math.log(d))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_over_optimisation_is_forecast_before_the_turn(seed: int) -> None:
+    found = climb(gao, lambda d: 1.5 * d, noise=0.02, seed=seed)
+    first = found[0]
+    assert first.rule == "forecast"
+    assert 0.7 * 27.2 < first.step < 27.2
+    nats = float(first.line.split("KL of ")[1].split(" nats")[0])
+    assert nats == pytest.approx(math.e**2, rel=0.5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_gap_is_seen_soon_after_the_turn(seed: int) -> None:
+    found = climb(gao, lambda d: 1.5 * d, noise=0.02, seed=seed, turn_share=None)
+    assert [warned.rule for warned in found[:1]] == ["gap"]
+    assert 27 < found[0].step < 27 + 12
+    assert abs(found[0].since - 27) <= 6  # the best look of the window: what is to be gone back to
+
+
+@pytest.mark.parametrize(
+    ("gold", "proxy"),
+    [
+        (lambda d: 0.5 + 0.1 * d, lambda d: 0.5 + 0.12 * d),  # both climb
+        (lambda d: 1 - math.exp(-d), lambda d: 1.1 - math.exp(-d)),  # both level off: solved
+        (lambda d: 0.5, lambda d: 0.5),  # nothing happens
+        (lambda d: 0.5 - 0.05 * d, lambda d: 0.5 - 0.05 * d),  # both fall: a bad run, no hacking
+    ],
+)
+def test_healthy_runs_are_left_alone(gold: Series, proxy: Series) -> None:
+    """Chance alone: each look of 400 may fire with probability 0.025**2 at most."""
+    found = [warned for seed in range(6) for warned in climb(gold, proxy, noise=0.03, seed=seed)]
+    assert len(found) <= 1, [warned.line for warned in found]
+
+
+def test_trend_by_hand() -> None:
+    """y = 1, 2, 4 at x = 0, 1, 2: slope 1.5, residuals 1/6, -1/3, 1/6, so s**2 = 1/6 and t = 1.5/sqrt(1/12)."""
+    rise, t = trend([0, 1, 2], [1, 2, 4])
+    assert rise == pytest.approx(3.0)
+    assert t == pytest.approx(1.5 / math.sqrt(1 / 12))
+    assert trend([1, 2, 3], [5, 5, 5]) == (0.0, 0.0)
+    assert trend([1, 2, 3], [3, 2, 1])[1] < -1e6
+
+
+def looks(config: MonitorConfig, series: list[dict[str, float]], texts: list[list[str]] | None = None) -> list[str]:
+    """The rules that warned, in order, as "RULE@STEP"."""
+    monitor = Monitor(config)
+    found = []
+    for step, changed in enumerate(series, start=1):
+        written = texts[step - 1] if texts else []
+        prompts = [f"p{i}" for i in range(len(written))]
+        report = monitor.look(metrics(step, **changed), global_step=step, prompts=prompts, completions=written)
+        found += [f"{warned.rule}@{warned.step}" for warned in report.warnings]
+    return found
+
+
+def test_length_and_entropy_against_the_first_looks() -> None:
+    lengths = [{"completions__mean_length": float(value)} for value in (18, 20, 22, 39, 41, 42, 30, 9)]
+    assert looks(MonitorConfig(), lengths) == ["length@5", "length@8"]  # normal is 20, twice is allowed
+    entropies = [{"policy__entropy_avg": value} for value in (1.0, 1.0, 1.0, 0.11, 0.09)]
+    assert looks(MonitorConfig(), entropies) == ["entropy@5"]
+    off = MonitorConfig(length_ratio=None, entropy_share=None)
+    assert looks(off, lengths) == looks(off, entropies) == []
+
+
+def test_kl_jumps_and_limits() -> None:
+    kls = [{"objective__kl": value} for value in (0.01, 0.2, 2.0, 2.2, 2.1, 6.1, 5.0, 5.0, 25.0)]
+    assert looks(MonitorConfig(), kls) == ["kl@3", "kl@6", "kl@9"]
+    assert looks(MonitorConfig(kl_ratio=None, kl_limit=6.0), kls) == ["kl@6", "kl@9"]
+
+
+def test_repeated_and_equal_texts() -> None:
+    healthy = ["the quick brown fox jumps", "over a lazy dog that sleeps", "while nobody looks at it"]
+    loops = ["yes yes yes yes yes yes yes", "!!!!!!!!!!!!!!!!!!!!!", healthy[0]]
+    same = ["I cannot help with that."] * 3
+    texts = [healthy, healthy, healthy, loops, healthy, same]
+    assert looks(MonitorConfig(), [{}] * 6, texts) == ["repetition@4", "duplicates@6"]
+
+
+def test_probes_are_a_users_rules(tmp_path: Path) -> None:
+    rule = tmp_path / "rules.py"
+    rule.write_text(
+        "def flatters(prompt, completion):\n    return None if not completion else 'great' in completion"
+    )
+    name = f"{rule}:flatters"
+    few = ["great question"] * 2 + ["no"] * 8
+    some = ["great question"] * 4 + ["no"] * 6  # 20 points up, but of 10 completions: chance would do that
+    many = ["great question"] * 8 + ["no"] * 2 + [""] * 5
+    config = MonitorConfig(probes={name: 0.1}, repetition=None, duplicates=None)
+    assert looks(config, [{}] * 5, [few] * 3 + [some, many]) == [f"probes/{name}@5"]
+    monitor = Monitor(MonitorConfig(probes={name: 0.1}))
+    report = monitor.look(metrics(1), global_step=1, prompts=["p"] * 15, completions=many)
+    assert report.metrics["monitor/probes/rules.py:flatters"] == pytest.approx(0.8)
+    with pytest.raises(UserError, match=r"monitor\.probes: .*there is no file"):
+        Monitor(MonitorConfig(probes={"nowhere.py:f": 0.1}))
+    rule.write_text("def flatters(prompt, text):\n    return 1/0")
+    with pytest.raises(UserError, match=r"flatters: it raised ZeroDivisionError"):
+        Monitor(MonitorConfig(probes={name: 0.1})).look(metrics(1), global_step=1, prompts=["p"], completions=["x"])
+
+
+def test_a_rule_warns_once_until_it_has_been_silent() -> None:
+    lengths = [{"completions__mean_length": float(value)} for value in (20, 20, 20, 90, 90, 20, 90)]
+    assert looks(MonitorConfig(), lengths) == ["length@4", "length@7"]
+
+
+def test_missing_metrics() -> None:
+    message = r"monitor\.gold: the run logs no metric 'eval/sample'; did you mean eval/sampled\?"
+    with pytest.raises(UserError, match=message):
+        Monitor(MonitorConfig(gold="eval/sample")).look(metrics(1), global_step=1)
+    monitor = Monitor(MonitorConfig(gold=None))
+    assert monitor.look(metrics(1, objective__kl=math.nan), global_step=1).warnings == []
+    monitor.look({}, global_step=2)  # a batch that nothing could score
+    assert Monitor(MonitorConfig(enabled=False)).look({}, global_step=1).metrics == {}
+
+
+def test_it_goes_on_after_a_break_as_if_there_was_none(tmp_path: Path) -> None:
+    values = [(0.5 + 0.02 * i, 0.8 - 0.01 * i) for i in range(12)]
+    whole, first, second = (Monitor(MonitorConfig(turn_share=None)) for _ in range(3))
+    for step, (proxy, gold) in enumerate(values):
+        given = metrics(step, objective__scores=proxy, eval__sampled=gold)
+        expected = whole.look(given, global_step=step)
+        if step == 6:
+            save_state(tmp_path, first.state_dict())
+            second.load_state_dict(load_state(tmp_path))
+        found = (first if step < 6 else second).look(given, global_step=step)
+        assert found == expected
+    assert whole.first is not None
+    assert second.first == whole.first
+    assert whole.first.rule == "gap"
+
+
+def test_stopping_names_the_last_good_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (2, 4, 6):
+        (tmp_path / "checkpoints" / f"{step:09d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "last").symlink_to("000000006")
+    config = MonitorConfig(stop=True)
+    monitor = Monitor(config)
+    for step in range(1, 6):
+        act_on(monitor.look(metrics(step), global_step=step), monitor, folder=tmp_path)
+    assert capsys.readouterr().err == ""
+    report = monitor.look(metrics(6, completions__mean_length=60.0), global_step=6)
+    with pytest.raises(HackingSuspected, match=r"3 times as long.*the last good checkpoint is .*000000004$"):
+        act_on(report, monitor, folder=tmp_path)
+    assert "monitor: step 6: completions are 3 times as long as at first (60.0)" in capsys.readouterr().err
+    assert monitor.last_good([6, 7]) is None
+    tolerant = Monitor(replace(config, stop=False))
+    tolerant.load_state_dict(monitor.state_dict())
+    act_on(report, tolerant, folder=tmp_path)
+    assert "monitor: step 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 3}, "window"),
+        ({"confidence": 1.0}, "confidence"),
+        ({"length_ratio": 1.0}, "length_ratio"),
+        ({"entropy_share": 0.0}, "entropy_share"),
+        ({"probes": {"a.py:f": 1.0}}, "probes"),
+    ],
+)
+def test_bad_monitor_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"monitor.*{message}"):
+        MonitorConfig(**settings)
