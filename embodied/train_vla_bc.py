@@ -36,6 +36,7 @@ from embodied.vla.grounding import GroundingConfig, GroundingScenes
 from embodied.vla.perceiving import percept_loss
 from envs.table.language import TRAINING_WORDS
 from experiment.checkpoint import Checkpoint
+from experiment.device import find_device
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from policy_core.bc import bc_loss
@@ -75,6 +76,8 @@ class TrainVLABCConfig:
     learn_std           fit the deviation too
     word_dropout        probability with which a word becomes the unknown one
     evaluate_every      updates between validations, each of which keeps a checkpoint
+    device              where the eyes learn: "auto" (a CUDA card if there is one), "cpu", "cuda", "cuda:1"; the
+                        hand is small and stays in the processor
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -94,6 +97,7 @@ class TrainVLABCConfig:
     learn_std: bool = False
     word_dropout: float = 0.03
     evaluate_every: int = 500
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1 or not 0 <= self.word_dropout < 1:
@@ -160,6 +164,7 @@ class Part:
 
 def train(config: TrainVLABCConfig, *, resume: Path | None = None) -> RunResult:
     """Clone, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
+    device = find_device(config.device, setting="device")
     episodes, held_out = divide(read(config), config)
     if config.run.dry_run:
         config = replace(config, eyes=replace(config.eyes, updates=1), hand=replace(config.hand, updates=1))
@@ -167,6 +172,7 @@ def train(config: TrainVLABCConfig, *, resume: Path | None = None) -> RunResult:
         policy, steps, validation = prepare(config, run.checkpoint, episodes, held_out)
         del episodes, held_out
         policy.log_std.requires_grad_(config.learn_std)
+        policy.perception.to(device)
         scenes = ground(policy, config)
         generator = torch.Generator().manual_seed(config.run.seed)
         eyes = Part(

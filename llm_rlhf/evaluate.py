@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experiment.checkpoint import write_atomically
 from experiment.config import build_from_dict, read_tree
+from experiment.device import find_device
 from experiment.errors import UserError
 from experiment.statistics import bootstrap_interval, wilson_interval
 from llm_rlhf.data.texts import columns_of, encode_prompts
@@ -48,6 +49,7 @@ class EvaluateConfig:
     beta            of a run with value heads (llm/ilql): how strongly they steer, 0 = the language model alone;
                     None = as the run was configured
     own_rewards     score by the run's `rewards:` as well, where they are not the task's own
+    device          where the models compute, as model.device
     """
 
     splits: tuple[str, ...] = ()
@@ -59,6 +61,7 @@ class EvaluateConfig:
     reference: str | None = None
     beta: float | None = None
     own_rewards: bool = True
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch_size < 1:
@@ -141,7 +144,7 @@ def _add_totals(
     if reference is not None:
         before, reference.temperature = reference.temperature, temperature
         with torch.no_grad():
-            log_probs = reference.evaluate(samples.observations(), samples.input_ids).log_probs
+            log_probs = reference.log_probs(samples.observations(), samples.input_ids)
         reference.temperature = before
         totals["kl"] += float(torch.where(samples.mask, samples.log_probs - log_probs, 0.0).sum())
 
@@ -216,12 +219,13 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     if not source.is_dir():
         raise UserError(f"{folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
     tokenizer = load_tokenizer(source)
-    policy = LanguagePolicy.from_pretrained(source).eval()
+    device = find_device(config.device, setting="evaluation.device")
+    policy = LanguagePolicy.from_pretrained(source).eval().to(device)
     policy.steering = _steering(source, policy, config.beta)
     reference_path = config.reference or (folder / "reference" if (folder / "reference").is_dir() else None)
     reference = None
     if reference_path is not None:
-        reference = LanguagePolicy.from_pretrained(model_folder(reference_path)).eval()
+        reference = LanguagePolicy.from_pretrained(model_folder(reference_path)).eval().to(device)
     limit = (values.get("generation") or {}).get("max_new_tokens")
     results = {}
     for split in config.splits or tuple(name for name in task.splits if name != "validation"):

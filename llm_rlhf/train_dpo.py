@@ -20,6 +20,7 @@ from llm_rlhf.models.precision import require_precision
 from llm_rlhf.online.learner import (
     Counters,
     checkpoint_policy,
+    log_and_save,
     progress_of,
     require_trained,
     stopping_on_nan,
@@ -109,17 +110,18 @@ def train(config: TrainDPOConfig, *, resume: Path | None = None) -> RunResult:
             if held_out is not None and every > 0 and (last or step % every == 0):
                 found = validate_pairs(policy, held_out, preference=config.preference, learning=config.learning)
                 looked = {f"eval/{name}": value for name, value in found.items()}
-            if looked or last or step % config.log_every == 0:
-                counters = learner.counters
-                position = {"samples": counters.samples, "tokens": counters.tokens, "epoch": learner.batches.epoch}
-                run.log({**metrics, **position, **looked}, global_step=step)
-            if last or run.should_save(step):
-                run.save(
-                    learner.state_dict(),
-                    global_step=step,
-                    folders=writer(policy, tokenizer),
-                    metric=looked.get("eval/rewards/accuracies"),
-                )
+            log_and_save(
+                run,
+                learner,
+                metrics,
+                looked,
+                global_step=step,
+                last=last,
+                log_every=config.log_every,
+                folders=writer(policy, tokenizer),
+                epoch=learner.batches.epoch,
+                best="eval/rewards/accuracies",
+            )
             if last:
                 break
         return run.finish()

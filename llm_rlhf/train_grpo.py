@@ -37,6 +37,7 @@ from llm_rlhf.online.learner import (
     progress_of,
     record,
     require_trained,
+    steer_kl,
     stopping_on_nan,
 )
 from llm_rlhf.online.monitor import MonitorConfig
@@ -46,7 +47,7 @@ from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.grpo import GRPOConfig, group_advantages, with_signal
-from policy_core.kl import KLConfig, kl_in_unit
+from policy_core.kl import KLConfig
 from policy_core.ppo import PPOConfig, update
 from policy_core.schedules import scheduled, set_learning_rate
 
@@ -153,6 +154,7 @@ def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
             rewards_timeout=config.rewards_timeout,
             safety=config.safety,
             monitor=config.monitor,
+            validation=config.validation,
         )
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sampling.updates
@@ -191,7 +193,7 @@ def iterate(config: TrainGRPOConfig, learner: Learner, *, step: int) -> dict[str
     ref_log_probs = reference_log_probs(learner.reference, samples)
     judged = learner.shaper.judged(samples, scores)
     learned, shaping_metrics = learner.shaper.scaled(judged)
-    rollout = drawn = to_rollout(
+    rollout = to_rollout(
         samples,
         learned.total,
         scored=learned.scored,
@@ -200,7 +202,7 @@ def iterate(config: TrainGRPOConfig, learner: Learner, *, step: int) -> dict[str
         gamma=config.ppo.gamma,
     )
     if config.sampling.dynamic_rounds > 1:
-        rollout = drawn.select(chosen_rows(judged, samples.prompt, prompts=config.sampling.prompts))
+        rollout = rollout.select(chosen_rows(judged, samples.prompt, prompts=config.sampling.prompts))
     rollout, kl_metrics = with_kl_rewards(rollout, config=config.kl, coef=learner.controller.coef)
     advantages, group_metrics = group_advantages(rollout, config=config.grpo)
     metrics = {f"objective/{name}": float(value) for name, value in group_metrics.items()}
@@ -224,10 +226,7 @@ def iterate(config: TrainGRPOConfig, learner: Learner, *, step: int) -> dict[str
     )
     metrics |= {**sample_metrics(samples, scores, ref_log_probs), **kl_metrics, **policy_metrics(statistics)}
     metrics["objective/kl_coef"] = learner.controller.coef
-    spent = kl_in_unit(
-        samples.log_probs - ref_log_probs, mask=samples.mask, episode=drawn.episode, unit=config.kl.unit
-    )
-    learner.controller.update(spent, episodes=len(scores.total))
+    steer_kl(learner.controller, samples, ref_log_probs)
     return metrics
 
 

@@ -26,11 +26,14 @@ from llm_rlhf.online.learner import (
     ValidationConfig,
     announce,
     checkpoint_policy,
+    log_and_save,
     progress_of,
     stopping_on_nan,
     validate,
+    validation_prompts,
     writer,
 )
+from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.critics import polyak_
 from policy_core.ilql import ILQLConfig
@@ -111,6 +114,14 @@ def train(config: TrainILQLConfig, *, resume: Path | None = None) -> RunResult:
         data = tokenize_logged(
             texts, tokenizer, context=policy.context, pad=pad_id(tokenizer), gamma=config.learning.gamma
         )
+        require_room(
+            validation_prompts(task, config.validation),
+            tokenizer,
+            context=policy.context,
+            max_new_tokens=task.max_new_tokens,
+            limited_by=task.limited_by,
+            new_model=config.model.path is None,
+        )
         learner = build_learner(run, policy, config, texts=len(data))
         if config.learning.scale_rewards:
             data = data.scaled()
@@ -126,17 +137,17 @@ def train(config: TrainILQLConfig, *, resume: Path | None = None) -> RunResult:
             last = step == total or (limit is not None and learner.counters.seconds >= limit)
             due = last or step % max(config.validation.every, 1) == 0
             looked = validate(policy, tokenizer, task, config.validation, due=due)
-            if looked or last or step % config.log_every == 0:
-                counters = learner.counters
-                position = {"samples": counters.samples, "tokens": counters.tokens, "epoch": learner.batches.epoch}
-                run.log({**losses, **position, **looked}, global_step=step)
-            if last or run.should_save(step):
-                run.save(
-                    learner.state_dict(),
-                    global_step=step,
-                    folders=folders_of(learner, tokenizer),
-                    metric=looked.get("eval/greedy"),
-                )
+            log_and_save(
+                run,
+                learner,
+                losses,
+                looked,
+                global_step=step,
+                last=last,
+                log_every=config.log_every,
+                folders=folders_of(learner, tokenizer),
+                epoch=learner.batches.epoch,
+            )
             if last:
                 break
         return run.finish()

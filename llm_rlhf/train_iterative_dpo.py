@@ -37,8 +37,10 @@ from llm_rlhf.online.learner import (
     ValidationConfig,
     announce,
     checkpoint_policy,
+    log_and_save,
     log_completions,
     progress_of,
+    require_room_to_sample,
     require_trained,
     stopping_on_nan,
     validate,
@@ -207,16 +209,16 @@ def train(config: TrainIterativeDPOConfig, *, resume: Path | None = None) -> Run
                 due=last or step % max(config.validation.every, 1) == 0,
                 max_new_tokens=learner.sampler.max_new_tokens,
             )
-            if metrics or looked or last or step % config.log_every == 0:
-                position = {"samples": learner.counters.samples, "tokens": learner.counters.tokens}
-                run.log({**losses, **metrics, **position, **looked}, global_step=step)
-            if last or run.should_save(step):
-                run.save(
-                    learner.state_dict(),
-                    global_step=step,
-                    folders=writer(learner.policy, learner.tokenizer),
-                    metric=looked.get("eval/greedy"),
-                )
+            log_and_save(
+                run,
+                learner,
+                losses,
+                {**metrics, **looked},
+                global_step=step,
+                last=last,
+                log_every=config.log_every,
+                folders=writer(learner.policy, learner.tokenizer),
+            )
             if last:
                 break
         return run.finish()
@@ -234,20 +236,22 @@ def build_learner(run: Run, config: TrainIterativeDPOConfig) -> Learner:
         checkpoint_policy(run, config.model), alphabet=task.alphabet, temperature=config.generation.temperature
     )
     seed = config.run.seed
+    sampler = build_sampler(
+        policy,
+        tokenizer,
+        task,
+        rewards=config.rewards,
+        generation=config.generation,
+        seed=seed,
+        rewards_timeout=config.rewards_timeout,
+        overlong=config.overlong,
+    )
+    require_room_to_sample(sampler, model=config.model, validation=config.validation)
     learner = Learner(
         policy=policy,
         tokenizer=tokenizer,
         optimizer=make_optimizer(policy, config.learning),
-        sampler=build_sampler(
-            policy,
-            tokenizer,
-            task,
-            rewards=config.rewards,
-            generation=config.generation,
-            seed=seed,
-            rewards_timeout=config.rewards_timeout,
-            overlong=config.overlong,
-        ),
+        sampler=sampler,
         prompts=Batches(len(task.train), min(config.iterative.prompts, len(task.train)), seed=seed),
         counters=Counters(),
         reference=run.folder / "reference",

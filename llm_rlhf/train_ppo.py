@@ -30,6 +30,7 @@ from llm_rlhf.online.learner import (
     progress_of,
     record,
     require_trained,
+    steer_kl,
     stopping_on_nan,
 )
 from llm_rlhf.online.monitor import MonitorConfig
@@ -38,7 +39,7 @@ from llm_rlhf.online.self_imitation import SelfImitationConfig
 from llm_rlhf.rewards.process_term import ProcessTermConfig
 from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
-from policy_core.kl import KLConfig, kl_in_unit
+from policy_core.kl import KLConfig
 from policy_core.ppo import PPOConfig, update
 from policy_core.returns import explained_variance, gae
 from policy_core.schedules import scheduled, set_learning_rate
@@ -138,6 +139,7 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
             safety=config.safety,
             process=config.process,
             monitor=config.monitor,
+            validation=config.validation,
         )
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sampling.updates
@@ -223,10 +225,7 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int) -> dict[str,
     if rollout.values is not None:
         metrics["val/explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
     metrics["objective/kl_coef"] = learner.controller.coef
-    spent = kl_in_unit(
-        samples.log_probs - ref_log_probs, mask=samples.mask, episode=rollout.episode, unit=config.kl.unit
-    )
-    learner.controller.update(spent, episodes=len(scores.total))
+    steer_kl(learner.controller, samples, ref_log_probs)
     learner.counters.samples += len(scores.total)
     learner.counters.tokens += int(samples.mask.sum())
     return metrics

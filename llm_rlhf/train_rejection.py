@@ -7,6 +7,7 @@ With source "samples" every round draws k completions of every training prompt (
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,8 @@ from llm_rlhf.online.learner import (
     ValidationConfig,
     announce,
     checkpoint_policy,
+    log_and_save,
+    require_room_to_sample,
     require_trained,
     stopping_on_nan,
     validate,
@@ -92,6 +95,33 @@ class Kept:
         return cls(texts, batches)
 
 
+@dataclass
+class Learner:
+    """What a run moves, and what it must remember to go on after a break."""
+
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    counters: Counters
+    kept: Kept | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights, which have a folder of their own."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "sampling": self.sampler.generator.get_state(),
+            "counters": self.counters.state_dict(),
+            "kept": None if self.kept is None else self.kept.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, batch_size: int) -> None:
+        """Continue from `state_dict()`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sampler.generator.set_state(state["sampling"])
+        self.counters.load_state_dict(state["counters"])
+        if state["kept"] is not None:
+            self.kept = Kept.from_state(state["kept"], batch_size=batch_size)
+
+
 def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunResult:
     """Alternate between filtering and imitating. Raises UserError if nothing reaches the threshold."""
     chosen = config.rejection
@@ -106,64 +136,67 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
             alphabet=task.alphabet,
             temperature=config.generation.temperature,
         )
-        optimizer = make_optimizer(policy, config.sft)
         sampler = build_sampler(
             policy, tokenizer, task, rewards=config.rewards, generation=config.generation, seed=config.run.seed
         )
-        counters = Counters()
-        kept: Kept | None = None
-        start = 0
+        require_room_to_sample(
+            sampler, model=config.model, validation=config.validation, training=chosen.source == "samples"
+        )
+        learner = Learner(make_optimizer(policy, config.sft), sampler, Counters())
         if run.checkpoint is not None:
-            state = run.checkpoint.state
-            start = run.checkpoint.step
-            optimizer.load_state_dict(state["optimizer"])
-            sampler.generator.set_state(state["sampling"])
-            counters.load_state_dict(state["counters"])
-            kept = Kept.from_state(state["kept"], batch_size=config.sft.batch_size)
+            learner.load_state_dict(run.checkpoint.state, batch_size=config.sft.batch_size)
+        start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sft.steps
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
             began = time.process_time()
-            metrics: dict[str, float] = {}
-            if chosen.source == "samples" and (step - 1) % chosen.steps_per_round == 0:
-                texts, metrics = best_samples(sampler, chosen, counters)
-                if kept is not None and chosen.accumulate:
-                    texts = concatenate([kept.texts, texts])
-                kept = Kept(texts, Batches(len(texts), config.sft.batch_size, seed=config.run.seed + step))
-            elif kept is None:
-                texts, metrics = good_demonstrations(sampler, chosen, context=policy.context)
-                kept = Kept(texts, Batches(len(texts), config.sft.batch_size, seed=config.run.seed))
+            kept, metrics = filtered(learner, config, step=step)
             with stopping_on_nan(run, "sft.learning_rate"):
                 losses = supervised_step(
-                    policy, optimizer, kept.texts, kept.batches, config.sft, step=step, counters=counters
+                    policy,
+                    learner.optimizer,
+                    kept.texts,
+                    kept.batches,
+                    config.sft,
+                    step=step,
+                    counters=learner.counters,
                 )
-            counters.seconds += time.process_time() - began
-            last = step == total or (
-                config.sft.max_seconds is not None and counters.seconds >= config.sft.max_seconds
-            )
+            learner.counters.seconds += time.process_time() - began
+            limit = config.sft.max_seconds
+            last = step == total or (limit is not None and learner.counters.seconds >= limit)
             due = last or step % max(config.validation.every, 1) == 0
             looked = validate(
                 policy, tokenizer, task, config.validation, due=due, max_new_tokens=sampler.max_new_tokens
             )
-            if metrics or looked or last or step % config.log_every == 0:
-                position = {"samples": counters.samples, "tokens": counters.tokens}
-                run.log({**losses, **metrics, **position, **looked}, global_step=step)
-            if last or run.should_save(step):
-                state = {
-                    "optimizer": optimizer.state_dict(),
-                    "sampling": sampler.generator.get_state(),
-                    "counters": counters.state_dict(),
-                    "kept": kept.state_dict(),
-                }
-                run.save(
-                    state,
-                    global_step=step,
-                    folders=writer(policy, tokenizer),
-                    metric=looked.get("eval/greedy"),
-                )
+            log_and_save(
+                run,
+                learner,
+                losses,
+                {**metrics, **looked},
+                global_step=step,
+                last=last,
+                log_every=config.log_every,
+                folders=writer(policy, tokenizer),
+            )
             if last:
                 break
         return run.finish()
+
+
+def filtered(learner: Learner, config: TrainRejectionConfig, *, step: int) -> tuple[Kept, dict[str, float]]:
+    """The texts of update `step`, new ones where a round begins; and metrics of what was filtered for them."""
+    chosen, size, seed = config.rejection, config.sft.batch_size, config.run.seed
+    if chosen.source == "samples" and (step - 1) % chosen.steps_per_round == 0:
+        texts, metrics = best_samples(learner.sampler, chosen, learner.counters)
+        if learner.kept is not None and chosen.accumulate:
+            texts = concatenate([learner.kept.texts, texts])
+        learner.kept = Kept(texts, Batches(len(texts), size, seed=seed + step))
+    elif learner.kept is None:
+        texts, metrics = good_demonstrations(learner.sampler, chosen, context=learner.sampler.policy.context)
+        learner.kept = Kept(texts, Batches(len(texts), size, seed=seed))
+    else:
+        metrics = {}
+    return learner.kept, metrics
 
 
 def best_samples(

@@ -35,6 +35,7 @@ from llm_rlhf.rewards.reward_model import (
     combine,
     reward_writer,
 )
+from llm_rlhf.rewards.trunks import lowest, shorten
 from policy_core.calibration import both_ways, fit_temperature
 from policy_core.comparisons import bradley_terry_loss, centring_loss, davidson_loss, rao_kupper_loss
 from policy_core.ppo import NonFiniteLoss
@@ -49,6 +50,10 @@ class RewardConfig:
     """heads           of each objective, on one trunk
     bootstrap       with several heads, each sees its own resampling of the prompts (with replacement)
     freeze_trunk    train the heads alone; the trunk then reads every text only once
+    layers          of the trunk that are kept, the lowest; heads read the last of them. null = all
+    frozen_layers   of those, the lowest, which stay as they are, and its embeddings with them; 0 = all learn
+    pooling         what a head reads of a text: the "last" token, the "mean" over all of them or over the
+                    "completion"'s; "auto" = last of a causal trunk, mean of an encoder, or a reward model's own
     precision       of the trunk's forward passes while training; weights stay float32
     ties            of tied comparisons: "drop", or a model of them: "rao_kupper", "davidson"
     tie_strength    where the tie model's parameter begins (log theta, nu); it is learned, one for each objective
@@ -62,6 +67,9 @@ class RewardConfig:
     heads: int = 1
     bootstrap: bool = True
     freeze_trunk: bool = False
+    layers: int | None = None
+    frozen_layers: int = 0
+    pooling: Literal["auto", "last", "mean", "completion"] = "auto"
     precision: Precision = "float32"
     ties: Literal["drop", "rao_kupper", "davidson"] = "drop"
     tie_strength: float = 0.5
@@ -75,6 +83,8 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if self.heads < 1 or self.shift_texts < 1:
             raise ValueError("reward: heads and shift_texts must be at least 1")
+        if self.frozen_layers < 0 or (self.layers is not None and self.layers < 1):
+            raise ValueError("reward: layers must be at least 1 or null, frozen_layers at least 0")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"reward.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if not (self.tie_strength > 0 and self.margin_coef >= 0 and self.centring_coef >= 0):
@@ -241,6 +251,10 @@ def build_learner(run: Run, pairs: PairData, config: TrainRewardConfig) -> Learn
             f"{run.folder}: the run was saved with other objectives or heads than {', '.join(objectives)} "
             f"x {settings.heads}; the data has changed"
         )
+    if settings.layers is not None:
+        shorten(model.trunk, settings.layers)
+    if settings.pooling != "auto":
+        model.pooling = settings.pooling
     model.precision, model.scoring, model.max_prompt = settings.precision, config.scoring, config.pairs.max_prompt
     combine(torch.zeros(1, *model.offset.shape), torch.ones(1), objectives=objectives, config=config.scoring)
     if config.model.gradient_checkpointing:
@@ -249,12 +263,14 @@ def build_learner(run: Run, pairs: PairData, config: TrainRewardConfig) -> Learn
         print(note, flush=True)
     data = _laid_out(model, tokenizer, pairs.train, config, named="training")
     model.trunk.requires_grad_(not settings.freeze_trunk)
+    for parameter in lowest(model.trunk, settings.frozen_layers):
+        parameter.requires_grad_(False)
     groups: list[dict[str, Any]] = [
         {"params": list(model.heads.parameters())},
         {"params": [model.tie_level], "weight_decay": 0.0},
     ]
     if not settings.freeze_trunk:
-        groups.append({"params": list(model.trunk.parameters())})
+        groups.append({"params": [parameter for parameter in model.trunk.parameters() if parameter.requires_grad]})
     generator = torch.Generator().manual_seed(config.run.seed + 1)
     resampled = torch.ones(settings.heads, data.prompts)
     if settings.heads > 1 and settings.bootstrap:
@@ -316,7 +332,7 @@ def features_of(model: RewardModel, data: RewardData, texts: Tensor | None = Non
     order = data.attention_mask[rows].sum(1).argsort(stable=True)
     features = torch.empty(len(rows), model.width)
     for part in order.split(LOOK):
-        features[part] = model.features(data.input_ids[rows[part]], data.attention_mask[rows[part]])
+        features[part] = model.features(*data.texts(rows[part]))
     return features
 
 
@@ -378,7 +394,7 @@ def update(learner: Learner, config: TrainRewardConfig, *, step: int, total: int
         if learner.features is not None:
             scores = model.raw(learner.features[texts])
         else:
-            scores = model.raw(model.features(data.input_ids[texts], data.attention_mask[texts]))
+            scores = model.raw(model.features(*data.texts(texts)))
         chosen = scores[chosen_at, :, data.objective[rows]]
         rejected = scores[rejected_at, :, data.objective[rows]]
         share = data.share[rows] / groups

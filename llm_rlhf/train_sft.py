@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,11 +23,14 @@ from llm_rlhf.online.learner import (
     ValidationConfig,
     announce,
     checkpoint_policy,
+    log_and_save,
     progress_of,
     stopping_on_nan,
     validate,
+    validation_prompts,
     writer,
 )
+from llm_rlhf.tasks.room import leaving_room, require_room
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 from policy_core.bc import bc_loss
 from policy_core.ppo import NonFiniteLoss
@@ -37,7 +42,7 @@ RECIPE = "llm/sft"
 @dataclass(frozen=True)
 class SupervisedConfig:
     """steps, batch_size: updates and texts (of a packed run: rows) per update; learning_rate, schedule, warmup:
-    AdamW's and its course; precision: with "bfloat16" the model's matrix products are (autocast), while
+    AdamW's and its course; precision: with "bf16" the model's matrix products are (autocast to bfloat16), while
     log-softmax, loss, weights and optimizer stay float32; max_seconds: stop after this much CPU time of training (a
     run that uses it cannot be repeated to the bit)."""
 
@@ -63,7 +68,8 @@ class TextsConfig:
     packing         several in a row, which changes no text's numbers beyond rounding and saves the padding
     packed_length   tokens of such a row; None = 1024, or what the longest text needs, at most the model's context
     cut             cut texts that do not fit the context (prompts keep their end, completions their start) instead
-                    of refusing them; how many is said
+                    of refusing them, and leave prompts out of validation that leave no room for an answer; how many
+                    is said
     """
 
     packing: bool = False
@@ -95,45 +101,94 @@ def train(config: TrainSFTConfig, *, resume: Path | None = None) -> RunResult:
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
         policy, tokenizer = build_policy(checkpoint_policy(run, config.model), alphabet=task.alphabet)
-        optimizer = make_optimizer(policy, config.sft)
         data = training_texts(task, tokenizer, policy, config.texts)
-        batches = Batches(len(data), config.sft.batch_size, seed=config.run.seed)
-        counters = Counters()
-        start = 0
-        if run.checkpoint is not None:
-            start = run.checkpoint.step
-            optimizer.load_state_dict(run.checkpoint.state["optimizer"])
-            batches.load_state_dict(run.checkpoint.state["batches"])
-            counters.load_state_dict(run.checkpoint.state["counters"])
+        task = with_room_to_answer(task, tokenizer, policy, config)
+        learner = build_learner(run, policy, config.sft, texts=len(data), seed=config.run.seed)
+        batches, counters = learner.batches, learner.counters
+        start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sft.steps
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
             began = time.process_time()
             with stopping_on_nan(run, "sft.learning_rate"):
-                losses = supervised_step(policy, optimizer, data, batches, config.sft, step=step, counters=counters)
-            counters.seconds += time.process_time() - began
-            out_of_time = config.sft.max_seconds is not None and counters.seconds >= config.sft.max_seconds
-            last = step == total or out_of_time
-            due = last or step % max(config.validation.every, 1) == 0
-            metrics = validate(policy, tokenizer, task, config.validation, due=due)
-            if metrics or last or step % config.log_every == 0:
-                position = {"samples": counters.samples, "tokens": counters.tokens, "epoch": batches.epoch}
-                run.log({**losses, **position, **metrics}, global_step=step)
-            if last or run.should_save(step):
-                state = {
-                    "optimizer": optimizer.state_dict(),
-                    "batches": batches.state_dict(),
-                    "counters": counters.state_dict(),
-                }
-                run.save(
-                    state,
-                    global_step=step,
-                    folders=writer(policy, tokenizer),
-                    metric=metrics.get("eval/greedy"),
+                losses = supervised_step(
+                    policy, learner.optimizer, data, batches, config.sft, step=step, counters=counters
                 )
-            if out_of_time:
+            counters.seconds += time.process_time() - began
+            limit = config.sft.max_seconds
+            last = step == total or (limit is not None and counters.seconds >= limit)
+            due = last or step % max(config.validation.every, 1) == 0
+            looked = validate(policy, tokenizer, task, config.validation, due=due)
+            log_and_save(
+                run,
+                learner,
+                losses,
+                looked,
+                global_step=step,
+                last=last,
+                log_every=config.log_every,
+                folders=writer(policy, tokenizer),
+                epoch=batches.epoch,
+            )
+            if last:
                 break
         return run.finish()
+
+
+@dataclass
+class Learner:
+    """What supervised training moves, and what it must remember to go on after a break."""
+
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    counters: Counters
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights, which have a folder of their own."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.state_dict(),
+            "counters": self.counters.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        for name in ("optimizer", "batches", "counters"):
+            getattr(self, name).load_state_dict(state[name])
+
+
+def build_learner(run: Run, policy: LanguagePolicy, config: SupervisedConfig, *, texts: int, seed: int) -> Learner:
+    """A learner at the run's start or, when resuming, exactly where its checkpoint left it."""
+    learner = Learner(make_optimizer(policy, config), Batches(texts, config.batch_size, seed=seed), Counters())
+    if run.checkpoint is not None:
+        learner.load_state_dict(run.checkpoint.state)
+    return learner
+
+
+def with_room_to_answer(
+    task: Task, tokenizer: PreTrainedTokenizerBase, policy: LanguagePolicy, config: TrainSFTConfig
+) -> Task:
+    """The task without the validation prompts that leave no room for an answer, where texts may be cut; says how
+    many those are. Raises UserError where they may not, or where none is left."""
+    looked_at = validation_prompts(task, config.validation)
+    fitting = leaving_room(looked_at, tokenizer, context=policy.context, max_new_tokens=task.max_new_tokens)
+    if len(fitting) == len(looked_at):
+        return task
+    if not (config.texts.cut and fitting):
+        require_room(
+            looked_at,
+            tokenizer,
+            context=policy.context,
+            max_new_tokens=task.max_new_tokens,
+            limited_by=task.limited_by,
+            new_model=config.model.path is None,
+        )
+    print(
+        f"validation: {len(looked_at) - len(fitting)} of {len(looked_at)} prompts leave no room for "
+        f"{task.max_new_tokens} new tokens in the context of {policy.context} and are not looked at",
+        flush=True,
+    )
+    return replace(task, splits={**task.splits, "validation": fitting})
 
 
 def training_texts(

@@ -26,16 +26,20 @@ from llm_rlhf.online.learner import (
     announce,
     checkpoint_policy,
     frozen_reference,
+    log_and_save,
     progress_of,
     require_trained,
+    steer_kl,
     stopping_on_nan,
+    validation_prompts,
     writer,
 )
+from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 from llm_rlhf.train_ppo import language_ppo
 from llm_rlhf.turns.episodes import TurnsConfig, turns_to_rollout
 from llm_rlhf.turns.playing import Played, Player, build_player
-from policy_core.kl import KLConfig, KLController, kl_in_unit
+from policy_core.kl import KLConfig, KLController
 from policy_core.ppo import PPOConfig, update
 from policy_core.returns import explained_variance, gae
 from policy_core.schedules import scheduled, set_learning_rate
@@ -141,18 +145,18 @@ def train(config: TrainTurnsPPOConfig, *, resume: Path | None = None) -> RunResu
             last = step == total or (limit is not None and learner.counters.seconds >= limit)
             due = last or step % max(config.validation.every, 1) == 0
             looked = validate_player(learner.player, task.splits["validation"], config.validation, due=due)
-            if looked or last or step % config.log_every == 0:
-                position = {"samples": learner.counters.samples, "tokens": learner.counters.tokens}
-                run.log({**metrics, "lr": rate, **position, **looked}, global_step=step)
             if looked:
                 log_episodes(run, played, global_step=step)
-            if last or run.should_save(step):
-                run.save(
-                    learner.state_dict(),
-                    global_step=step,
-                    folders=writer(learner.policy, learner.player.tokenizer),
-                    metric=looked.get("eval/greedy"),
-                )
+            log_and_save(
+                run,
+                learner,
+                {**metrics, "lr": rate},
+                looked,
+                global_step=step,
+                last=last,
+                log_every=config.log_every,
+                folders=writer(learner.policy, learner.player.tokenizer),
+            )
             if last:
                 break
         return run.finish()
@@ -165,6 +169,14 @@ def build_learner(run: Run, task: Task, config: TrainTurnsPPOConfig) -> Learner:
         alphabet=task.alphabet,
         temperature=config.generation.temperature,
         value_head=True,
+    )
+    require_room(
+        [*task.train, *validation_prompts(task, config.validation)],
+        tokenizer,
+        context=policy.context,
+        max_new_tokens=1,  # the context is the end of a longer episode
+        limited_by="",
+        new_model=False,
     )
     seed = config.run.seed
     learner = Learner(
@@ -235,10 +247,7 @@ def iterate(config: TrainTurnsPPOConfig, learner: Learner, *, step: int) -> tupl
     }
     if rollout.values is not None:
         metrics["val/explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
-    spent = kl_in_unit(
-        samples.log_probs - ref_log_probs, mask=samples.mask, episode=rollout.episode, unit=config.kl.unit
-    )
-    learner.controller.update(spent, episodes=len(scores.total))
+    steer_kl(learner.controller, samples, ref_log_probs)
     learner.counters.samples += len(scores.total)
     learner.counters.tokens += int(samples.mask.sum())
     return metrics, played

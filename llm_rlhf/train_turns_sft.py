@@ -7,21 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiment.run import Run, RunConfig, RunResult
-from llm_rlhf.data.texts import Batches
 from llm_rlhf.evaluate_turns import validate_player
 from llm_rlhf.models.causal import ModelConfig, build_policy
 from llm_rlhf.models.generation import GenerationConfig
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.online.learner import (
-    Counters,
     ValidationConfig,
     announce,
     checkpoint_policy,
+    log_and_save,
     stopping_on_nan,
+    validation_prompts,
     writer,
 )
+from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import TaskConfig, build_task
-from llm_rlhf.train_sft import SupervisedConfig, make_optimizer, supervised_step
+from llm_rlhf.train_sft import SupervisedConfig, build_learner, supervised_step
 from llm_rlhf.turns.episodes import TurnsConfig
 from llm_rlhf.turns.playing import build_player, tokenize_demonstrations
 
@@ -56,41 +57,41 @@ def train(config: TrainTurnsSFTConfig, *, resume: Path | None = None) -> RunResu
         data, notes = tokenize_demonstrations(task.demonstrations, tokenizer, config.turns, context=policy.context)
         for note in notes:
             print(note, flush=True)
-        optimizer = make_optimizer(policy, config.sft)
-        batches = Batches(len(data), config.sft.batch_size, seed=config.run.seed)
-        counters = Counters()
-        start = 0
-        if run.checkpoint is not None:
-            start = run.checkpoint.step
-            optimizer.load_state_dict(run.checkpoint.state["optimizer"])
-            batches.load_state_dict(run.checkpoint.state["batches"])
-            counters.load_state_dict(run.checkpoint.state["counters"])
+        require_room(
+            validation_prompts(task, config.validation),
+            tokenizer,
+            context=policy.context,
+            max_new_tokens=1,  # the context is the end of a longer episode
+            limited_by="",
+            new_model=config.model.path is None,
+        )
+        learner = build_learner(run, policy, config.sft, texts=len(data), seed=config.run.seed)
+        batches, counters = learner.batches, learner.counters
+        start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sft.steps
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
             began = time.process_time()
             with stopping_on_nan(run, "sft.learning_rate"):
-                losses = supervised_step(policy, optimizer, data, batches, config.sft, step=step, counters=counters)
+                losses = supervised_step(
+                    policy, learner.optimizer, data, batches, config.sft, step=step, counters=counters
+                )
             counters.seconds += time.process_time() - began
             limit = config.sft.max_seconds
             last = step == total or (limit is not None and counters.seconds >= limit)
             due = last or step % max(config.validation.every, 1) == 0
             looked = validate_player(player, task.splits["validation"], config.validation, due=due)
-            if looked or last or step % config.log_every == 0:
-                position = {"samples": counters.samples, "tokens": counters.tokens, "epoch": batches.epoch}
-                run.log({**losses, **position, **looked}, global_step=step)
-            if last or run.should_save(step):
-                state = {
-                    "optimizer": optimizer.state_dict(),
-                    "batches": batches.state_dict(),
-                    "counters": counters.state_dict(),
-                }
-                run.save(
-                    state,
-                    global_step=step,
-                    folders=writer(policy, tokenizer),
-                    metric=looked.get("eval/greedy"),
-                )
+            log_and_save(
+                run,
+                learner,
+                losses,
+                looked,
+                global_step=step,
+                last=last,
+                log_every=config.log_every,
+                folders=writer(policy, tokenizer),
+                epoch=batches.epoch,
+            )
             if last:
                 break
         return run.finish()

@@ -32,6 +32,7 @@ from llm_rlhf import train_grpo, train_ppo, train_sft
 from llm_rlhf.data.pairs import TokenizedPairs
 from llm_rlhf.data.texts import Batches, TokenizedTexts
 from llm_rlhf.models.causal import LanguagePolicy, ModelConfig
+from llm_rlhf.models.precision import Precision
 from llm_rlhf.online.critic import CriticConfig
 from llm_rlhf.online.learner import Counters, Learner, build_learner
 from llm_rlhf.online.self_imitation import SelfImitationConfig
@@ -59,7 +60,7 @@ Step = Callable[[], object]
 def run(cell: str, options: argparse.Namespace) -> Figures:
     """Medians of seconds a step, and of the rounds' ratios to ours."""
     size, algorithm, *narrow = cell.split("-")
-    precision = "bf16" if narrow else "float32"
+    precision: Precision = "bf16" if narrow else "float32"
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         folder = Path(place)
@@ -181,7 +182,7 @@ def task(reward: RewardFunction = even_words) -> Task:
 
 
 @contextmanager
-def ours_grpo(folder: Path, precision: str) -> Iterator[Step]:
+def ours_grpo(folder: Path, precision: Precision) -> Iterator[Step]:
     """`train_grpo.iterate`: what the recipe does an update."""
     config = train_grpo.TrainGRPOConfig(
         run=RunConfig(folder=str(folder / "grpo"), wandb="disabled"),
@@ -201,7 +202,7 @@ def ours_grpo(folder: Path, precision: str) -> Iterator[Step]:
 
 
 @contextmanager
-def ours_ppo(folder: Path, precision: str, critic: Literal["shared", "separate"]) -> Iterator[Step]:
+def ours_ppo(folder: Path, precision: Precision, critic: Literal["shared", "separate"]) -> Iterator[Step]:
     """`train_ppo.iterate`, scored by a random reward model of the same size."""
     scored = task(reward_function(random_reward_model(folder)))
     config = train_ppo.TrainPPOConfig(
@@ -252,12 +253,10 @@ def random_reward_model(folder: Path) -> Path:
 
 
 @contextmanager
-def ours_dpo(folder: Path, precision: str) -> Iterator[Step]:
+def ours_dpo(folder: Path, precision: Precision) -> Iterator[Step]:
     """`preference_learning.pair_step` on 16 pairs, the reference's log-probs known, as TRL is told to."""
     policy = LanguagePolicy.from_pretrained(folder / "model")
-    learning = LearningConfig(
-        batch_size=BATCH, learning_rate=1e-6, precision="bfloat16" if precision == "bf16" else "float32"
-    )
+    learning = LearningConfig(batch_size=BATCH, learning_rate=1e-6, precision=precision)
     optimizer = make_preference_optimizer(policy, learning)
     data = ReferencedPairs(random_pairs(), torch.zeros(2, ROWS))
 
@@ -293,12 +292,10 @@ def random_pairs() -> TokenizedPairs:
 
 
 @contextmanager
-def ours_sft(folder: Path, precision: str) -> Iterator[Step]:
+def ours_sft(folder: Path, precision: Precision) -> Iterator[Step]:
     """`train_sft.supervised_step` on 16 texts of 64 tokens, all but the first of which are learned."""
     policy = LanguagePolicy.from_pretrained(folder / "model")
-    config = train_sft.SupervisedConfig(
-        learning_rate=1e-6, batch_size=BATCH, precision="bfloat16" if precision == "bf16" else "float32"
-    )
+    config = train_sft.SupervisedConfig(learning_rate=1e-6, batch_size=BATCH, precision=precision)
     optimizer = train_sft.make_optimizer(policy, config)
     tokens = random_tokens()
     attention = torch.ones_like(tokens)
@@ -313,7 +310,7 @@ def ours_sft(folder: Path, precision: str) -> Iterator[Step]:
     yield step
 
 
-def plain(model: Path, precision: str, *, rows: int) -> Step:
+def plain(model: Path, precision: Precision, *, rows: int) -> Step:
     """Forward, backward, clip and fused AdamW of transformers' own model and loss, on `rows` texts of 64 tokens."""
     network = GPT2LMHeadModel.from_pretrained(str(model)).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)

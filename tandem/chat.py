@@ -25,15 +25,17 @@ from tandem.benchmark import find_model
 PROMPT = "> "
 HELP = "/reset forgets the conversation, /quit ends; everything else is said to the model"
 REPLACEMENT = "�"
+LONGEST = 256  # tokens of an answer where --max-new-tokens says nothing
 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """temperature: 0 is greedy; max_new_tokens: longest answer; seed: of the draws; system: what is said first;
-    plain: no template and no memory, for models that know no conversations."""
+    """temperature: 0 is greedy; max_new_tokens: longest answer, None = 256 or what the model's context leaves;
+    seed: of the draws; system: what is said first; plain: no template and no memory, for models that know no
+    conversations."""
 
     temperature: float = 0.7
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     seed: int = 0
     system: str | None = None
     plain: bool = False
@@ -41,10 +43,19 @@ class ChatConfig:
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise ValueError(f"--temperature must not be negative, got {self.temperature}")
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
         if self.plain and self.system is not None:
             raise ValueError("--system: there is no conversation with --plain for it to stand before")
+
+    def kept_free(self, context: int) -> int:
+        """Tokens of the context that what was said may not take: the answer's, or at most half where it has no
+        length of its own."""
+        return self.max_new_tokens or min(LONGEST, max(context // 2, 1))
+
+    def longest_answer(self, prompt: int, context: int) -> int:
+        """Tokens that the answer to a prompt of `prompt` tokens may have."""
+        return self.max_new_tokens or min(LONGEST, context - prompt)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="a run folder (or its name under runs/), a model's folder, or a hub name")
     add("--checkpoint", choices=("last", "best"), default="last", help="which one of a run (last)")
     add("--temperature", type=float, default=0.7, metavar="T", help="0 is greedy (0.7)")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer in tokens (256)")
+    add("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens (256, or what fits)")
     add("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
     add("--system", metavar="TEXT", help="what stands before the conversation")
     add("--plain", action="store_true", help="no chat template: every line is a prompt of its own")
@@ -122,10 +133,11 @@ class Conversation:
 
     def __post_init__(self) -> None:
         """Raises UserError if the answer alone would fill the model's context."""
-        if self.config.max_new_tokens >= self.subject.policy.context:
+        free, context = self.config.kept_free(self.subject.policy.context), self.subject.policy.context
+        if free >= context:
             raise UserError(
-                f"--max-new-tokens: {self.config.max_new_tokens} leave no room for what you say in the model's "
-                f"context of {self.subject.policy.context} tokens; lower it"
+                f"--max-new-tokens: {free} leave no room for what you say in the model's context of {context} "
+                "tokens; lower it"
             )
         self.generator = torch.Generator().manual_seed(self.config.seed)
         self.reset()
@@ -152,7 +164,7 @@ class Conversation:
 
     def _prompt(self) -> list[int]:
         """The conversation's tokens, the oldest turns dropped until the answer fits behind them."""
-        room = self.subject.policy.context - self.config.max_new_tokens
+        room = self.subject.policy.context - self.config.kept_free(self.subject.policy.context)
         first = 0 if self.config.system is None else 1
         while True:
             if self.config.plain:
@@ -190,7 +202,7 @@ def stream(subject: Subject, ids: list[int], config: ChatConfig, generator: torc
     cache: Any = None
     drawn: list[int] = []
     shown = ""
-    for _ in range(config.max_new_tokens):
+    for _ in range(config.longest_answer(len(ids), policy.context)):
         logits, hidden, cache = policy.step(new, mask, cache=cache, use_cache=True, keep=1)
         offered = policy.decoding_logits(logits[:, -1], hidden[:, -1])
         if bool(offered.isnan().any()):

@@ -143,14 +143,20 @@ class VLAPolicy(nn.Module):
         return self.perceive_each({**flat, "words": flat["words"].unsqueeze(1)}).view(*leading, -1)
 
     def perceive_each(self, observations: Observations) -> Tensor:
-        """As `perceive` for S sentences about each of N pictures: words [N, S, L] -> [N, S, n]."""
-        images = [observations[image_key(camera)] for camera in self.spaces.cameras]
+        """As `perceive` for S sentences about each of N pictures: words [N, S, L] -> [N, S, n].
+
+        Only the eyes may be on another device: what they read is brought there, what they say is brought back.
+        """
         words = observations["words"]
+        home, there = words.device, self.perception.grid.device
+        images = [observations[image_key(camera)].to(there) for camera in self.spaces.cameras]
         if self.config.ablate == "image":
             images = [torch.zeros_like(pixels) for pixels in images]
         if self.config.ablate == "words":
             words = torch.zeros_like(words)
-        return self.perception(images, words, self.proprio_normalizer(observations["proprio"]))
+        proprio = self.proprio_normalizer(observations["proprio"])
+        percept: Tensor = self.perception(images, words.to(there), proprio.to(there))
+        return percept.to(home)
 
     def distribution(self, observations: Observations) -> DiagonalGaussian:
         """Of actions [..., k, A]. No gradient reaches the eyes."""

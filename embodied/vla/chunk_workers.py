@@ -141,7 +141,7 @@ def floats_of(policy: torch.nn.Module) -> Iterator[torch.Tensor]:
 @torch.no_grad()
 def export_weights(policy: torch.nn.Module, weights: Array) -> None:
     """Write the policy into a flat vector."""
-    torch.cat([tensor.flatten() for tensor in floats_of(policy)], out=torch.from_numpy(weights))
+    torch.cat([tensor.flatten().cpu() for tensor in floats_of(policy)], out=torch.from_numpy(weights))
 
 
 @torch.no_grad()

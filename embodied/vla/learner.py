@@ -22,6 +22,7 @@ from embodied.vla.judge import check_policy
 from embodied.vla.perceiving import PerceptionConfig, fit_perception
 from envs.stepper import EpisodeRecord
 from experiment.checkpoint import Checkpoint
+from experiment.device import find_device
 from experiment.errors import UserError
 from experiment.run import Run
 from policy_core.kl import KLConfig, KLController
@@ -90,6 +91,7 @@ class VLALearner:
             groups.append(list(policy.critic_parameters()))
         eyes, scenes = None, None
         if perception.learning_rate:
+            policy.perception.to(find_device(perception.device, setting="perception.device"))
             eyes = torch.optim.Adam(policy.perception.parameters(), lr=perception.learning_rate, fused=True)
             if perception.grounding.scenes:
                 scenes = GroundingScenes.collect(

@@ -27,12 +27,15 @@ class PerceptionConfig:
     pictures        so many of those that were seen since the last update, drawn at random
     minibatch_size  pictures of one step
     grounding       scenes of a hand that plays, of which each step has a batch, too
+    device          where they learn: "auto" (a CUDA card if there is one), "cpu", "cuda", "cuda:1"; whoever plays
+                    has a copy in the processor
     """
 
     learning_rate: float = 0.0
     pictures: int = 512
     minibatch_size: int = 128
     grounding: GroundingConfig = field(default_factory=GroundingConfig)
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.learning_rate < 0 or min(self.pictures, self.minibatch_size) < 1:

@@ -85,7 +85,7 @@ def token_log_probs(subject: Subject, document: Sequence[Window]) -> list[list[f
             real = [[1] * len(window.tokens) + [0] * right for window, right in zip(batch, rest, strict=True)]
             tokens = torch.tensor(ids, device=device)
             observations = {"input_ids": tokens, "attention_mask": torch.tensor(real, device=device)}
-            log_probs = policy.evaluate(observations, tokens).log_probs.double().tolist()
+            log_probs = policy.log_probs(observations, tokens).double().tolist()
             for row, window in zip(log_probs, batch, strict=True):
                 found.append(row[window.known : len(window.tokens)])
     finally:

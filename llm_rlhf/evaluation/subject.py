@@ -146,7 +146,7 @@ class Subject:
                     "attention_mask": torch.tensor(mask, device=device),
                     "decisions": decisions,
                 }
-                log_probs = self.policy.evaluate(observations, tokens).log_probs
+                log_probs = self.policy.log_probs(observations, tokens)
                 sums = torch.where(decisions, log_probs, 0.0).double().sum(1).tolist()
                 for row, value in zip(rows, sums, strict=True):
                     found.append(Likelihood(value, len(ends[row]), len(pairs[row][1].encode())))

@@ -54,6 +54,10 @@ class LoggedTexts:
         """Columns first to last - 1 of every text."""
         return LoggedTexts(*(tensor[:, first:last] for tensor in self._tensors()))
 
+    def to(self, device: torch.device) -> LoggedTexts:
+        """The same elsewhere."""
+        return LoggedTexts(*(tensor.to(device) for tensor in self._tensors()))
+
     def scaled(self) -> LoggedTexts:
         """With rewards divided by the standard deviation of the texts' sums, where they differ at all."""
         deviation = float(self.rewards.double().sum(1).std(correction=0))

@@ -52,8 +52,9 @@ class ValueHeads(nn.Module):
 
 
 def heads_for(policy: LanguagePolicy) -> ValueHeads:
-    """New heads for this model, initialised from torch's global generator."""
-    return ValueHeads(hidden_width(policy.model), int(policy.model.config.get_text_config().vocab_size))
+    """New heads for this model, beside it, initialised from torch's global generator."""
+    heads = ValueHeads(hidden_width(policy.model), int(policy.model.config.get_text_config().vocab_size))
+    return heads.to(policy.device)
 
 
 class AdvantageSteering:
@@ -103,7 +104,7 @@ def loss_of(
     """
     columns = policy.columns(texts.observations())
     assert columns is not None, "every logged text has a chosen token"
-    batch = texts.between(columns.first, columns.last)
+    batch = texts.between(columns.first, columns.last).to(policy.device)
     taken = batch.input_ids.unsqueeze(-1)
     slow = heads.slow_q_values(columns.hidden)
     values = heads.values(columns.hidden)

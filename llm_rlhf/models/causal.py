@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from experiment.device import find_device
 from experiment.errors import UserError
 from llm_rlhf.models.lora import (
     ADAPTER,
@@ -54,6 +55,7 @@ class ModelConfig:
     lora        learn a low-rank adapter, not the weights; one that `path` already has goes on, and without this
                 section it is merged into the weights
     gradient_checkpointing  compute activations twice instead of keeping them: less memory, about a third more work
+    device      where it computes: "auto" (a CUDA card if there is one), "cpu", "cuda", "cuda:1"
     """
 
     path: str | None = None
@@ -64,6 +66,7 @@ class ModelConfig:
     activation: Literal["relu", "gelu_pytorch_tanh"] = "relu"
     lora: LoRAConfig | None = None
     gradient_checkpointing: bool = False
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.lora is not None and self.path is None:
@@ -235,6 +238,11 @@ class LanguagePolicy(nn.Module):
             self.model.eval()
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes. Tokens are brought there and numbers of single tokens back, by whatever takes both."""
+        return self.model.device
+
+    @property
     def context(self) -> int:
         """The longest text in tokens."""
         return int(getattr(self.model.config, "max_position_embeddings", 2**31))
@@ -254,7 +262,7 @@ class LanguagePolicy(nn.Module):
     def columns(self, observations: Nested) -> Columns | None:
         """Logits and hidden states of the columns that hold decisions; None where there is no decision.
 
-        observations    as `evaluate` takes them
+        observations    as `evaluate` takes them, on any device; what is returned is on the model's
         """
         assert isinstance(observations, Mapping), "observations must be named tensors"
         input_ids, attention_mask = observations["input_ids"], observations["attention_mask"]
@@ -262,9 +270,10 @@ class LanguagePolicy(nn.Module):
         if last <= first:
             return None
         lead = leading_padding(attention_mask, limit=first - 1)
-        logits, hidden = self._outputs(
-            input_ids[:, lead : last - 1], attention_mask[:, lead : last - 1], prefix=first - lead
+        input_ids, attention_mask = (
+            tensor[:, lead : last - 1].to(self.device) for tensor in (input_ids, attention_mask)
         )
+        logits, hidden = self._outputs(input_ids, attention_mask, prefix=first - lead)
         return Columns(first, last, widened(logits), widened(hidden))
 
     def evaluate(self, observations: Nested, actions: Nested) -> Evaluation:
@@ -275,32 +284,48 @@ class LanguagePolicy(nn.Module):
         actions         [B, T] int, the tokens
 
         Returns log_probs [B, T] of the tokens, entropy [B, T] in nats and values [B, T] (None without a value
-        head); columns that were not computed are 0. Logits are divided by the temperature.
+        head), on the actions' device; columns that were not computed are 0. Logits are divided by the temperature.
         """
         assert isinstance(actions, Tensor)
         columns = self.columns(observations)
         if columns is None:
-            zeros = next(self.parameters()).new_zeros(actions.shape)
+            zeros = torch.zeros(actions.shape, device=actions.device)
             return Evaluation(zeros, zeros, None if self.value_head is None else zeros)
-        logits = self.decoding_logits(columns.logits, columns.hidden)
-        log_softmax = torch.log_softmax(logits / self.temperature, dim=-1)
-        taken = actions[:, columns.first : columns.last].unsqueeze(-1)
-        log_probs = log_softmax.gather(-1, taken).squeeze(-1)
+        log_probs, log_softmax = self._judged(columns, actions)
         entropy = -(log_softmax.exp() * log_softmax).sum(-1)
         values = None if self.value_head is None else self.value_head(columns.hidden).squeeze(-1)
         padding = (columns.first, actions.shape[1] - columns.last)
 
         def widen(columns: Tensor) -> Tensor:
-            return nn.functional.pad(columns, padding)
+            return nn.functional.pad(columns.to(actions.device), padding)
 
         return Evaluation(widen(log_probs), widen(entropy), None if values is None else widen(values))
+
+    def log_probs(self, observations: Nested, actions: Tensor) -> Tensor:
+        """`evaluate`'s log_probs alone, for a reference that nothing else is asked of."""
+        columns = self.columns(observations)
+        if columns is None:
+            return torch.zeros(actions.shape, device=actions.device)
+        log_probs, _ = self._judged(columns, actions)
+        return nn.functional.pad(log_probs.to(actions.device), (columns.first, actions.shape[1] - columns.last))
+
+    def _judged(self, columns: Columns, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs [B, N] of the tokens in these columns, and of the whole vocabulary [B, N, V]."""
+        logits = self.decoding_logits(columns.logits, columns.hidden)
+        log_softmax = torch.log_softmax(logits / self.temperature, dim=-1)
+        taken = actions[:, columns.first : columns.last].unsqueeze(-1).to(self.device)
+        return log_softmax.gather(-1, taken).squeeze(-1), log_softmax
 
     def packed_log_probs(self, input_ids: Tensor, position_ids: Tensor, decisions: Tensor) -> Tensor:
         """Log-probs [B, T] of the decisions, 0 elsewhere, where a row holds several texts one after another.
 
         position_ids    [B, T] int; every text begins at 0, by which transformers keeps them apart in attention
         decisions       [B, T] bool; never a text's first token
+
+        All on any device, and the result on theirs.
         """
+        home = decisions.device
+        input_ids, position_ids, decisions = (t.to(self.device) for t in (input_ids, position_ids, decisions))
         arguments = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         before = decisions.roll(-1, dims=1)
         with self.learning():
@@ -310,7 +335,7 @@ class LanguagePolicy(nn.Module):
                 logits = self.model(**arguments).logits[before]
         log_softmax = torch.log_softmax(widened(logits) / self.temperature, dim=-1)
         taken = log_softmax.gather(-1, input_ids[decisions].unsqueeze(-1)).squeeze(-1)
-        return taken.new_zeros(decisions.shape).masked_scatter(decisions, taken)
+        return taken.new_zeros(decisions.shape).masked_scatter(decisions, taken).to(home)
 
     def _outputs(self, input_ids: Tensor, attention_mask: Tensor, *, prefix: int) -> tuple[Tensor, Tensor]:
         """Logits [B, T - prefix + 1, V] and hidden states of the columns from prefix - 1 on.
@@ -408,7 +433,7 @@ def frozen_copy(policy: LanguagePolicy) -> LanguagePolicy:
 def build_policy(
     config: ModelConfig, *, alphabet: str, temperature: float = 1.0, value_head: bool = False
 ) -> tuple[LanguagePolicy, PreTrainedTokenizerBase]:
-    """The policy of a recipe and its tokenizer: loaded from `config.path`, or new over `alphabet`."""
+    """A recipe's policy on its device, and its tokenizer: loaded from `config.path`, or new over `alphabet`."""
     if config.path is None:
         tokenizer: PreTrainedTokenizerBase = character_tokenizer(alphabet)
         model = new_language_model(config, tokenizer)
@@ -426,6 +451,7 @@ def build_policy(
                 require_same(config.lora, policy.model, path=folder)
         elif config.lora is not None:
             add_lora(policy.model, config.lora, base=folder)
+    policy.to(find_device(config.device, setting="model.device"))
     if config.gradient_checkpointing:
         policy.checkpoint_gradients()
     policy.write_merged = config.lora is not None and config.lora.merged

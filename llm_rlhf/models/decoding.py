@@ -29,6 +29,7 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self.room = room
         self._buffers: tuple[Tensor, Tensor] | None = None
+        self._seen: Tensor | None = None  # the keys as this layer set them last
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new columns [B, H, N, D]; returns all that there are. Beyond the room the buffers grow."""
@@ -36,28 +37,30 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         before = self.get_seq_length()
         after = before + key_states.shape[-2]
-        if self._buffers is None or after > self.room or not self._holds(self.keys):
+        if self._buffers is None or after > self.room or self.keys is not self._seen:
             self.room = max(self.room, after)
             self._buffers = (self._roomy(self.keys, key_states), self._roomy(self.values, value_states))
         rows = key_states.shape[0]
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:rows, :, before:after] = states
-        self.keys, self.values = (buffer[:rows, :, :after] for buffer in self._buffers)
-        return self.keys, self.values
+        return self._show(rows, after)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` [n], ascending: they move to the front of the buffers."""
-        if self._buffers is None or not self._holds(self.keys):
+        if self._buffers is None or self.keys is not self._seen:
             super().batch_select_indices(indices)
             return
         length = self.get_seq_length()
         for buffer in self._buffers:
             buffer[: len(indices), :, :length] = buffer[:, :, :length].index_select(0, indices)
-        self.keys, self.values = (buffer[: len(indices), :, :length] for buffer in self._buffers)
+        self._show(len(indices), length)
 
-    def _holds(self, keys: Tensor | None) -> bool:
-        """Whether `keys` are the buffer's and not somebody else's."""
-        return keys is not None and self._buffers is not None and keys.data_ptr() == self._buffers[0].data_ptr()
+    def _show(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Let keys and values be this part of the buffers."""
+        assert self._buffers is not None
+        keys, values = (buffer[:rows, :, :length] for buffer in self._buffers)
+        self.keys, self.values, self._seen = keys, values, keys
+        return keys, values
 
     def _roomy(self, held: Tensor | None, states: Tensor) -> Tensor:
         rows, heads, _, width = states.shape

@@ -8,7 +8,7 @@ generator only, so a resumed run draws what the uninterrupted one would have dra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -61,6 +61,12 @@ class Samples:
     values: Tensor | None
     prompt: Tensor
 
+    def to(self, device: str) -> Samples:
+        """The same elsewhere."""
+        values = None if self.values is None else self.values.to(device)
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "values"}
+        return Samples(**tensors, values=values)
+
     def observations(self) -> dict[str, Tensor]:
         """What `LanguagePolicy.evaluate` takes beside the tokens."""
         return {
@@ -108,7 +114,6 @@ def generate(
 
     Raises ValueError if prompt and completion would not fit the model's context.
     """
-    device = next(policy.parameters()).device
     prompt_ids, prompt_mask = left_pad(prompts, pad=pad)
     start = prompt_ids.shape[1]
     if start + max_new_tokens > policy.context:
@@ -119,14 +124,14 @@ def generate(
     with torch.no_grad():
         return _decode(
             policy,
-            prompt_ids.to(device),
-            prompt_mask.to(device),
+            prompt_ids.to(policy.device),
+            prompt_mask.to(policy.device),
             samples_per_prompt=samples_per_prompt,
             max_new_tokens=max_new_tokens,
             eos=eos,
             pad=pad,
             generator=generator,
-        )
+        ).to("cpu")
 
 
 def _decode(
@@ -218,13 +223,14 @@ def _draw(logits: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Te
 
 
 def draw_index(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One index a row of probabilities [B, V], [B] int: where a uniform number falls in their running sum.
+    """One index a row of probabilities [B, V], [B] int: where a uniform number falls in their running sum. The
+    generator is the processor's, so that a seed draws the same numbers for every device.
 
     One number a row, where torch.multinomial draws V of them; in float64, so that no index of positive probability
     is out of reach.
     """
     total = probabilities.double().cumsum(-1)
-    numbers = torch.rand(len(total), 1, generator=generator, dtype=total.dtype, device=total.device)
+    numbers = torch.rand(len(total), 1, generator=generator, dtype=total.dtype).to(total.device)
     return torch.searchsorted(total, numbers * total[:, -1:], right=True).squeeze(1)
 
 

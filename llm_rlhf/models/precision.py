@@ -10,7 +10,7 @@ from torch import nn
 
 from experiment.errors import UserError
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bf16"]
 
 
 def autocast(module: nn.Module, precision: Precision) -> contextlib.AbstractContextManager[Any]:
@@ -27,5 +27,5 @@ def has_bfloat16() -> bool:
 
 def require_precision(precision: Precision, *, setting: str) -> None:
     """Raises UserError naming `setting` if this machine cannot compute so."""
-    if precision == "bfloat16" and not has_bfloat16():
+    if precision == "bf16" and not has_bfloat16():
         raise UserError(f"{setting}: this processor has no bfloat16 instructions; leave it at float32")

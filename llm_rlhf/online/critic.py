@@ -85,15 +85,16 @@ class ValueModel(nn.Module):
     def after(self, observations: Nested) -> Tensor:
         """The value of the text up to and with each token, [B, T]; 0 in columns that no decision needs.
 
-        observations    as `LanguagePolicy.evaluate` takes them
+        observations    as `LanguagePolicy.evaluate` takes them, on any device; the values are on theirs
         """
         assert isinstance(observations, Mapping), "observations must be named tensors"
         ids, mask = observations["input_ids"], observations["attention_mask"]
+        home = ids.device
         first, last = column_range(observations.get("decisions"), ids.shape[1])
         if last <= first:
-            return self.head.weight.new_zeros(ids.shape)
+            return torch.zeros(ids.shape, device=home)
         lead = leading_padding(mask, limit=first - 1)
-        ids, mask = ids[:, lead:last], mask[:, lead:last]
+        ids, mask = (tensor[:, lead:last].to(self.trunk.device) for tensor in (ids, mask))
         padded = not bool(mask[:, 0].all())  # on the right nothing that counts comes after it
         states = self.trunk(
             input_ids=ids,
@@ -102,7 +103,7 @@ class ValueModel(nn.Module):
             use_cache=False,
         ).last_hidden_state[:, first - 1 - lead :]
         right = observations["input_ids"].shape[1] - last
-        return nn.functional.pad(self.head(states).squeeze(-1).float(), (first - 1, right))
+        return nn.functional.pad(self.head(states).squeeze(-1).float(), (first - 1, right)).to(home)
 
     def values(self, observations: Nested) -> Tensor:
         """The value of what each token was decided on, [B, T]: that of the text before it; 0 in column 0."""

@@ -281,7 +281,7 @@ def recomputed_log_probs(policy: LanguagePolicy, samples: Samples) -> Tensor:
     What sampling says of its tokens is that up to rounding. Where it is not (bfloat16 decoding, another engine), a
     rollout's old_log_probs must be these, or the first ratio is not 1.
     """
-    log_probs = policy.evaluate(samples.observations(), samples.input_ids).log_probs
+    log_probs = policy.log_probs(samples.observations(), samples.input_ids)
     return torch.where(samples.mask, log_probs, 0.0)
 
 
@@ -313,7 +313,7 @@ def with_dense_rewards(rollout: Rollout, dense: Tensor) -> Rollout:
 def reference_log_probs(reference: LanguagePolicy, samples: Samples) -> Tensor:
     """Log-probs [B, T] of the drawn tokens under the frozen reference, 0 elsewhere."""
     with torch.no_grad():
-        log_probs = reference.evaluate(samples.observations(), samples.input_ids).log_probs
+        log_probs = reference.log_probs(samples.observations(), samples.input_ids)
     return torch.where(samples.mask, log_probs, 0.0)
 
 

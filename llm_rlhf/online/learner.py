@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from experiment.errors import UserError
@@ -27,8 +28,10 @@ from llm_rlhf.online.self_imitation import GoodAnswers, SelfImitationConfig
 from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.rewards.process_term import ProcessTerm, ProcessTermConfig
 from llm_rlhf.rewards.safety import SafetyConfig
+from llm_rlhf.tasks.examples import Example
+from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import Task
-from policy_core.kl import KLConfig, KLController
+from policy_core.kl import KLConfig, KLController, kl_in_unit
 from policy_core.policy import Policy
 from policy_core.ppo import AuxiliaryLoss, NonFiniteLoss
 
@@ -160,13 +163,14 @@ def build_learner(
     safety: SafetyConfig | None = None,
     process: ProcessTermConfig | None = None,
     monitor: MonitorConfig | None = None,
+    validation: ValidationConfig = ValidationConfig(every=0),
 ) -> Learner:
     """A learner at the run's start or, when resuming, exactly where its checkpoint left it.
 
     prompts     training prompts of one rollout
     critic      where values come from; None = there are none
 
-    Raises UserError if model.path or critic.init name no trained model, or rewards or texts cannot be used.
+    Raises UserError if model.path or critic.init name no trained model, or rewards, texts or lengths will not do.
     """
     policy, tokenizer = build_policy(
         checkpoint_policy(run, model),
@@ -185,11 +189,10 @@ def build_learner(
         overlong=overlong,
         safety=safety,
     )
+    require_room_to_sample(sampler, model=model, validation=validation)
     shaping = shaping or ShapingConfig()
     values = separate_critic(run, critic, sampler, model_path=str(model.path))
-    learned: list[dict[str, Any]] = [{"params": list(policy.parameters())}]
-    if values is not None:
-        learned.append({"params": list(values.parameters())})
+    learned = [{"params": list(module.parameters())} for module in (policy, values) if module is not None]
     mix = None
     if ptx is not None and ptx.coef > 0:
         mix = PretrainingMix(ptx, tokenizer, context=policy.context, seed=seed + 3)
@@ -273,22 +276,70 @@ def record(
         prompts, completions = texts_of(learner.latest[0], sampler.tokenizer)
         seen = {**metrics, **looked}
         report = learner.monitor.look(seen, global_step=global_step, prompts=prompts, completions=completions)
+        log_completions(run, sampler, *learner.latest, global_step=global_step)
+    folders = writer(learner.policy, sampler.tokenizer)
+    if learner.critic is not None:
+        folders[FOLDER] = learner.critic.save_pretrained
+    log_and_save(
+        run,
+        learner,
+        metrics,
+        {**looked, **report.metrics},
+        global_step=global_step,
+        last=last,
+        log_every=log_every,
+        folders=folders,
+    )
+    act_on(report, learner.monitor, folder=run.folder)
+
+
+class Resumable(Protocol):
+    """What a run moves, the weights apart: how much it has done, and all that it must remember."""
+
+    counters: Counters
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into a checkpoint."""
+        ...
+
+
+def log_and_save(
+    run: Run,
+    learner: Resumable,
+    metrics: Mapping[str, float],
+    looked: Mapping[str, float],
+    *,
+    global_step: int,
+    last: bool,
+    log_every: int,
+    folders: Mapping[str, Callable[[Path], None]],
+    epoch: int | None = None,
+    best: str = "eval/greedy",
+) -> None:
+    """Log an update where that is due or something was looked at, save where that is due; the last always.
+
+    metrics, looked     of the update, and of what was looked at beside it (validation, a new round), if anything
+    folders             the checkpoint's, beside the learner's state
+    best                which of `looked` decides which checkpoint is the best one
+    """
     if looked or last or global_step % log_every == 0:
         position = {"samples": learner.counters.samples, "tokens": learner.counters.tokens}
-        run.log({**metrics, **position, **looked, **report.metrics}, global_step=global_step)
-    if looked and learner.latest is not None:
-        log_completions(run, sampler, *learner.latest, global_step=global_step)
+        position |= {} if epoch is None else {"epoch": epoch}
+        run.log({**metrics, **position, **looked}, global_step=global_step)
     if last or run.should_save(global_step):
-        folders = writer(learner.policy, sampler.tokenizer)
-        if learner.critic is not None:
-            folders[FOLDER] = learner.critic.save_pretrained
-        run.save(
-            learner.state_dict(),
-            global_step=global_step,
-            folders=folders,
-            metric=looked.get("eval/greedy"),
-        )
-    act_on(report, learner.monitor, folder=run.folder)
+        run.save(learner.state_dict(), global_step=global_step, folders=dict(folders), metric=looked.get(best))
+
+
+def steer_kl(controller: KLController, samples: Samples, ref_log_probs: Tensor) -> None:
+    """Move the KL's coefficient by what was spent on all that was drawn, whatever of it is learned from.
+
+    ref_log_probs   [B, T], of the drawn tokens under the reference
+    """
+    episode = torch.where(samples.attention_mask.bool(), 0, -1)
+    spent = kl_in_unit(
+        samples.log_probs - ref_log_probs, mask=samples.mask, episode=episode, unit=controller.config.unit
+    )
+    controller.update(spent, episodes=len(samples.finished))
 
 
 def log_completions(
@@ -371,6 +422,34 @@ def validate(
         max_new_tokens=max_new_tokens,
     )
     return numbers(result, prefix="eval")
+
+
+def require_room_to_sample(
+    sampler: Sampler, *, model: ModelConfig, validation: ValidationConfig, training: bool = True
+) -> None:
+    """Before anything is trained: raises UserError where a prompt that will be answered, of validation's or (with
+    `training`) of training's, leaves no room for its answer in the model's context."""
+    require_room(
+        [*(sampler.task.train if training else ()), *validation_prompts(sampler.task, validation)],
+        sampler.tokenizer,
+        context=sampler.policy.context,
+        max_new_tokens=sampler.max_new_tokens,
+        limited_by="generation.max_new_tokens",
+        new_model=model.path is None,
+        known=sampler.prompts if training else (),
+    )
+
+
+def validation_prompts(task: Task, validation: ValidationConfig) -> Sequence[Example]:
+    """The prompts that validation looks at, none where it is switched off. Raises UserError where there is none."""
+    if validation.every == 0:
+        return ()
+    if not task.splits["validation"]:
+        raise UserError(
+            "validation.every: no prompts of the task are held out to validate on; keep some (the task's section, "
+            "validation), or set validation.every=0"
+        )
+    return task.splits["validation"][: validation.prompts]
 
 
 def announce(task: Task) -> None:

@@ -33,8 +33,8 @@ class LearningConfig:
     """steps, batch_size    updates, and pairs (or texts) per update
     micro_batch_size    of those per backward pass; None = all at once; changes no number beyond rounding
     learning_rate, schedule, warmup, weight_decay   AdamW's and its course
-    precision           "bfloat16": the model's matrix products (autocast); log-softmax, losses, weights and
-                        optimizer stay float32
+    precision           "bf16": the model's matrix products in bfloat16 (autocast); log-softmax, losses, weights
+                        and optimizer stay float32
     max_seconds         stop after this much CPU time of training (a run that uses it cannot be repeated to the bit)
     """
 
@@ -105,8 +105,9 @@ def completion_log_probs(
         return torch.zeros(len(texts))
     window = slice(columns.first, columns.last)
     logits = columns.logits.float() / policy.temperature
-    taken = logits.gather(-1, texts.input_ids[:, window].unsqueeze(-1)).squeeze(-1)
-    return torch.where(texts.mask[:, window], taken - logits.logsumexp(-1), 0.0).sum(1)
+    tokens, mask = (tensor[:, window].to(logits.device) for tensor in (texts.input_ids, texts.mask))
+    taken = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return torch.where(mask, taken - logits.logsumexp(-1), 0.0).sum(1).to(texts.mask.device)
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ class RewardData:
     """N comparisons of P prompts over U different texts.
 
     input_ids, attention_mask   [U, T] int; padding anywhere
-    lengths                     [U] int, tokens of the completion, its EOS included
+    completion                  [U, T] bool, the completion's tokens, its EOS included
+    lengths                     [U] int, how many those are
     chosen, rejected            [N] int, rows of the texts
     margin                      [N] float, NaN = none
     tied                        [N] bool
@@ -33,6 +34,7 @@ class RewardData:
 
     input_ids: Tensor
     attention_mask: Tensor
+    completion: Tensor
     lengths: Tensor
     chosen: Tensor
     rejected: Tensor
@@ -58,6 +60,10 @@ class RewardData:
     def _by_prompt(self) -> tuple[Tensor, ...]:
         """The comparisons of each prompt."""
         return self.prompt.argsort(stable=True).split(torch.bincount(self.prompt).tolist())
+
+    def texts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """input_ids, attention_mask and completion of the texts [u], as `RewardModel.features` takes them."""
+        return self.input_ids[rows], self.attention_mask[rows], self.completion[rows]
 
     def texts_of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The different texts of the comparisons [n]: their numbers [u], and where chosen and rejected are in
@@ -113,13 +119,13 @@ def reward_data(
         )
     pairs, cut = tokenize_pairs(kept, tokenizer, context=context, pad=pad_id(tokenizer), max_prompt=max_prompt)
     both = concatenated(pairs)
-    numbers: dict[tuple[bytes, int], int] = {}
+    numbers: dict[tuple[bytes, bytes], int] = {}
     first: list[int] = []
     text = torch.empty(len(both), dtype=torch.long)
     lengths = both.mask.sum(1)
     for row in range(len(both)):
-        tokens = both.input_ids[row][both.attention_mask[row].bool()]
-        key = (tokens.numpy().tobytes(), int(lengths[row]))
+        real = both.attention_mask[row].bool()
+        key = (both.input_ids[row][real].numpy().tobytes(), both.mask[row][real].numpy().tobytes())
         if key not in numbers:
             numbers[key] = len(first)
             first.append(row)
@@ -131,6 +137,7 @@ def reward_data(
     data = RewardData(
         input_ids=both.input_ids[rows],
         attention_mask=both.attention_mask[rows],
+        completion=both.mask[rows],
         lengths=lengths[rows],
         chosen=text[: len(pairs)],
         rejected=text[len(pairs) :],

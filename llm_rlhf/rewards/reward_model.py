@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -41,7 +41,7 @@ HEADS, SETTINGS = "reward_heads.safetensors", "reward.json"
 FOLDER = "reward_model"
 """The sub-folder of a checkpoint that holds a reward model."""
 DISAGREEMENT = "disagreement"
-Pooling = Literal["last", "mean"]
+Pooling = Literal["last", "mean", "completion"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,11 @@ class RewardModel(nn.Module):
     """K heads for M objectives on the hidden states of one trunk.
 
     A causal trunk is read at the last real token, one that sees the whole text (an encoder) by the mean over its
-    tokens. Rows are packed first, so neither padding nor the side it is on matters.
+    tokens, unless `pooling` says otherwise. Rows are packed first, so neither padding nor the side it is on matters.
+
+    causal          no hidden state depends on what comes after it
+    pooling         "last": the last real token; "mean": over all; "completion": over the completion's, which have
+                    seen the prompt, but do not drown in what two completions of it have in common
 
     objectives      M names
     temperature     by which score differences are divided to be logits of a preference
@@ -126,6 +130,7 @@ class RewardModel(nn.Module):
         self.trunk, self.objectives, self.start, self.context = trunk, tuple(objectives), start, context
         without_dropout(trunk)
         self.width, sees_all = probe(trunk.eval())
+        self.causal = not sees_all
         self.pooling: Pooling = "mean" if sees_all else "last"
         self.heads = nn.Linear(self.width, heads * len(self.objectives))
         nn.init.normal_(self.heads.weight, std=1.0 / math.sqrt(self.width + 1))
@@ -154,15 +159,14 @@ class RewardModel(nn.Module):
         lengths = real.sum(1)
         if int(lengths.min()) < 1 or int(lengths.max()) > self.context:
             raise ValueError(f"texts of 1 to {self.context} tokens are needed, got {lengths.tolist()}")
-        order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, : int(lengths.max())]
-        ids = input_ids.gather(1, order)
+        ids = input_ids.gather(1, packing(attention_mask))
         if self.start is not None:
             ids = torch.cat([torch.full_like(ids[:, :1], self.start), ids], dim=1)
             lengths = lengths + 1
         packed = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
         ids = torch.where(packed, ids, max(int(getattr(self.trunk.config, "pad_token_id", None) or 0), 0))
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": packed.long()}
-        if self.pooling == "last":  # nothing that counts comes after the padding
+        if self.causal:  # the padding comes after all that counts
             arguments |= {"attention_mask": torch.ones_like(ids), "use_cache": False}
         if self.gradient_checkpointing:  # transformers does it in training mode only; there is no dropout
             self.trunk.train(torch.is_grad_enabled())
@@ -170,21 +174,32 @@ class RewardModel(nn.Module):
             states = self.trunk(**arguments).last_hidden_state
         return states.float(), packed
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What the heads read of each text, [B, T] -> [B, D]."""
-        states, real = self.hidden(input_ids, attention_mask)
+    def features(self, input_ids: Tensor, attention_mask: Tensor, completion: Tensor | None = None) -> Tensor:
+        """What the heads read of each text, [B, T] -> [B, D].
+
+        completion [B, T] bool is needed, and must be True somewhere in every row, for that pooling alone. Raises
+        ValueError where it is not.
+        """
+        states, counted = self.hidden(input_ids, attention_mask)
         if self.pooling == "last":
-            return states[torch.arange(len(states), device=states.device), real.sum(1) - 1]
-        return torch.where(real.unsqueeze(-1), states, 0.0).sum(1) / real.sum(1, keepdim=True)
+            return states[torch.arange(len(states), device=states.device), counted.sum(1) - 1]
+        if self.pooling == "completion":
+            if completion is None:
+                raise ValueError("pooling over completions needs to know where they are")
+            own = (completion & attention_mask.bool()).gather(1, packing(attention_mask))
+            counted = own if self.start is None else torch.cat([torch.zeros_like(own[:, :1]), own], dim=1)
+            if not bool(counted.any(1).all()):
+                raise ValueError("pooling over completions needs a token of one in every text")
+        return torch.where(counted.unsqueeze(-1), states, 0.0).sum(1) / counted.sum(1, keepdim=True)
 
     def raw(self, features: Tensor) -> Tensor:
         """The heads alone, before the offset: [..., D] -> [..., K, M]."""
         scores: Tensor = self.heads(features)
         return scores.unflatten(-1, tuple(self.offset.shape))
 
-    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask [B, T], padding anywhere -> scores [B, K, M]."""
-        return self.raw(self.features(input_ids, attention_mask)) - self.offset
+    def score(self, input_ids: Tensor, attention_mask: Tensor, completion: Tensor | None = None) -> Tensor:
+        """input_ids, attention_mask, completion (see `features`) [B, T], padding anywhere -> scores [B, K, M]."""
+        return self.raw(self.features(input_ids, attention_mask, completion)) - self.offset
 
     def checkpoint_gradients(self) -> None:
         """Keep only each layer's input for the backward pass and compute the rest again there."""
@@ -195,9 +210,9 @@ class RewardModel(nn.Module):
         """That people prefer the first, by the fitted temperature, from scores of any equal shapes."""
         return torch.sigmoid((chosen - rejected) / self.temperature)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, completion: Tensor | None = None) -> Tensor:
         """`score`, under the name by which distributed wrappers call a module."""
-        return self.score(input_ids, attention_mask)
+        return self.score(input_ids, attention_mask, completion)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the trunk as a plain transformers folder, the heads and `reward.json` beside it."""
@@ -244,10 +259,19 @@ class RewardModel(nn.Module):
                 model.tie_level.copy_(state["tie_level"])
             model.temperature, model.trained = float(settings["temperature"]), True
             model.max_prompt = settings["max_prompt"]
+            model.pooling = settings["pooling"]
+            if model.pooling not in get_args(Pooling):
+                raise ValueError(f"no pooling {model.pooling!r}")
             model.scoring = build_from_dict(settings["scoring"], ScoringConfig, str(folder / SETTINGS))
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: a damaged reward model ({_first_line(error)})") from error
         return model
+
+
+def packing(attention_mask: Tensor) -> Tensor:
+    """[B, T] -> the columns of each row's real tokens in their order, then padding's; [B, T'] of the longest row."""
+    real = attention_mask.bool()
+    return real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]
 
 
 # ---------------------------------------------------------------- loading
@@ -320,8 +344,9 @@ def build_reward_model(
     if known is not None:
         model, tokenizer = RewardModel.from_pretrained(known), load_reward_tokenizer(source)
         if model.objectives != tuple(objectives) or model.ensemble != heads:
-            trunk, start, context = model.trunk, model.start, model.context
+            trunk, start, context, pooling = model.trunk, model.start, model.context, model.pooling
             model = RewardModel(trunk, objectives=objectives, heads=heads, start=start, context=context)
+            model.pooling = pooling
         return model, tokenizer
     if base_of(source) is None:
         trunk, tokenizer = load_trunk(source), load_reward_tokenizer(source)
@@ -399,7 +424,7 @@ class Scorer:
         for begin in range(0, len(order), self.batch_size):
             rows = order[begin : begin + self.batch_size]
             batch = lay_out([texts[row] for row in rows], pad=pad_id(self.tokenizer))
-            result[rows] = self.model.score(batch.input_ids, batch.attention_mask)
+            result[rows] = self.model.score(batch.input_ids, batch.attention_mask, batch.mask)
         return result, torch.tensor([sum(text.mask) for text in texts])
 
     def scores_once(self, prompts: list[str], completions: list[str]) -> tuple[Tensor, Tensor]:

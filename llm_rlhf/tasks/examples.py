@@ -16,11 +16,13 @@ from experiment.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the completion that someone gave (right or wrong), and columns that rewards may ask for."""
+    """A prompt, the completion that someone gave (right or wrong), and columns that rewards may ask for; `place` is
+    where it was read (FILE:LINE), for messages to the user, "" where nobody read it."""
 
     prompt: str
     completion: str
     columns: Mapping[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

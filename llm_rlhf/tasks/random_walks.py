@@ -162,6 +162,7 @@ def build(config: RandomWalksConfig, *, seed: int) -> dict[str, Any]:
         "rewards": {"optimality": optimality},
         "default_reward": "optimality",
         "max_new_tokens": config.max_nodes,
+        "limited_by": "task.random_walks.max_nodes",
         "alphabet": LETTERS[: config.nodes],
         "notes": [
             f"random walks: {config.nodes} nodes, {len(walks)} walks of which {arrived} arrive, "

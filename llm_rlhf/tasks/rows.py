@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from experiment.errors import UserError
@@ -101,6 +101,7 @@ def build(config: RowsConfig, *, data: str | None, seed: int) -> dict[str, Any]:
         if isinstance(example, str):
             left_out[example] += 1
             continue
+        example = replace(example, place=row.place)
         key = example.prompt or example.completion  # a text without a prompt is split by itself
         by_prompt.setdefault(key, []).append(example)
         if not alone:
@@ -122,6 +123,7 @@ def build(config: RowsConfig, *, data: str | None, seed: int) -> dict[str, Any]:
         "rewards": {"exact_match": exact_match},
         "default_reward": config.judge or "exact_match",
         "max_new_tokens": config.max_new_tokens,
+        "limited_by": "task.rows.max_new_tokens",
         "alphabet": _alphabet(by_prompt),
         "notes": notes,
     }

@@ -56,9 +56,11 @@ def build(config: ScoredConfig, *, data: str | None, seed: int) -> dict[str, Any
         raise UserError("task.data: give the jsonl file that holds your prompts, completions and rewards")
     by_prompt: dict[str, list[tuple[Example, list[Piece]]]] = {}
     for number, row in read_jsonl(data):
-        text = _pieces(row, config, f"{data}:{number}")
+        place = f"{data}:{number}"
+        text = _pieces(row, config, place)
         columns = {name: value for name, value in row.items() if name not in ("prompts", "completions")}
-        by_prompt.setdefault(text[0].text, []).append((Example(text[0].text, text[1].text, columns), text))
+        example = Example(text[0].text, text[1].text, columns, place)
+        by_prompt.setdefault(example.prompt, []).append((example, text))
     train, validation, test = split_prompts(
         by_prompt, validation=config.validation, test=config.test, seed=seed, data=data
     )
@@ -74,6 +76,7 @@ def build(config: ScoredConfig, *, data: str | None, seed: int) -> dict[str, Any
         "rewards": {"logged": logged_reward([text for _, text in rows])},
         "default_reward": config.judge or "logged",
         "max_new_tokens": config.max_new_tokens,
+        "limited_by": "task.scored.max_new_tokens",
         "alphabet": "".join(sorted({character for _, text in rows for piece in text for character in piece.text})),
         "notes": [
             f"{data}: {len(train)} prompts ({len(logged)} texts) to train on, {len(validation)} validation, "

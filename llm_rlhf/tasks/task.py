@@ -48,7 +48,8 @@ class Task:
     splits              named prompts for evaluation; recipes look at "validation" only, never at "test"
     rewards             the task's own reward functions by name
     default_reward      the one that says whether an answer is good: evaluation reports it
-    max_new_tokens      longest completion in characters, and one for EOS
+    max_new_tokens      longest completion in tokens, EOS included
+    limited_by          the setting that decides that; "" where the task's form does
     alphabet            characters of a tokenizer made for this task
     notes               what a run should say about its data, one line each
     logged              training texts that came with rewards, for offline learning; empty = demonstrations are
@@ -62,6 +63,7 @@ class Task:
     default_reward: str
     max_new_tokens: int
     alphabet: str
+    limited_by: str = ""
     notes: Sequence[str] = ()
     logged: Sequence[Sequence[Piece]] = ()
 

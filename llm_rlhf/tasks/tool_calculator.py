@@ -169,6 +169,7 @@ def build(config: ToolCalculatorConfig, *, data: str | None, seed: int) -> dict[
         "rewards": {"final_answer": final_answer},
         "default_reward": "final_answer",
         "max_new_tokens": config.max_new_tokens or longest + longest // 4 + 1,
+        "limited_by": "task.tool_calculator.max_new_tokens",
         "alphabet": "".join(sorted({*texts, *TOOL_CHARACTERS, "\n"})),
         "notes": [
             f"tool_calculator: {len(problems)} {where}, {len(problems) - len(short)} too long; {len(train)} to "

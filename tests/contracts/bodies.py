@@ -118,7 +118,9 @@ def language() -> Body:
     return Body(policy, reference, rollout, len(tokenizer))
 
 
-def _once(build: Callable[[], Body]) -> Callable[[], Body]:
+def once(build: Callable[[], Body]) -> Callable[[], Body]:
+    """The body, gathered in float64 when it is first asked for."""
+
     @functools.cache
     def built() -> Body:
         with double_precision(), torch.random.fork_rng():
@@ -128,9 +130,9 @@ def _once(build: Callable[[], Body]) -> Callable[[], Body]:
 
 
 BODIES: dict[str, Callable[[], Body]] = {
-    "robot_pendulum": _once(lambda: robot("Pendulum-v1", limit=10)),
-    "robot_cartpole": _once(lambda: robot("CartPole-v1", limit=15)),
-    "language": _once(language),
+    "robot_pendulum": once(lambda: robot("Pendulum-v1", limit=10)),
+    "robot_cartpole": once(lambda: robot("CartPole-v1", limit=15)),
+    "language": once(language),
 }
 CATEGORICAL = ["robot_cartpole", "language"]
 

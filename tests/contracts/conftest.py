@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from tests.contracts.bodies import BODIES, CATEGORICAL, Body, double_precision
+from tests.contracts.several_turns import several_turns
+
+EVERY_BODY = {**BODIES, "several_turns": several_turns}
 
 
 @pytest.fixture(autouse=True)
@@ -17,11 +20,11 @@ def _double_precision() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=list(BODIES))
+@pytest.fixture(params=list(EVERY_BODY))
 def body(request: pytest.FixtureRequest) -> Body:
-    return BODIES[request.param]()
+    return EVERY_BODY[request.param]()
 
 
-@pytest.fixture(params=CATEGORICAL)
+@pytest.fixture(params=[*CATEGORICAL, "several_turns"])
 def categorical_body(request: pytest.FixtureRequest) -> Body:
-    return BODIES[request.param]()
+    return EVERY_BODY[request.param]()

@@ -41,6 +41,7 @@ def laid_out(lengths: list[int], chosen: list[int], rejected: list[int]) -> Rewa
     return RewardData(
         input_ids=ids,
         attention_mask=ids + 1,
+        completion=ids == 0,
         lengths=torch.tensor(lengths),
         chosen=torch.tensor(chosen),
         rejected=torch.tensor(rejected),

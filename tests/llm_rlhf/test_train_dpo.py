@@ -206,7 +206,7 @@ def test_another_model_can_be_the_reference(tmp_path: Path, base: Path, trained:
 
 
 def test_bfloat16_learns_near_float32_and_keeps_float32_weights(tmp_path: Path, base: Path, trained: Path) -> None:
-    config = small(base, tmp_path / "run", learning={"precision": "bfloat16"})
+    config = small(base, tmp_path / "run", learning={"precision": "bf16"})
     found = rows(train_dpo.train(config).folder)
     assert found[0]["loss/total"] == pytest.approx(math.log(2), abs=0.02)
     assert found[-1]["eval/loss"] == pytest.approx(rows(trained)[-1]["eval/loss"], abs=0.02)

@@ -358,6 +358,44 @@ def test_a_frozen_trunk_keeps_its_weights(tmp_path: Path, trained: Path, data: s
     assert logged[-1]["eval/loss"] < rows(trained)[1]["eval/loss"]  # the heads were taken over, and go on
 
 
+def test_the_lowest_layers_can_stay_as_they_are(tmp_path: Path, data: str) -> None:
+    """Embeddings and the first of the two layers that are kept; what is above them learns."""
+    original, before = train_reward.build_learner, dict[str, Tensor]()
+
+    def build(*arguments: Any) -> Any:
+        learner = original(*arguments)
+        before.update({name: part.clone() for name, part in learner.model.trunk.state_dict().items()})
+        return learner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_reward, "build_learner", build)
+        kept = {"layers": 2, "frozen_layers": 1}
+        config = small(tmp_path / "run", data, steps=2, model={**MODEL, "layers": 3}, reward=kept)
+        after = weights(train_reward.train(config).folder)
+    stayed = {name for name, part in before.items() if torch.equal(part, after[name])}
+    assert stayed == {name for name in before if name.startswith(("wte.", "wpe.", "h.0."))}
+    assert {name.split(".")[1] for name in before if name.startswith("h.")} == {"0", "1"}
+    reward = replace(config.reward, frozen_layers=3)
+    config = replace(config, reward=reward, run=replace(config.run, folder=str(tmp_path / "deep")))
+    with pytest.raises(UserError, match=r"reward\.frozen_layers: 3 of a GPT2Model with 2 layers"):
+        train_reward.train(config)
+
+
+def test_what_heads_read_of_completions_is_saved_and_scored_the_same(tmp_path: Path, data: str) -> None:
+    """Training's mean score of its texts is what was subtracted; another way of reading would miss it."""
+    config = small(tmp_path / "run", data, steps=2, reward={"pooling": "completion"})
+    folder = train_reward.train(config).folder
+    scorer = Scorer.from_pretrained(model_folder(folder))
+    assert scorer.model.pooling == "completion"
+    pairs = read_pairs(config.pairs)
+    texts = sorted({(c.prompt, text) for c in pairs.train for text in (c.chosen, c.rejected)})
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    scores, _ = scorer.scores(*columns)
+    torch.testing.assert_close(scores.mean(0), torch.zeros(1, 1), atol=1e-5, rtol=0)
+    scorer.model.pooling = "mean"
+    assert scorer.scores(*columns)[0].mean().abs() > 1e-3
+
+
 def test_objectives_have_heads_of_their_own(tmp_path: Path) -> None:
     """They want opposite things; a comparison moves the head that it is about."""
     path = comparisons(tmp_path / "rows.jsonl", objectives=True)
@@ -401,7 +439,7 @@ def test_the_centring_loss_pulls_scores_to_zero(tmp_path: Path, data: str) -> No
 
 def test_bfloat16_is_close_and_its_weights_are_float32(tmp_path: Path, data: str) -> None:
     losses = []
-    for precision in ("float32", "bfloat16"):
+    for precision in ("float32", "bf16"):
         folder = train_reward.train(
             small(tmp_path / precision, data, steps=2, reward={"precision": precision})
         ).folder
@@ -466,6 +504,8 @@ def test_models_that_cannot_be_used(tmp_path: Path, data: str) -> None:
 def test_bad_settings_are_refused() -> None:
     for bad in (
         {"heads": 0},
+        {"frozen_layers": -1},
+        {"layers": 0},
         {"label_smoothing": 0.5},
         {"tie_strength": 0.0},
         {"centring_coef": -1.0},

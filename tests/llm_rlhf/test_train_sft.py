@@ -199,7 +199,7 @@ def one_step(precision: str, *, checkpointing: bool = False) -> tuple[float, Ten
 
 @pytest.mark.skipif(not BFLOAT16, reason="this processor has no bfloat16")
 def test_bfloat16_is_near_float32_and_is_not_it() -> None:
-    (loss, weights), (other, others) = one_step("float32"), one_step("bfloat16")
+    (loss, weights), (other, others) = one_step("float32"), one_step("bf16")
     assert loss != other
     assert loss == pytest.approx(other, rel=0.02)
     assert torch.nn.functional.cosine_similarity(weights, others, dim=0) > 0.99
@@ -217,7 +217,7 @@ def test_bad_settings_and_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     require_precision("float32", setting="sft.precision")
     monkeypatch.setattr(precision, "has_bfloat16", lambda: False)
     with pytest.raises(UserError, match=r"sft\.precision: this processor has no bfloat16"):
-        require_precision("bfloat16", setting="sft.precision")
+        require_precision("bf16", setting="sft.precision")
 
 
 def test_a_tokenizer_without_eos_is_refused_and_without_pad_is_not(tmp_path: Path, base: Path) -> None:

@@ -108,6 +108,26 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so_once() -> None:
     assert "longer than the 60 tokens there are; its end was used" in talking.news()[-1]
 
 
+@pytest.mark.parametrize("context", [2, 32, 128, 600])
+def test_without_a_limit_an_answer_takes_what_fits(context: int) -> None:
+    """Up to 256 tokens; the conversation may have the rest, and at least half of a small context."""
+    subject = make_subject(context=context)
+    config = ChatConfig(temperature=0.0, plain=True)
+    room = context - min(256, context // 2)
+    for prompt in (1, room):
+        policy_sees = [7] * prompt
+        subject.policy.steering = lambda logits, hidden: torch.nn.functional.pad(
+            torch.zeros_like(logits[..., 5:]), (5, 0), value=-9.0
+        )  # never EOS
+        drawn = "".join(stream(subject, policy_sees, config, torch.Generator()))
+        assert len(drawn) == min(256, context - prompt)
+    talking = Conversation(subject, config)
+    list(talking.say("x" * room))
+    assert talking.news() == []
+    list(talking.say("x" * (room + 1)))
+    assert f"longer than the {room} tokens there are" in talking.news()[0]
+
+
 def test_piped_input_through_the_verb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -212,7 +212,7 @@ def test_validation_is_the_training_loss_on_all_pairs() -> None:
 def test_bfloat16_is_near_and_losses_stay_float32() -> None:
     policy, pairs = new_policy(dtype=torch.float32), tokenized()
     exact = under(policy, pairs)
-    log_probs = ReferencedPairs(pairs, None).under(policy, precision="bfloat16")
+    log_probs = ReferencedPairs(pairs, None).under(policy, precision="bf16")
     assert log_probs.chosen.dtype == torch.float32
     difference = (log_probs.chosen - exact[0]).abs()
     assert 0 < difference.max() < 0.3
@@ -342,7 +342,7 @@ def test_fingerprints_see_one_weight_one_token_and_one_mask() -> None:
         fingerprint_of_texts({"train": [replace(texts, mask=mask)]}),
         fingerprint_of_texts({"train": [replace(texts, input_ids=ids)]}),
         fingerprint_of_texts({"test": [texts]}),
-        fingerprint_of_texts({"train": [texts]}, "bfloat16"),
+        fingerprint_of_texts({"train": [texts]}, "bf16"),
     ]
     assert len({words, *others}) == 5
 

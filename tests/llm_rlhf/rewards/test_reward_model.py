@@ -173,6 +173,44 @@ def test_an_encoder_is_read_by_the_mean_of_its_tokens() -> None:
             torch.testing.assert_close(model.score(*batch)[0, :, 0], expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("start", [None, 9])
+def test_completions_can_be_read_without_their_prompt(start: int | None) -> None:
+    """Of an encoder and of a causal trunk: the mean over [2, 7], which have seen what stands before them."""
+    for trunk in (encoder(), decoder()):
+        model = RewardModel(trunk, start=start, context=23)
+        model.pooling = "completion"
+        before = [] if start is None else [start]
+        with torch.no_grad():
+            states = trunk(input_ids=torch.tensor([[*before, 3, 5, 2, 7]])).last_hidden_state[0]
+            expected = states[-2:].mean(0) @ model.heads.weight.T
+            for layout in (laid_out([3, 5, 2, 7], 3, 0, 7), laid_out([3, 5, 2, 7], 1, 4, 7, 2)):
+                ids, mask = layout
+                own = torch.zeros_like(ids, dtype=torch.bool)
+                own[0, mask[0].nonzero().squeeze(1)[2:]] = True
+                own[0, -1] = True  # padding at the end is no completion, whatever is said of it
+                batch = [torch.cat([part, other]) for part, other in ((ids, ids), (mask, mask * 0 + 1), (own, ~own))]
+                found = model.score(*batch)
+                torch.testing.assert_close(found[0, :, 0], expected, atol=1e-6, rtol=0)
+                assert not torch.allclose(found[1], found[0], atol=1e-3)
+
+
+def test_reading_completions_needs_to_know_where_they_are(tmp_path: Path) -> None:
+    model = RewardModel(encoder())
+    model.pooling = "completion"
+    ids = torch.tensor([[3, 5, 2], [2, 2, 4]])
+    with pytest.raises(ValueError, match="where they are"):
+        model.score(ids, torch.ones_like(ids))
+    with pytest.raises(ValueError, match="a token of one in every text"):
+        model.score(ids, torch.ones_like(ids), torch.tensor([[False, True, True], [False] * 3]))
+    folder = folder_of(tmp_path)
+    settings = json.loads((folder / SETTINGS).read_text())
+    (folder / SETTINGS).write_text(json.dumps({**settings, "pooling": "completion"}))
+    assert RewardModel.from_pretrained(folder).pooling == "completion"
+    (folder / SETTINGS).write_text(json.dumps({**settings, "pooling": "median"}))
+    with pytest.raises(UserError, match="a damaged reward model .no pooling 'median'"):
+        RewardModel.from_pretrained(folder)
+
+
 def test_gradients_do_not_see_the_padding() -> None:
     gradients = []
     for layout in (laid_out([3, 5, 2], 0, 0, 1), laid_out([3, 5, 2], 4, 3, 6)):

