@@ -93,7 +93,9 @@ def train(config: TrainDPOConfig, *, resume: Path | None = None) -> RunResult:
         sets, reference = with_reference(
             config, policy, pairs, folder=run.folder, began_with=reference_of(run.checkpoint)
         )
-        learner = build_learner(run, policy, config, pairs=len(pairs["train"]), reference=reference)
+        learner = build_learner(
+            run, policy, config.learning, rows=len(pairs["train"]), seed=config.run.seed, reference=reference
+        )
         held_out = first_rows(sets["validation"], config.validation.rows) if "validation" in sets else None
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.learning.steps
@@ -167,13 +169,13 @@ def with_reference(
 
 
 def build_learner(
-    run: Run, policy: LanguagePolicy, config: TrainDPOConfig, *, pairs: int, reference: str
+    run: Run, policy: LanguagePolicy, learning: LearningConfig, *, rows: int, seed: int, reference: str
 ) -> PreferenceLearner:
-    """A learner at the run's start or, when resuming, exactly where its checkpoint left it."""
+    """A learner of `rows` pairs (or texts) at the run's start or, when resuming, where its checkpoint left it."""
     learner = PreferenceLearner(
         policy=policy,
-        optimizer=make_optimizer(policy, config.learning),
-        batches=Batches(pairs, config.learning.batch_size, seed=config.run.seed),
+        optimizer=make_optimizer(policy, learning),
+        batches=Batches(rows, learning.batch_size, seed=seed),
         counters=Counters(),
         reference=reference,
     )

@@ -21,12 +21,11 @@ from experiment.run import Run, RunConfig, RunResult
 from experiment.statistics import wilson_interval
 from llm_rlhf.data.pairs import FeedbackData, PairsConfig, read_feedback, tokenize_feedback
 from llm_rlhf.data.records import Feedback
-from llm_rlhf.data.texts import Batches, TokenizedTexts
+from llm_rlhf.data.texts import TokenizedTexts
 from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.online.learner import (
-    Counters,
     checkpoint_policy,
     log_and_save,
     progress_of,
@@ -41,7 +40,6 @@ from llm_rlhf.preferences.learning import (
     all_log_probs,
     announce_all,
     completion_log_probs,
-    make_optimizer,
     optimizer_step,
     reference_of,
     require_ends,
@@ -50,6 +48,7 @@ from llm_rlhf.preferences.learning import (
     rows_of,
 )
 from llm_rlhf.preferences.reference_cache import ReferenceSource, reference_log_probs
+from llm_rlhf.train_dpo import build_learner
 from policy_core.preference import KTOConfig, kto_baseline, kto_loss, kto_means
 from policy_core.schedules import scheduled
 
@@ -113,7 +112,9 @@ def train(config: TrainKTOConfig, *, resume: Path | None = None) -> RunResult:
         sets, reference = with_reference(
             config, policy, sets, folder=run.folder, began_with=reference_of(run.checkpoint)
         )
-        learner = build_learner(run, policy, config, texts=len(sets["train"]), reference=reference)
+        learner = build_learner(
+            run, policy, config.learning, rows=len(sets["train"]), seed=config.run.seed, reference=reference
+        )
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.learning.steps
         run.begin_loop(total)
@@ -261,22 +262,6 @@ def with_reference(
 
 
 # ---------------------------------------------------------------- learning
-
-
-def build_learner(
-    run: Run, policy: LanguagePolicy, config: TrainKTOConfig, *, texts: int, reference: str
-) -> PreferenceLearner:
-    """A learner at the run's start or, when resuming, exactly where its checkpoint left it."""
-    learner = PreferenceLearner(
-        policy=policy,
-        optimizer=make_optimizer(policy, config.learning),
-        batches=Batches(texts, config.learning.batch_size, seed=config.run.seed),
-        counters=Counters(),
-        reference=reference,
-    )
-    if run.checkpoint is not None:
-        learner.load_state_dict(run.checkpoint.state)
-    return learner
 
 
 @torch.no_grad()

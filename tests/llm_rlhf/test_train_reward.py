@@ -277,10 +277,10 @@ def test_a_completion_is_read_once_a_batch(tmp_path: Path, data: str, monkeypatc
     seen: list[int] = []
     original = RewardModel.features
 
-    def features(self: RewardModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def features(self: RewardModel, input_ids: Tensor, *masks: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             seen.append(len(input_ids))
-        return original(self, input_ids, attention_mask)
+        return original(self, input_ids, *masks)
 
     monkeypatch.setattr(RewardModel, "features", features)
     train_reward.train(small(tmp_path / "run", data, steps=1, learning={"micro_batch_size": None}))

@@ -117,7 +117,7 @@ def test_shapes_with_any_leading_dimensions() -> None:
         torch.testing.assert_close(policy.values({"state": observations["state"]}), evaluation.values)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
 def test_log_probs_of_acting_are_those_of_judging_in_other_batches(precision: str) -> None:
     policy = make(replace(CONFIG, precision=precision))  # type: ignore[arg-type]
     observations = observe(37)
@@ -177,7 +177,7 @@ def test_what_is_perceived_by_hand() -> None:
     torch.testing.assert_close(policy.perceive(seen), expected)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
 def test_many_sentences_about_a_picture_are_each_read_as_if_alone(precision: str) -> None:
     spaces = replace(SPACES, cameras=("front", "wrist"))
     policy = make(replace(CONFIG, precision=precision), spaces=spaces)  # type: ignore[arg-type]

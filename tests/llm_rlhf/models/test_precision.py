@@ -35,7 +35,7 @@ from llm_rlhf.train_turns_sft import TrainTurnsSFTConfig
 )
 def test_bf16_and_float32_are_what_it_is_called(recipe: type, section: str | None) -> None:
     def read(word: str) -> Any:
-        found = build_from_dict({section: {"precision": word}} if section else {"precision": word}, recipe)
+        found: Any = build_from_dict({section: {"precision": word}} if section else {"precision": word}, recipe)
         return (getattr(found, section) if section else found).precision
 
     assert [read("bf16"), read("float32")] == ["bf16", "float32"]

@@ -115,9 +115,12 @@ def test_length_and_entropy_against_the_first_looks() -> None:
 
 
 def test_kl_jumps_and_limits() -> None:
-    kls = [{"objective__kl": value} for value in (0.01, 0.2, 2.0, 2.2, 2.1, 6.1, 5.0, 5.0, 25.0)]
-    assert looks(MonitorConfig(), kls) == ["kl@3", "kl@6", "kl@9"]
-    assert looks(MonitorConfig(kl_ratio=None, kl_limit=6.0), kls) == ["kl@6", "kl@9"]
+    kls = [{"objective__kl": value} for value in (0.01, 0.2, 2.0, 2.2, 6.1, 5.9, 18.0, 5.0, 18.5)]
+    assert looks(MonitorConfig(window=4), kls) == []  # leaps from 0; then 18.0 and 18.5 of 6.1 and of 18.0
+    assert looks(MonitorConfig(window=4, kl_ratio=2.9), kls) == ["kl@7"]
+    small = [{"objective__kl": value} for value in (0.1, 0.1, 0.1, 0.1, 1.1, 0.1, 0.1, 0.1, 0.1, 1.2)]
+    assert looks(MonitorConfig(window=4), small) == ["kl@10"]  # not at 5: exactly a nat is not more than one
+    assert looks(MonitorConfig(kl_ratio=None, kl_limit=6.0), kls) == ["kl@5", "kl@7", "kl@9"]
 
 
 def test_repeated_and_equal_texts() -> None:

@@ -188,7 +188,8 @@ def test_completions_can_be_read_without_their_prompt(start: int | None) -> None
                 own = torch.zeros_like(ids, dtype=torch.bool)
                 own[0, mask[0].nonzero().squeeze(1)[2:]] = True
                 own[0, -1] = True  # padding at the end is no completion, whatever is said of it
-                batch = [torch.cat([part, other]) for part, other in ((ids, ids), (mask, mask * 0 + 1), (own, ~own))]
+                both = ((ids, ids), (mask, torch.ones_like(mask)), (own, ~own))
+                batch = [torch.cat(rows) for rows in both]
                 found = model.score(*batch)
                 torch.testing.assert_close(found[0, :, 0], expected, atol=1e-6, rtol=0)
                 assert not torch.allclose(found[1], found[0], atol=1e-3)
@@ -207,7 +208,7 @@ def test_reading_completions_needs_to_know_where_they_are(tmp_path: Path) -> Non
     (folder / SETTINGS).write_text(json.dumps({**settings, "pooling": "completion"}))
     assert RewardModel.from_pretrained(folder).pooling == "completion"
     (folder / SETTINGS).write_text(json.dumps({**settings, "pooling": "median"}))
-    with pytest.raises(UserError, match="a damaged reward model .no pooling 'median'"):
+    with pytest.raises(UserError, match=r"a damaged reward model \(no pooling 'median'"):
         RewardModel.from_pretrained(folder)
 
 
@@ -442,9 +443,9 @@ def test_parts_of_one_model_share_a_forward_pass(tmp_path: Path, monkeypatch: py
     folder, passes = folder_of(tmp_path), []
     original = RewardModel.score
 
-    def score(self: RewardModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def score(self: RewardModel, input_ids: Tensor, *masks: Tensor) -> Tensor:
         passes.append(len(input_ids))
-        return original(self, input_ids, attention_mask)
+        return original(self, input_ids, *masks)
 
     monkeypatch.setattr(RewardModel, "score", score)
     parts = [reward_function(folder, part=part) for part in ("helpful", "harmless", "disagreement")]

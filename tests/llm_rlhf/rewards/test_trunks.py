@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,13 @@ from experiment.errors import UserError
 from llm_rlhf.rewards.reward_model import load_trunk
 from llm_rlhf.rewards.trunks import lowest, shorten
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+
 
 def decoder() -> GPT2Model:
     torch.manual_seed(0)
@@ -29,8 +37,7 @@ def decoder() -> GPT2Model:
 
 def encoder() -> BertModel:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
-    return BertModel(BertConfig(vocab_size=16, max_position_embeddings=24, **sizes)).eval()
+    return BertModel(BertConfig(vocab_size=16, max_position_embeddings=24, **SIZES)).eval()
 
 
 def test_the_lowest_layers_of_a_trunk() -> None:
@@ -70,11 +77,10 @@ def test_a_shortened_trunk_is_the_middle_of_the_whole(tmp_path: Path) -> None:
 
 
 def test_layers_of_several_kinds_and_none() -> None:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
-    qwen = Qwen2Model(Qwen2Config(vocab_size=16, num_key_value_heads=2, **sizes)).eval()
+    qwen = Qwen2Model(Qwen2Config(vocab_size=16, num_key_value_heads=2, **SIZES)).eval()
     shorten(qwen, 1)
     assert len(qwen.config.layer_types) == 1
     assert qwen(input_ids=torch.tensor([[1, 2]])).last_hidden_state.shape == (1, 2, 8)
-    albert = AlbertModel(AlbertConfig(vocab_size=16, embedding_size=8, **sizes))
-    with pytest.raises(UserError, match="an? AlbertModel with layers that are not told apart"):
+    albert = AlbertModel(AlbertConfig(vocab_size=16, embedding_size=8, **SIZES))
+    with pytest.raises(UserError, match=r"an? AlbertModel with layers that are not told apart"):
         lowest(albert, 1)

@@ -143,11 +143,11 @@ def test_a_limit_that_is_too_large_is_said_with_its_setting(tmp_path: Path, base
     tree = settings(
         tmp_path / "run",
         "",
-        task={"name": "calculator"},
+        task={"name": "random_walks", "random_walks": {"walks": 20}},
         model={"path": str(base)},
-        generation={"max_new_tokens": 30},
+        generation={"max_new_tokens": 32},
     )
-    message = r"of 8 tokens and 30 new ones \(generation\.max_new_tokens\) .* to at most 24, or take a model"
+    message = r"of 1 tokens and 32 new ones \(generation\.max_new_tokens\) .* to at most 31, or take a model"
     with pytest.raises(UserError, match=message):
         train_grpo.train(build_from_dict(tree, train_grpo.TrainGRPOConfig))
 
