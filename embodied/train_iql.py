@@ -53,12 +53,13 @@ def train(config: TrainIQLConfig, *, resume: Path | None = None) -> RunResult:
         parts = Parts(modules, {"all": optimizer}, torch.Generator().manual_seed(config.run.seed))
         first = parts.resume(run.checkpoint)
         data = offline_data(config, inputs, policy)
+        traced = iql.traced_gradient(networks)
         with Collector(config.environment, policy, steps=1, seed=config.run.seed) as collector:
             run.begin_loop(updates)
             for update in range(first, updates + 1):
                 batch, _, _ = data.draw(config.batch_size, parts.generator)
                 with precision(config):
-                    metrics = iql.update(networks, optimizer, batch, config.iql)
+                    metrics = iql.update(networks, optimizer, batch, config.iql, traced=traced)
                 with torch.no_grad():
                     policy.log_std.clamp_(*config.log_std_bounds)
                 report(run, metrics, config, update=update)

@@ -29,6 +29,7 @@ from llm_rlhf.models.generation import Samples, generate
 from llm_rlhf.models.tokenizer import decode_completions, load_tokenizer, pad_id
 from llm_rlhf.rewards.functions import RewardSet, resolve
 from llm_rlhf.tasks.examples import Example
+from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 
 SOLVED = 1.0 - 1e-6
@@ -231,6 +232,14 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     for split in config.splits or tuple(name for name in task.splits if name != "validation"):
         if split not in task.splits:
             raise UserError(f"evaluation.splits: this task has no {split!r}; it has {', '.join(task.splits)}")
+        require_room(
+            task.splits[split],
+            tokenizer,
+            context=policy.context,
+            max_new_tokens=limit or task.max_new_tokens,
+            limited_by="",
+            new_model=False,
+        )
         results[split] = evaluate_policy(
             policy,
             tokenizer,

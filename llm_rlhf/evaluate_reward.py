@@ -19,6 +19,7 @@ from torch.nn.functional import softplus
 
 from experiment.checkpoint import write_atomically
 from experiment.config import build_from_dict, read_tree
+from experiment.device import find_device
 from experiment.errors import UserError
 from llm_rlhf.data.pairs import PairData, PairsConfig, read_pairs
 from llm_rlhf.data.records import Comparison
@@ -95,6 +96,7 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     if not source.is_dir():
         raise UserError(f"{folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
     model = RewardModel.from_pretrained(source).requires_grad_(False).eval()
+    model.place(find_device("auto", setting="device"))
     pairs = read_pairs(pairs_config)
     splits: dict[str, Sequence[Comparison]] = {name: getattr(pairs, name) for name in config.splits}
     if config.data is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from experiment.checkpoint import write_atomically
 from experiment.config import build_from_dict, read_tree
+from experiment.device import find_device
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from experiment.statistics import wilson_interval
@@ -132,6 +133,7 @@ def build_learner(run: Run, solutions: StepData, config: TrainProcessRewardConfi
         source = ModelConfig(path=str(run.checkpoint.folder / FOLDER))
     model, tokenizer = build_reward_model(source, alphabet=solutions.alphabet, objectives=("step",), heads=1)
     require_causal(model)
+    model.place(find_device(config.model.device, setting="model.device"))
     if config.model.gradient_checkpointing:
         model.checkpoint_gradients()
     model.tie_level.requires_grad_(False)

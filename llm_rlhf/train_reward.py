@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from experiment.device import find_device
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from experiment.statistics import wilson_interval
@@ -253,6 +254,7 @@ def build_learner(run: Run, pairs: PairData, config: TrainRewardConfig) -> Learn
         )
     if settings.layers is not None:
         shorten(model.trunk, settings.layers)
+    model.place(find_device(config.model.device, setting="model.device"))
     if settings.pooling != "auto":
         model.pooling = settings.pooling
     model.precision, model.scoring, model.max_prompt = settings.precision, config.scoring, config.pairs.max_prompt

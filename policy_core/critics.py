@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from policy_core.masking import masked_mean
-from policy_core.networks import LARGE
+from policy_core.networks import MANY
 from policy_core.policy import Actor
 from policy_core.rollout import Outcomes, Transitions
 
@@ -55,17 +55,17 @@ class EnsembleCritic(nn.Module):
         """observations [N, D], actions [N, A] -> [M, N]; K actions of every state, [K, N, A] -> [M, K, N]."""
         leading = actions.shape[:-1]
         rows = torch.cat([observations.expand(*leading, -1), actions], dim=-1).flatten(0, -2)
-        if len(rows) >= LARGE and rows.device.type == "cpu":
+        if len(rows) >= MANY and rows.device.type == "cpu" and torch.get_num_threads() == 1:
             return torch.stack(self._one_by_one(rows)).view(self.members, *leading)
         hidden = rows.expand(self.members, *rows.shape)
-        last = len(self.weights) - 1
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+        *inner, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
+        for layer, (weight, bias) in enumerate(inner):
             hidden = torch.baddbmm(bias, hidden, weight)
-            if layer < last:
-                if self.layer_norm:
-                    hidden = _scaled(hidden, self.gains[layer], self.shifts[layer])
-                hidden = torch.relu_(hidden)
-        return hidden.view(self.members, *leading)
+            if self.layer_norm:
+                hidden = _scaled(hidden, self.gains[layer], self.shifts[layer])
+            hidden = torch.relu_(hidden)
+        values = (hidden * last_weight.mT).sum(-1) + last_bias[:, 0]  # a batched product of one column is slow
+        return values.view(self.members, *leading)
 
     def _one_by_one(self, rows: Tensor) -> list[Tensor]:
         """Every member's [R, 1]."""

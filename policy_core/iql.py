@@ -6,14 +6,16 @@ weighted likelihood. The losses serve steps, chunks and tokens: [N] is any numbe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from policy_core.critics import ActorCritic, Metrics, bootstrap, of_decisions, polyak_, td_loss
 from policy_core.masking import masked_mean
 from policy_core.rollout import Outcomes, Transitions
+from policy_core.traced import TracedGradient
 
 
 @dataclass(frozen=True)
@@ -120,50 +122,120 @@ def policy_loss(
     return loss, {"policy_loss": loss.detach(), "advantage_weight": weight}
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What the networks say of a batch: log_probs, values, next_values [N]; q_values, slow_q_values [M, N]."""
+
+    log_probs: Tensor
+    values: Tensor
+    next_values: Tensor
+    q_values: Tensor
+    slow_q_values: Tensor
+
+
+def judge(networks: ActorCritic, batch: Transitions) -> Judged:
+    """Under the present weights; no gradient flows into next_values and slow_q_values."""
+    policy = networks.policy
+    with torch.no_grad():
+        slow = networks.target(batch.observations, batch.actions)
+        following = policy.values_of(batch.next_observations)
+    distribution, values = policy.both_of(batch.observations)
+    return Judged(
+        log_probs=of_decisions(distribution.log_prob(batch.actions), batch),
+        values=values,
+        next_values=following,
+        q_values=networks.critic(batch.observations, batch.actions),
+        slow_q_values=slow,
+    )
+
+
+def critic_term(judged: Judged, batch: Transitions, config: IQLConfig) -> tuple[Tensor, Metrics]:
+    """`critic_loss` of a judged batch."""
+    return critic_loss(
+        values=judged.values,
+        next_values=judged.next_values,
+        q_values=judged.q_values,
+        slow_q_values=judged.slow_q_values,
+        batch=batch,
+        expectile=config.expectile,
+    )
+
+
+def policy_term(judged: Judged, batch: Transitions, config: IQLConfig) -> tuple[Tensor, Metrics]:
+    """`policy_loss` of a judged batch."""
+    return policy_loss(
+        log_probs=judged.log_probs,
+        values=judged.values,
+        slow_q_values=judged.slow_q_values,
+        mask=batch.mask,
+        config=config,
+    )
+
+
+def both_terms(judged: Judged, batch: Transitions, config: IQLConfig) -> tuple[Tensor, Metrics]:
+    """Their sum, at the same weights."""
+    loss, metrics = critic_term(judged, batch, config)
+    imitation, of_policy = policy_term(judged, batch, config)
+    return loss + imitation, metrics | of_policy
+
+
 def update(
     networks: ActorCritic,
     optimizer: torch.optim.Optimizer,
     batch: Transitions,
     config: IQLConfig,
     *,
-    policy_optimizer: torch.optim.Optimizer | None = None,
+    traced: TracedGradient | None = None,
 ) -> Metrics:
-    """One step of everything, in place.
+    """One step of everything, in place: all losses are taken at the weights before it and share a backward pass.
 
-    With one optimizer all losses are taken at the weights before the update and share a backward pass. With one of
-    its own for the policy (`optimizer` then holds critics and value), the policy is weighted by the value after the
-    value's step: d3rlpy's order, a sixth slower.
+    traced  replays the gradient's operations (`traced_gradient(networks)`, kept by the caller) instead of
+            autograd's: the same numbers, faster for small networks
     """
-    policy, critic = networks.policy, networks.critic
-    with torch.no_grad():
-        slow = networks.target(batch.observations, batch.actions)
-        following = policy.values_of(batch.next_observations)
-    distribution, values = policy.both_of(batch.observations)
-    loss, metrics = critic_loss(
-        values=values,
-        next_values=following,
-        q_values=critic(batch.observations, batch.actions),
-        slow_q_values=slow,
-        batch=batch,
-        expectile=config.expectile,
-    )
-    if policy_optimizer is not None:
-        optimizer.zero_grad()
+    optimizer.zero_grad()
+    if traced is None:
+        loss, metrics = both_terms(judge(networks, batch), batch, config)
         loss.backward()
-        optimizer.step()
-        policy_optimizer.zero_grad()
-        with torch.no_grad():
-            values = policy.values_of(batch.observations)
-    log_probs = of_decisions(distribution.log_prob(batch.actions), batch)
-    imitation, of_policy = policy_loss(
-        log_probs=log_probs, values=values, slow_q_values=slow, mask=batch.mask, config=config
-    )
-    if policy_optimizer is not None:
-        imitation.backward()
-        policy_optimizer.step()
     else:
-        optimizer.zero_grad()
-        (loss + imitation).backward()
-        optimizer.step()
-    polyak_(networks.target, critic, rate=config.target_rate)
+        metrics = traced(batch, lambda judged, part, _: both_terms(judged, part, config), kind=config)
+    optimizer.step()
+    polyak_(networks.target, networks.critic, rate=config.target_rate)
+    return metrics
+
+
+def update_in_turn(
+    networks: ActorCritic,
+    optimizer: torch.optim.Optimizer,
+    policy_optimizer: torch.optim.Optimizer,
+    batch: Transitions,
+    config: IQLConfig,
+) -> Metrics:
+    """One step of critics and value (`optimizer`), then of the policy, weighted by the value after its step.
+
+    d3rlpy's order, a sixth slower than `update`.
+    """
+    judged = judge(networks, batch)
+    loss, metrics = critic_term(judged, batch, config)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        values = networks.policy.values_of(batch.observations)
+    imitation, of_policy = policy_term(replace(judged, values=values), batch, config)
+    policy_optimizer.zero_grad()
+    imitation.backward()
+    policy_optimizer.step()
+    polyak_(networks.target, networks.critic, rate=config.target_rate)
     return metrics | of_policy
+
+
+def traced_gradient(networks: ActorCritic) -> TracedGradient:
+    """For `update(traced=...)`: of a policy that is a module without randomness, dropout or branches on data."""
+    policy = networks.policy
+    assert isinstance(policy, nn.Module)
+    modules = nn.ModuleDict({"policy": policy, "critic": networks.critic, "target": networks.target})
+
+    def judge_modules(held: Any, batch: Transitions) -> Judged:
+        return judge(ActorCritic(held["policy"], held["critic"], held["target"]), batch)
+
+    return TracedGradient(modules, judge=judge_modules)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from policy_core.kl import KLConfig, kl_estimate, per_decision
 from policy_core.masking import Aggregation, aggregation_weights, normalize
 from policy_core.policy import Evaluation, Policy
-from policy_core.rollout import Nested, Rollout, leaves, map_nested, split_rows
+from policy_core.rollout import Nested, Rollout, map_nested, split_rows
 from policy_core.schedules import Schedule
 from policy_core.traced import TracedGradient
 
@@ -456,18 +456,7 @@ def _accumulate(
 
 def traced_gradient(policy: torch.nn.Module) -> TracedGradient:
     """For `update(traced=...)`: of a policy whose `evaluate` has no randomness, dropout or branches on data."""
-
-    def flatten(batch: Batch) -> list[Tensor]:
-        return [leaf for column in _present(batch).values() for leaf in leaves(column)]
-
-    def rebuild(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
-        rest = iter(tensors)
-        columns: dict[str, Any] = {
-            name: map_nested(lambda _: next(rest), column) for name, column in _present(batch).items()
-        }
-        return Batch(**columns)
-
-    return TracedGradient(policy, flatten=flatten, rebuild=rebuild)
+    return TracedGradient(policy)
 
 
 def _present(batch: Batch) -> dict[str, Any]:

@@ -131,11 +131,12 @@ def ours(algorithm: str, data: Mapping[str, np.ndarray], precision: str) -> Call
     generator = torch.Generator().manual_seed(0)
     if algorithm == "iql":
         optimizer = adam([*policy.parameters(), *networks.critic.parameters()], 3e-4)
+        traced = iql.traced_gradient(networks)
 
         def step() -> None:
             batch, _, _ = logged.draw(BATCH, generator)
             with in_precision(config):
-                iql.update(networks, optimizer, batch, iql.IQLConfig())
+                iql.update(networks, optimizer, batch, iql.IQLConfig(), traced=traced)
 
         return step
     temperature = Coefficient(1.0)

@@ -71,7 +71,11 @@ class OfflineData:
     def draw(self, size: int, generator: torch.Generator) -> tuple[Transitions, Tensor, Tensor]:
         """Transitions [size] at random, with replacement, their returns [size] and next actions [size, A]."""
         rows = torch.randint(len(self), (size,), generator=generator)
-        return self.transitions.select(rows), self.returns[rows], self.next_actions[rows]
+        return (
+            self.transitions.select(rows),
+            self.returns.index_select(0, rows),
+            self.next_actions.index_select(0, rows),
+        )
 
 
 def read_offline(config: DataConfig, environment: EnvironmentSpec) -> list[Episode]:

@@ -83,8 +83,7 @@ class StatePolicy(nn.Module):
         """The same of normalised observations."""
         leading = features.shape[:-1]
         actor_features, critic_features = self.trunks(features.flatten(0, -2))
-        values = F.linear(critic_features, self.critic.weight, self.critic.bias).view(leading)
-        return self._act(actor_features, leading), values
+        return self._act(actor_features, leading), self._value(critic_features).view(leading)
 
     def distribution_of(self, features: Tensor) -> Distribution:
         """Normalised observations [..., D] -> distribution of actions [...] in learner's units; the actor alone."""
@@ -94,7 +93,14 @@ class StatePolicy(nn.Module):
     def values_of(self, features: Tensor) -> Tensor:
         """Normalised observations [..., D] -> values [...]; the critic alone."""
         hidden = self.trunks.member(1, features.flatten(0, -2))
-        return F.linear(hidden, self.critic.weight, self.critic.bias).view(features.shape[:-1])
+        return self._value(hidden).view(features.shape[:-1])
+
+    def _value(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N] or [N, 1], in float32 also where autocast made the trunk's features narrower: near 300 a
+        bfloat16 is right to 2 only."""
+        if hidden.dtype == torch.float32:
+            return F.linear(hidden, self.critic.weight, self.critic.bias)
+        return (hidden * self.critic.weight).sum(-1) + self.critic.bias
 
     def _act(self, hidden: Tensor, leading: torch.Size) -> Distribution:
         outputs = F.linear(hidden, self.actor.weight, self.actor.bias).view(*leading, -1)

@@ -27,5 +27,5 @@ def has_bfloat16() -> bool:
 
 def require_precision(precision: Precision, *, setting: str) -> None:
     """Raises UserError naming `setting` if this machine cannot compute so."""
-    if precision == "bf16" and not has_bfloat16():
+    if precision == "bf16" and not (torch.cuda.is_available() or has_bfloat16()):
         raise UserError(f"{setting}: this processor has no bfloat16 instructions; leave it at float32")

@@ -231,9 +231,10 @@ def separate_critic(
     if config is None or config.model == "shared":
         return None
     if run.checkpoint is not None:
-        return ValueModel.from_pretrained(run.checkpoint.folder / FOLDER)
+        return ValueModel.from_pretrained(run.checkpoint.folder / FOLDER).to(sampler.policy.device)
     longest = max(len(prompt) for prompt in sampler.prompts) + sampler.max_new_tokens
-    return build_critic(config, model_path=model_path, tokenizer=sampler.tokenizer, longest=longest)
+    critic = build_critic(config, model_path=model_path, tokenizer=sampler.tokenizer, longest=longest)
+    return critic.to(sampler.policy.device)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from experiment.device import find_device
 from experiment.errors import UserError
 from llm_rlhf.data.texts import lay_out
 from llm_rlhf.models.tokenizer import pad_id
@@ -188,7 +189,7 @@ def tokenize_steps(solutions: Sequence[Solution], scorer: Scorer, separator: str
 def token_scores(model: RewardModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The first head's logit that the step so far is right, after every token: [B, T] -> [B, T], 0 on padding."""
     states, _ = model.hidden(input_ids, attention_mask)
-    packed = model.raw(states)[..., 0, 0]
+    packed = model.raw(states.to(input_ids.device))[..., 0, 0]
     place = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return torch.where(attention_mask.bool(), packed.gather(1, place), 0.0)
 
@@ -224,6 +225,7 @@ class StepScorer:
         separator = json.loads((folder / PROCESS).read_text(encoding="utf-8"))["separator"]
         model = RewardModel.from_pretrained(folder).requires_grad_(False).eval()
         require_causal(model)
+        model.place(find_device("auto", setting="device"))
         return cls(Scorer(model, load_reward_tokenizer(folder)), str(separator))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -261,7 +263,7 @@ class StepScorer:
 def require_causal(model: RewardModel) -> None:
     """Raises UserError for a trunk whose tokens see what comes after them: a step's score would know later
     steps."""
-    if model.pooling != "last":
+    if not model.causal:
         raise UserError("model.path: a process reward model needs a causal language model; this is an encoder")
 
 

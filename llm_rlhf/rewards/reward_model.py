@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.config import build_from_dict
+from experiment.device import find_device
 from experiment.errors import UserError
 from llm_rlhf.data.texts import Encoded, encode, fit, lay_out
 from llm_rlhf.models.causal import (
@@ -149,17 +150,23 @@ class RewardModel(nn.Module):
         """K, the number of heads."""
         return self.offset.shape[0]
 
+    def place(self, device: torch.device) -> None:
+        """Let the trunk compute there. Heads are small and stay, and scores are where the texts are."""
+        nn.Module.to(self.trunk, device)
+
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T] -> hidden states [B, T', D] of the packed rows in float32, and which are real [B, T'] bool.
 
-        Packed: real tokens first, `start` before them, padding after; T' is the longest row.
+        Packed: real tokens first, `start` before them, padding after; T' is the longest row. Both are on the device
+        of the trunk, which alone may be elsewhere.
         Raises ValueError for a row without tokens, or longer than the context.
         """
         real = attention_mask.bool()
         lengths = real.sum(1)
         if int(lengths.min()) < 1 or int(lengths.max()) > self.context:
             raise ValueError(f"texts of 1 to {self.context} tokens are needed, got {lengths.tolist()}")
-        ids = input_ids.gather(1, packing(attention_mask))
+        ids = input_ids.gather(1, packing(attention_mask)).to(self.trunk.device)
+        lengths = lengths.to(ids.device)
         if self.start is not None:
             ids = torch.cat([torch.full_like(ids[:, :1], self.start), ids], dim=1)
             lengths = lengths + 1
@@ -182,15 +189,17 @@ class RewardModel(nn.Module):
         """
         states, counted = self.hidden(input_ids, attention_mask)
         if self.pooling == "last":
-            return states[torch.arange(len(states), device=states.device), counted.sum(1) - 1]
+            last = states[torch.arange(len(states), device=states.device), counted.sum(1) - 1]
+            return last.to(input_ids.device)
         if self.pooling == "completion":
             if completion is None:
                 raise ValueError("pooling over completions needs to know where they are")
-            own = (completion & attention_mask.bool()).gather(1, packing(attention_mask))
+            own = (completion & attention_mask.bool()).gather(1, packing(attention_mask)).to(states.device)
             counted = own if self.start is None else torch.cat([torch.zeros_like(own[:, :1]), own], dim=1)
             if not bool(counted.any(1).all()):
                 raise ValueError("pooling over completions needs a token of one in every text")
-        return torch.where(counted.unsqueeze(-1), states, 0.0).sum(1) / counted.sum(1, keepdim=True)
+        mean = torch.where(counted.unsqueeze(-1), states, 0.0).sum(1) / counted.sum(1, keepdim=True)
+        return mean.to(input_ids.device)
 
     def raw(self, features: Tensor) -> Tensor:
         """The heads alone, before the offset: [..., D] -> [..., K, M]."""
@@ -406,6 +415,7 @@ class Scorer:
         """Of a run or a reward model's folder."""
         folder = find_folder(path)
         model = RewardModel.from_pretrained(path).requires_grad_(False).eval()
+        model.place(find_device("auto", setting="device"))
         assert folder is not None
         return cls(model, load_reward_tokenizer(folder))
 

@@ -63,11 +63,12 @@ class Watched(nn.Module):
 
     def evaluate(self, observations: Any, actions: Any) -> Evaluation:
         self.decisions: Tensor = observations["decisions"]  # in the order of the step's rows
-        evaluation = self.policy.evaluate(observations, actions)
+        evaluation: Evaluation = self.policy.evaluate(observations, actions)
+        assert evaluation.values is not None
         self.said: list[Tensor] = [evaluation.log_probs, evaluation.entropy, evaluation.values]
         for part in self.said:
             part.retain_grad()
-        return evaluation  # type: ignore[no-any-return]
+        return evaluation
 
 
 def test_only_the_policys_own_tokens_get_a_gradient() -> None:
@@ -176,7 +177,7 @@ def test_the_first_step_is_that_of_each_row_alone() -> None:
     with torch.no_grad():
         for parameter in plain.parameters():
             if parameter.grad is not None:
-                parameter -= 0.01 * parameter.grad
+                parameter.sub_(0.01 * parameter.grad)
     expected = torch.cat([parameter.detach().flatten() for parameter in plain.parameters()])
     config = replace(WHOLE, entropy_coef=0.0)
     same(trained(policy, rollout, config, returns=None)[0], expected, atol=1e-10)

@@ -74,7 +74,7 @@ def test_the_reference_is_read_at_the_policys_temperature(
         "ppo": {"learning_rate": 0.0, "minibatch_size": 64},
         "validation": {"every": 0},
     }
-    config = build_from_dict(tree, recipe)
+    config: Any = build_from_dict(tree, recipe)
     first = train(config).metrics
     more = replace(config, sampling=replace(config.sampling, updates=2))
     for metrics in (first, train(more, resume=tmp_path / "run").metrics):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policy_core.critics import ActorCritic, EnsembleCritic, bootstrap, of_decisions, polyak_, td_loss
-from policy_core.networks import LARGE
+from policy_core.networks import MANY
 from policy_core.rollout import Transitions
 
 
@@ -40,8 +41,18 @@ def alone(critic: EnsembleCritic, member: int, rows: Tensor) -> Tensor:
     return rows.squeeze(-1)
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """One thread multiplies many rows member by member."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("layer_norm", [False, True])
-@pytest.mark.parametrize("rows", [5, LARGE + 3])
+@pytest.mark.parametrize("rows", [5, MANY + 3])
 def test_every_member_is_a_network_of_its_own(layer_norm: bool, rows: int) -> None:
     critic = EnsembleCritic(3, 4, 2, (7, 6), layer_norm=layer_norm)
     if layer_norm:
@@ -59,7 +70,8 @@ def test_every_member_is_a_network_of_its_own(layer_norm: bool, rows: int) -> No
         torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("states", [3, LARGE])
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("states", [3, MANY])
 def test_many_actions_of_every_state(states: int) -> None:
     critic = EnsembleCritic(2, 4, 2, (8,))
     observations, actions = torch.randn(states, 4), torch.randn(5, states, 2)

@@ -128,3 +128,41 @@ def test_values_on_a_chain_are_those_of_the_best_that_was_done() -> None:
     last = 0.98 * 1.0  # of 1 and 0 the expectile; then of what goes on, discounted, and 0
     assert policy.value.tolist() == pytest.approx([last * 0.882**2, last * 0.882, last], abs=5e-3)
     assert bool((policy.mean.flatten() > 0.9).all())  # and the policy takes it
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_replayed_update_is_autograds(autocast: bool) -> None:
+    torch.set_default_dtype(torch.float32 if autocast else torch.float64)  # float64 is left alone by autocast
+    batch = crossroads()
+    batch.mask[2] = False
+    outcomes = []
+    for replay in (False, True):
+        torch.manual_seed(1)
+        policy = Table(3)
+        networks = ActorCritic.of(policy, EnsembleCritic(2, 3, 1, (16,)))
+        optimizer = torch.optim.Adam([*policy.parameters(), *networks.critic.parameters()], lr=1e-2)
+        traced = iql.traced_gradient(networks) if replay else None
+        for _ in range(5):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+                metrics = iql.update(networks, optimizer, batch, IQLConfig(), traced=traced)
+        modules = (policy, networks.critic, networks.target)
+        outcomes.append((metrics, [p.detach() for module in modules for p in module.parameters()]))
+    (metrics, weights), (replayed, same_weights) = outcomes
+    assert replayed.keys() == metrics.keys()
+    tolerance = 1e-5 if autocast else 1e-12
+    torch.testing.assert_close(replayed, metrics, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(same_weights, weights, rtol=tolerance, atol=tolerance)
+
+
+def test_a_graph_of_one_precision_is_not_replayed_in_another() -> None:
+    torch.set_default_dtype(torch.float32)
+    policy = Table(3)
+    networks = ActorCritic.of(policy, EnsembleCritic(2, 3, 1, (64,)))
+    still = torch.optim.SGD([*policy.parameters(), *networks.critic.parameters()], lr=0.0)
+    traced = iql.traced_gradient(networks)
+    found: dict[bool, torch.Tensor] = {}
+    for autocast in (False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+            q_values = iql.update(networks, still, crossroads(), IQLConfig(), traced=traced)["q_values"]
+            assert found.setdefault(autocast, q_values) == q_values
+    assert found[True] != found[False]

@@ -108,7 +108,7 @@ def test_a_hundred_iql_updates_in_their_order() -> None:
     for step in range(100):
         theirs, ours = peers.batches(step)
         impl.inner_update(theirs, step)
-        iql.update(networks, slow_moving, ours, IQLConfig(), policy_optimizer=of_policy)
+        iql.update_in_turn(networks, slow_moving, of_policy, ours, IQLConfig())
     assert_same_networks(impl, networks, 1e-8)
     peers.assert_same_module(policy.value, impl._modules.value_func, "weight", 1e-8)
 

@@ -113,6 +113,31 @@ def test_gradients_are_added_to_what_is_there() -> None:
     close(weights[1], weights[0], atol=1e-10)
 
 
+def test_every_replay_gives_the_bits_of_the_first() -> None:
+    # a run that is resumed records anew and must not see another rounding than one that went on
+    torch.set_default_dtype(torch.float32)
+    policy = TinyPolicy()
+    rollout = sampled_rollout(policy)
+    advantages, returns = gae(rollout, gae_lambda=0.9)
+    used = traced_gradient(policy)
+    found = []
+    for traced in (used, used, used, used, traced_gradient(policy)):
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+        update(
+            policy=policy,
+            optimizer=optimizer,
+            rollout=rollout,
+            advantages=advantages,
+            returns=returns,
+            config=replace(CONFIG, epochs=1, minibatch_size=6),
+            generator=torch.Generator().manual_seed(4),
+            traced=traced,
+        )
+        found.append([p.grad.clone() for p in policy.parameters() if p.grad is not None])
+    for gradients in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients, found[0], strict=True))
+
+
 class Wavering(TinyPolicy):
     """Judges with noise."""
 
