@@ -27,6 +27,8 @@ TORCH_SEEN    := $(shell cat $(TORCH_STAMP) 2>/dev/null)
 TORCH         ?= $(or $(TORCH_SEEN),$(TORCH_DEFAULT))
 
 MUJOCO_GL ?= egl
+# Processes that share the tests, a file at a time.
+WORKERS   ?= 2
 PYTEST    := OMP_NUM_THREADS=1 MUJOCO_GL=$(MUJOCO_GL) $(BIN)/python -m pytest $(ARGS)
 AS_ROOT   := $(if $(filter 0,$(shell id -u)),$(shell command -v apt-get))
 
@@ -36,7 +38,7 @@ AS_ROOT   := $(if $(filter 0,$(shell id -u)),$(shell command -v apt-get))
 setup: $(VENV)/tandem.stamp gl
 
 test: setup
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'not slow'
 
 test-all: setup
 	$(PYTEST)

@@ -208,7 +208,7 @@ def test_actions_that_are_not_finite(make: Make, kind: str) -> None:
     assert re.search(r"actions(_1)? row 4 is not finite", wrong(path))
 
 
-@pytest.mark.parametrize("kind", set(ACTIONS) - {"d4rl"})
+@pytest.mark.parametrize("kind", sorted(set(ACTIONS) - {"d4rl"}))
 def test_shapes_that_change_between_episodes(make: Make, kind: str) -> None:
     path, (inside, key) = make(kind), ACTIONS[kind]
     with h5py.File(path / inside if inside else path, "a") as file:
@@ -217,7 +217,7 @@ def test_shapes_that_change_between_episodes(make: Make, kind: str) -> None:
     assert "actions have 3 dimensions, those of" in wrong(path)
 
 
-@pytest.mark.parametrize("kind", set(ACTIONS) - {"d4rl"})
+@pytest.mark.parametrize("kind", sorted(set(ACTIONS) - {"d4rl"}))
 def test_lengths_that_disagree(make: Make, kind: str) -> None:
     path, (inside, key) = make(kind), ACTIONS[kind]
     with h5py.File(path / inside if inside else path, "a") as file:
