@@ -27,6 +27,7 @@ from llm_rlhf.logged.value_heads import AdvantageSteering
 from llm_rlhf.models.causal import LanguagePolicy, model_folder
 from llm_rlhf.models.generation import Samples, generate
 from llm_rlhf.models.tokenizer import decode_completions, load_tokenizer, pad_id
+from llm_rlhf.online.experience import reference_log_probs
 from llm_rlhf.rewards.functions import RewardSet, resolve
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.room import require_room
@@ -144,10 +145,9 @@ def _add_totals(
     totals["finished"] += float(samples.finished.sum())
     if reference is not None:
         before, reference.temperature = reference.temperature, temperature
-        with torch.no_grad():
-            log_probs = reference.log_probs(samples.observations(), samples.input_ids)
+        log_probs = reference_log_probs(reference, samples)
         reference.temperature = before
-        totals["kl"] += float(torch.where(samples.mask, samples.log_probs - log_probs, 0.0).sum())
+        totals["kl"] += float((samples.log_probs - log_probs).sum())
 
 
 def scores(greedy: Tensor, drawn: Tensor) -> Result:

@@ -196,8 +196,7 @@ def stream(subject: Subject, ids: list[int], config: ChatConfig, generator: torc
     `generation.generate` with the same generator.
     """
     policy, tokenizer = subject.policy, subject.tokenizer
-    device = next(policy.parameters()).device
-    new = torch.tensor([ids], device=device)
+    new = torch.tensor([ids], device=policy.device)
     mask = torch.ones_like(new)
     cache: Any = None
     drawn: list[int] = []
@@ -210,8 +209,7 @@ def stream(subject: Subject, ids: list[int], config: ChatConfig, generator: torc
         if config.temperature == 0:
             token = offered.argmax(-1)
         else:
-            chances = torch.softmax(offered / config.temperature, dim=-1).cpu()
-            token = draw_index(chances, generator).to(device)
+            token = draw_index(torch.softmax(offered / config.temperature, dim=-1), generator)
         if int(token) == int(tokenizer.eos_token_id):
             break
         drawn.append(int(token))

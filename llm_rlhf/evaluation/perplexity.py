@@ -73,7 +73,6 @@ def windows(ids: Sequence[int], *, start: int, context: int, stride: int) -> lis
 def token_log_probs(subject: Subject, document: Sequence[Window]) -> list[list[float]]:
     """Nats of every judged token, a list a window, at temperature 1."""
     policy, fill = subject.policy, pad_id(subject.tokenizer)
-    device = next(policy.parameters()).device
     before, policy.temperature = policy.temperature, 1.0
     found: list[list[float]] = []
     try:
@@ -83,8 +82,8 @@ def token_log_probs(subject: Subject, document: Sequence[Window]) -> list[list[f
             rest = [width - len(window.tokens) for window in batch]
             ids = [window.tokens + [fill] * right for window, right in zip(batch, rest, strict=True)]
             real = [[1] * len(window.tokens) + [0] * right for window, right in zip(batch, rest, strict=True)]
-            tokens = torch.tensor(ids, device=device)
-            observations = {"input_ids": tokens, "attention_mask": torch.tensor(real, device=device)}
+            tokens = torch.tensor(ids)
+            observations = {"input_ids": tokens, "attention_mask": torch.tensor(real)}
             log_probs = policy.log_probs(observations, tokens).double().tolist()
             for row, window in zip(log_probs, batch, strict=True):
                 found.append(row[window.known : len(window.tokens)])

@@ -117,7 +117,6 @@ class Subject:
 
         Raises UserError for a completion that is empty or fills the context.
         """
-        device = next(self.policy.parameters()).device
         prompts = encode_prompts(self.tokenizer, [self.text_of(prompt) for prompt, _ in pairs])
         ends = [list(self.tokenizer.encode(text, add_special_tokens=False)) for _, text in pairs]
         found: list[Likelihood] = []
@@ -140,10 +139,10 @@ class Subject:
                     ids.append([fill] * lead + prompt + ends[row] + [fill] * trail)
                     mask.append([0] * lead + [1] * (len(prompt) + len(ends[row])) + [0] * trail)
                     decided.append([False] * left + [True] * len(ends[row]) + [False] * trail)
-                tokens, decisions = torch.tensor(ids, device=device), torch.tensor(decided, device=device)
+                tokens, decisions = torch.tensor(ids), torch.tensor(decided)
                 observations = {
                     "input_ids": tokens,
-                    "attention_mask": torch.tensor(mask, device=device),
+                    "attention_mask": torch.tensor(mask),
                     "decisions": decisions,
                 }
                 log_probs = self.policy.log_probs(observations, tokens)

@@ -312,9 +312,7 @@ def with_dense_rewards(rollout: Rollout, dense: Tensor) -> Rollout:
 
 def reference_log_probs(reference: LanguagePolicy, samples: Samples) -> Tensor:
     """Log-probs [B, T] of the drawn tokens under the frozen reference, 0 elsewhere."""
-    with torch.no_grad():
-        log_probs = reference.log_probs(samples.observations(), samples.input_ids)
-    return torch.where(samples.mask, log_probs, 0.0)
+    return recomputed_log_probs(reference, samples)
 
 
 def sample_metrics(samples: Samples, scores: Scores, ref_log_probs: Tensor | None) -> dict[str, float]:

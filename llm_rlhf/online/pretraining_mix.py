@@ -111,15 +111,14 @@ class PretrainingMix:
     def loss(self, policy: LanguagePolicy) -> tuple[Tensor, dict[str, Tensor]]:
         """coef times the mean negative log-likelihood of a token of the next batch, at temperature 1."""
         observations, mask = self.batch(self.batches.next())
-        device = next(policy.parameters()).device
-        observations = {name: tensor.to(device) for name, tensor in observations.items()}
         columns = policy.columns(observations)
         if columns is None:  # a batch of unknown characters
             return torch.zeros((), requires_grad=True), {}
         log_softmax = torch.log_softmax(columns.logits, dim=-1)
-        taken = observations["input_ids"][:, columns.first : columns.last].unsqueeze(-1)
-        log_probs = log_softmax.gather(-1, taken).squeeze(-1)
-        loss, _ = bc_loss(log_probs=log_probs, mask=mask[:, columns.first : columns.last].to(device))
+        window = slice(columns.first, columns.last)
+        taken, mask = (part[:, window].to(log_softmax.device) for part in (observations["input_ids"], mask))
+        log_probs = log_softmax.gather(-1, taken.unsqueeze(-1)).squeeze(-1)
+        loss, _ = bc_loss(log_probs=log_probs, mask=mask)
         return self.config.coef * loss, {"ptx": loss.detach()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -75,9 +75,8 @@ class GoodAnswers:
         if known.numel() == 0:
             return torch.zeros((), requires_grad=True), {}
         chosen = known[torch.randint(len(known), (self.config.batch_size,), generator=self.generator)]
-        device = next(policy.parameters()).device
         input_ids, attention_mask, mask = (
-            tensor[chosen].to(device) for tensor in (self.input_ids, self.attention_mask, self.mask)
+            tensor[chosen] for tensor in (self.input_ids, self.attention_mask, self.mask)
         )
         observations = {"input_ids": input_ids, "attention_mask": attention_mask, "decisions": mask}
         loss, _ = bc_loss(log_probs=policy.evaluate(observations, input_ids).log_probs, mask=mask)

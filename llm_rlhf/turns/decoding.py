@@ -89,18 +89,18 @@ class _Seat:
 
 
 class _Columns:
-    """What is recorded of every new column, over all rows; rows that are over have padding."""
+    """What is recorded of every new column, over all rows, in the processor; rows that are over have padding."""
 
-    def __init__(self, rows: int, *, pad: int, device: torch.device) -> None:
-        self.rows, self.pad, self.device = rows, pad, device
+    def __init__(self, rows: int, *, pad: int) -> None:
+        self.rows, self.pad = rows, pad
         self.parts: dict[str, list[Tensor]] = {}
 
     def add(self, alive: Tensor, **columns: Tensor) -> None:
         """Columns [A, n] of the rows `alive` [A]."""
         for name, values in columns.items():
             filler = self.pad if name == "ids" else 0
-            wide = torch.full((self.rows, values.shape[1]), filler, dtype=values.dtype, device=self.device)
-            wide[alive] = values
+            wide = torch.full((self.rows, values.shape[1]), filler, dtype=values.dtype)
+            wide[alive.cpu()] = values.cpu()
             self.parts.setdefault(name, []).append(wide)
 
     def beside(self, prompt: Tensor | None, name: str) -> Tensor:
@@ -133,7 +133,7 @@ def play(
     Raises UserError where the environment fails or a prompt leaves no room in the model's context.
     """
     count = len(rows) // len(prompts)
-    device = next(policy.parameters()).device
+    device = policy.device
     longest = max(map(len, prompts))
     if longest >= policy.context:
         raise UserError(f"a prompt of {longest} tokens leaves no room in the model's context of {policy.context}")
@@ -153,7 +153,7 @@ def play(
         chances = torch.rand(len(rows), max_new_tokens, generator=generator, dtype=torch.float64).clamp(
             max=1 - 1e-12
         )
-    columns = _Columns(len(rows), pad=pad_id(tokenizer), device=device)
+    columns = _Columns(len(rows), pad=pad_id(tokenizer))
     alive, mask, column = torch.arange(len(rows), device=device), prompt_mask, 0
     while True:
         listening = min(len(seats[row].pending) for row in alive.tolist())
@@ -172,7 +172,7 @@ def play(
             alive, tokens, mask = alive[kept], tokens[kept], mask[kept]
         mask = torch.cat([mask, mask.new_ones(tokens.shape)], dim=1)
         logits, hidden, cache = policy.step(tokens, mask, cache=cache, use_cache=True, keep=1)
-    return table.episodes(columns, prompt_ids, prompt_mask, per_prompt=count, bootstrap=bootstrap)
+    return table.episodes(columns, prompt_ids.cpu(), prompt_mask.cpu(), per_prompt=count, bootstrap=bootstrap)
 
 
 class _Table:
@@ -277,7 +277,7 @@ class _Table:
         """Everything that was recorded, behind the prompts."""
         nothing = torch.zeros_like(prompt_mask)
         mask = columns.beside(nothing, "drawn")
-        turn_rewards = torch.zeros(mask.shape, device=mask.device)
+        turn_rewards = torch.zeros(mask.shape)
         start = prompt_ids.shape[1]
         for row, seat in enumerate(self.seats):
             for turn, column in zip(seat.turns, seat.ends, strict=True):
@@ -287,18 +287,18 @@ class _Table:
             input_ids=columns.beside(prompt_ids, "ids"),
             attention_mask=columns.beside(prompt_mask, "real"),
             mask=mask,
-            finished=torch.tensor([seat.done for seat in self.seats], device=mask.device),
+            finished=torch.tensor([seat.done for seat in self.seats]),
             log_probs=columns.beside(nothing, "log_probs"),
             entropy=columns.beside(nothing, "entropy"),
             values=columns.beside(nothing, "values") if has_values else None,
-            prompt=torch.arange(len(self.seats), device=mask.device) // per_prompt,
+            prompt=torch.arange(len(self.seats)) // per_prompt,
         )
         final_values = self._final_values(samples) if has_values and bootstrap else None
         return Episodes(samples, turn_rewards, final_values, [seat.turns for seat in self.seats])
 
     def _final_values(self, samples: Samples) -> Tensor:
         """[B]; the value of what an episode that was cut would have gone on from, 0 where it was not cut."""
-        values = torch.zeros(len(self.seats), device=samples.input_ids.device)
+        values = torch.zeros(len(self.seats))
         cut = [row for row, seat in enumerate(self.seats) if not seat.done]
         if not cut or self.policy.value_head is None:
             return values
@@ -306,9 +306,9 @@ class _Table:
             [*samples.input_ids[row][samples.attention_mask[row].bool()].tolist(), *self.seats[row].unread]
             for row in cut
         ]
-        ids, mask = (tensor.to(values.device) for tensor in left_pad(texts, pad=pad_id(self.tokenizer)))
+        ids, mask = (tensor.to(self.policy.device) for tensor in left_pad(texts, pad=pad_id(self.tokenizer)))
         _, hidden, _ = self.policy.step(ids, mask, keep=1)
-        values[cut] = self.policy.value_head(hidden[:, -1]).squeeze(-1)
+        values[cut] = self.policy.value_head(hidden[:, -1]).squeeze(-1).cpu()
         return values
 
 

@@ -29,6 +29,8 @@ from llm_rlhf import (
     train_rejection,
     train_reward,
     train_sft,
+    train_turns_ppo,
+    train_turns_sft,
 )
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
 from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, new_language_model
@@ -130,6 +132,32 @@ def reward(folder: Path, base: Path, device: str) -> RunResult:
     return train_reward.train(configured(train_reward.TrainRewardConfig, folder, base, device, **sections))
 
 
+SUMS = {"problems": 120, "steps": 1, "by_heart": 0.5, "validation": 10, "test": 12}
+TURNS = {
+    "task": {"name": "tool_calculator", "tool_calculator": SUMS},
+    "turns": {"tools": ["calculator"], "max_turns": 3},
+    "validation": {"every": 2, "samples": 2, "prompts": 4},
+}
+
+
+def turns_sft(folder: Path, base: Path, device: str) -> RunResult:
+    model = {"layers": 1, "width": 16, "heads": 2, "context": 112, "device": device}
+    sections = {**TURNS, "model": model, "sft": {"steps": 2, "batch_size": 8}}
+    return train_turns_sft.train(configured(train_turns_sft.TrainTurnsSFTConfig, folder, base, device, **sections))
+
+
+def turns_ppo(folder: Path, base: Path, device: str) -> RunResult:
+    sections = {
+        **TURNS,
+        "model": {"path": str(base / "turns_sft"), "device": device},
+        "rewards": {f"{base / 'score.py'}:letters": 1.0},
+        "generation": {"max_new_tokens": 16, "cut_is_end": False},
+        "sampling": {"updates": 2, "prompts": 3, "samples_per_prompt": 2},
+        "ppo": {"minibatch_size": 6, "epochs": 1, "critic_warmup": 0, "learning_rate": 1e-2},
+    }
+    return train_turns_ppo.train(configured(train_turns_ppo.TrainTurnsPPOConfig, folder, base, device, **sections))
+
+
 def vla_bc(folder: Path, base: Path, device: str) -> RunResult:
     record_expert(base / "table", RecordConfig(episodes=2, tasks=("reach",), workers=0))
     settings = {
@@ -158,7 +186,21 @@ def vla_ppo(folder: Path, base: Path, device: str) -> RunResult:
     return train_vla_ppo.train(build_from_dict(settings, train_vla_ppo.TrainVLAPPOConfig))
 
 
-RECIPES: list[Train] = [sft, ppo, ppo_separate, grpo, rejection, ilql, dpo, kto, reward, vla_bc, vla_ppo]
+RECIPES: list[Train] = [
+    sft,
+    ppo,
+    ppo_separate,
+    grpo,
+    rejection,
+    ilql,
+    dpo,
+    kto,
+    reward,
+    turns_sft,
+    turns_ppo,
+    vla_bc,
+    vla_ppo,
+]
 
 
 def measure(train: Train, folder: Path, base: Path, device: str) -> dict[str, float] | str:

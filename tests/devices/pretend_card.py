@@ -61,6 +61,10 @@ class OnCard(Tensor):
         """Where the numbers lie, by which those who write files find tensors that share them."""
         return self.held.untyped_storage()
 
+    def tolist(self) -> Any:
+        """The numbers, brought here as a card would bring them."""
+        return self.held.tolist()
+
     def storage(self) -> Any:
         """The same, by its old name."""
         return self.held.storage()

@@ -16,7 +16,7 @@ from llm_rlhf.models.causal import ModelConfig, build_policy
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ["sft", "ppo", "ppo_separate", "grpo", "rejection", "ilql", "dpo", "kto", "reward"]
-RECIPES += ["vla_bc", "vla_ppo", "evaluate"]
+RECIPES += ["turns_sft", "turns_ppo", "vla_bc", "vla_ppo", "evaluate"]
 MIXES = """
 import torch
 from tests.devices.pretend_card import NAME, pretend_card
