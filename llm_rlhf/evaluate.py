@@ -24,8 +24,9 @@ from experiment.errors import UserError
 from experiment.statistics import bootstrap_interval, wilson_interval
 from llm_rlhf.data.texts import columns_of, encode_prompts
 from llm_rlhf.logged.value_heads import AdvantageSteering
-from llm_rlhf.models.causal import LanguagePolicy, model_folder
+from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.generation import Samples, generate
+from llm_rlhf.models.loading import model_folder
 from llm_rlhf.models.tokenizer import decode_completions, load_tokenizer, pad_id
 from llm_rlhf.online.experience import reference_log_probs
 from llm_rlhf.rewards.functions import RewardSet, resolve

@@ -15,7 +15,8 @@ from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.pairs import PairsConfig, TokenizedPairs, read_pairs
 from llm_rlhf.data.texts import Batches
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.online.learner import (
     Counters,

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from experiment.run import Run, RunConfig, RunResult
-from llm_rlhf.models.causal import ModelConfig
 from llm_rlhf.models.generation import GenerationConfig, Samples, to_rollout
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.online.experience import (
     OverlongConfig,

@@ -19,7 +19,8 @@ from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.logged.texts import LoggedTexts, logged_texts, tokenize_logged
 from llm_rlhf.logged.value_heads import AdvantageSteering, ValueHeads, heads_for, loss_of
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy, model_folder
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.loading import ModelConfig, model_folder
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.online.learner import (
     Counters,

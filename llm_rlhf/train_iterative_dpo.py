@@ -22,8 +22,9 @@ from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.pairs import TokenizedPairs
 from llm_rlhf.data.texts import Batches, TokenizedTexts, concatenate
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import GenerationConfig, Samples
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.online.experience import (
     OverlongConfig,

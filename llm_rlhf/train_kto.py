@@ -22,7 +22,8 @@ from experiment.statistics import wilson_interval
 from llm_rlhf.data.pairs import FeedbackData, PairsConfig, read_feedback, tokenize_feedback
 from llm_rlhf.data.records import Feedback
 from llm_rlhf.data.texts import TokenizedTexts
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.online.learner import (

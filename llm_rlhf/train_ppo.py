@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from experiment.run import Run, RunConfig, RunResult
-from llm_rlhf.models.causal import ModelConfig
 from llm_rlhf.models.generation import GenerationConfig, to_rollout
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.online.critic import CriticConfig, with_values
 from llm_rlhf.online.experience import (
     OverlongConfig,

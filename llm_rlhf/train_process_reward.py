@@ -24,7 +24,7 @@ from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from experiment.statistics import wilson_interval
 from llm_rlhf.data.texts import Batches
-from llm_rlhf.models.causal import ModelConfig
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.online.learner import Counters, progress_of, stopping_on_nan
 from llm_rlhf.rewards.process_reward import (
     FOLDER,

@@ -17,8 +17,9 @@ import torch
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.texts import Batches, TokenizedTexts, columns_of, concatenate, tokenize
-from llm_rlhf.models.causal import ModelConfig, build_policy
+from llm_rlhf.models.causal import build_policy
 from llm_rlhf.models.generation import GenerationConfig
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.online.experience import Sampler, build_sampler

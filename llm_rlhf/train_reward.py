@@ -24,7 +24,7 @@ from experiment.statistics import wilson_interval
 from llm_rlhf.data.pairs import PairData, PairsConfig, read_pairs
 from llm_rlhf.data.records import Comparison
 from llm_rlhf.data.texts import Batches
-from llm_rlhf.models.causal import ModelConfig
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import Precision, require_precision
 from llm_rlhf.online.learner import Counters, progress_of, stopping_on_nan
 from llm_rlhf.rewards.reward_data import RewardData, objectives_of, reward_data

@@ -15,7 +15,8 @@ from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.chat import Chat, ensure_template
 from llm_rlhf.data.packing import PackedTexts, pack, require_apart
 from llm_rlhf.data.texts import Batches, TokenizedTexts, encode_examples, lay_out
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import Precision, autocast, require_precision
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.online.learner import (

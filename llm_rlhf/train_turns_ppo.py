@@ -17,8 +17,9 @@ import torch
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.evaluate_turns import validate_player
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import GenerationConfig
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.online.experience import policy_metrics, reference_log_probs, sample_metrics, with_kl_rewards
 from llm_rlhf.online.learner import (
     Counters,

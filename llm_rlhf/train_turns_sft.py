@@ -8,8 +8,9 @@ from pathlib import Path
 
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.evaluate_turns import validate_player
-from llm_rlhf.models.causal import ModelConfig, build_policy
+from llm_rlhf.models.causal import build_policy
 from llm_rlhf.models.generation import GenerationConfig
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.online.learner import (
     ValidationConfig,

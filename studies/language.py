@@ -128,8 +128,9 @@ def draw(base: Path, task: Task, each: int, *, seed: int, block: int = 256) -> D
     """Completions of the task's training prompts by the base model, scored by the task's own reward."""
     import torch
 
-    from llm_rlhf.models.causal import ModelConfig, build_policy
+    from llm_rlhf.models.causal import build_policy
     from llm_rlhf.models.generation import GenerationConfig
+    from llm_rlhf.models.loading import ModelConfig
     from llm_rlhf.online.experience import build_sampler
     from llm_rlhf.online.learner import texts_of
 

@@ -31,7 +31,8 @@ from experiment.run import Run, RunConfig
 from llm_rlhf import train_grpo, train_ppo, train_sft
 from llm_rlhf.data.pairs import TokenizedPairs
 from llm_rlhf.data.texts import Batches, TokenizedTexts
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig
+from llm_rlhf.models.causal import LanguagePolicy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import Precision
 from llm_rlhf.online.critic import CriticConfig
 from llm_rlhf.online.learner import Counters, Learner, build_learner

@@ -17,7 +17,8 @@ from llm_rlhf.evaluate import EvaluateConfig, evaluate_policy, evaluate_run
 from llm_rlhf.evaluation.frontier import best_of_n_rows, fit_bon
 from llm_rlhf.evaluation.perplexity import perplexity, read_documents
 from llm_rlhf.evaluation.subject import Decoding, Subject, load_subject
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, model_folder, new_language_model
+from llm_rlhf.models.causal import LanguagePolicy
+from llm_rlhf.models.loading import ModelConfig, model_folder, new_language_model
 from llm_rlhf.rewards.reward_model import reward_function
 from llm_rlhf.tasks.rows import RowsConfig
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task

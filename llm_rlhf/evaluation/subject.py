@@ -14,8 +14,9 @@ from experiment.errors import UserError
 from llm_rlhf.data.chat import Chat, render
 from llm_rlhf.data.texts import encode_prompts
 from llm_rlhf.logged.value_heads import AdvantageSteering
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy, model_folder
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import generate
+from llm_rlhf.models.loading import ModelConfig, model_folder
 from llm_rlhf.models.tokenizer import decode_completions, pad_id
 
 Message = dict[str, Any]

@@ -17,17 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
-from llm_rlhf.models.causal import (
-    VALUE_HEAD,
-    LanguagePolicy,
-    column_range,
-    leading_padding,
-    load_language_model,
-    model_folder,
-    position_ids,
-    quietly,
-    without_dropout,
-)
+from llm_rlhf.models.causal import VALUE_HEAD, LanguagePolicy, column_range, leading_padding, position_ids
+from llm_rlhf.models.loading import load_language_model, model_folder, quietly, without_dropout
 from llm_rlhf.models.lora import base_of, merge
 from llm_rlhf.rewards.reward_model import RewardModel, find_folder, load_reward_tokenizer, load_trunk, probe
 from policy_core.policy import Evaluation

@@ -16,8 +16,9 @@ from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_policy, numbers
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy, frozen_copy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy, frozen_copy
 from llm_rlhf.models.generation import GenerationConfig, Samples
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.lora import merged_writer
 from llm_rlhf.models.tokenizer import decode_completions
 from llm_rlhf.online.critic import FOLDER, ActorCritic, CriticConfig, ValueModel, build_critic

@@ -21,7 +21,8 @@ from torch import Tensor
 from experiment.checkpoint import sync
 from experiment.errors import UserError, storage_errors
 from llm_rlhf.data.texts import TokenizedTexts
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.preferences.learning import LearningConfig, all_log_probs
 
 CACHE = "reference_log_probs.safetensors"

@@ -26,14 +26,8 @@ from experiment.config import build_from_dict
 from experiment.device import find_device
 from experiment.errors import UserError
 from llm_rlhf.data.texts import Encoded, encode, fit, lay_out
-from llm_rlhf.models.causal import (
-    ModelConfig,
-    build_policy,
-    model_folder,
-    new_language_model,
-    quietly,
-    without_dropout,
-)
+from llm_rlhf.models.causal import build_policy
+from llm_rlhf.models.loading import ModelConfig, model_folder, new_language_model, quietly, without_dropout
 from llm_rlhf.models.lora import base_of
 from llm_rlhf.models.precision import Precision, autocast
 from llm_rlhf.models.tokenizer import character_tokenizer, pad_id

@@ -17,8 +17,9 @@ from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector, judge, spaces_of
 from embodied.rollouts.workers import EnvironmentConfig, environment_spec
-from llm_rlhf.models.causal import ModelConfig, build_policy
+from llm_rlhf.models.causal import build_policy
 from llm_rlhf.models.generation import generate, to_rollout
+from llm_rlhf.models.loading import ModelConfig
 from policy_core.policy import Evaluation
 from policy_core.ppo import PPOConfig, update
 from policy_core.returns import gae

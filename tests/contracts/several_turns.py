@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.turns.decoding import play
 from llm_rlhf.turns.environments import Referee
 from llm_rlhf.turns.episodes import Episodes, TurnsConfig, turns_to_rollout

@@ -33,7 +33,8 @@ from llm_rlhf import (
     train_turns_sft,
 )
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, new_language_model
+from llm_rlhf.models.causal import LanguagePolicy
+from llm_rlhf.models.loading import ModelConfig, new_language_model
 from llm_rlhf.models.tokenizer import character_tokenizer
 from tests.devices.pretend_card import NAME, pretend_card
 

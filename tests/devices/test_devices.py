@@ -12,7 +12,8 @@ import torch
 
 from experiment.device import find_device
 from experiment.errors import UserError
-from llm_rlhf.models.causal import ModelConfig, build_policy
+from llm_rlhf.models.causal import build_policy
+from llm_rlhf.models.loading import ModelConfig
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ["sft", "ppo", "ppo_separate", "grpo", "rejection", "ilql", "dpo", "kto", "reward"]

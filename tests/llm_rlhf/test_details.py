@@ -18,8 +18,9 @@ from experiment.config import build_from_dict
 from llm_rlhf import train_grpo, train_iterative_dpo, train_ppo, train_rejection, train_sft
 from llm_rlhf.data.pairs import TokenizedPairs
 from llm_rlhf.data.texts import TokenizedTexts
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import Samples, generate, to_rollout
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.preferences.learning import LearningConfig, ReferencedPairs, pair_step
 from llm_rlhf.preferences.learning import make_optimizer as make_preference_optimizer
 from llm_rlhf.rewards.reward_model import RewardModel

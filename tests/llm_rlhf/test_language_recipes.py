@@ -15,7 +15,8 @@ from experiment.errors import UserError
 from experiment.run import RunConfig, RunResult
 from llm_rlhf import train_grpo, train_ppo, train_rejection, train_sft
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig
+from llm_rlhf.models.causal import LanguagePolicy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.online.experience import ShapingConfig
 from llm_rlhf.train_grpo import TrainGRPOConfig
 from llm_rlhf.train_ppo import TrainPPOConfig

@@ -17,7 +17,8 @@ from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf import train_dpo
 from llm_rlhf.evaluate_preference import EvaluateConfig, evaluate_run
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, new_language_model
+from llm_rlhf.models.causal import LanguagePolicy
+from llm_rlhf.models.loading import ModelConfig, new_language_model
 from llm_rlhf.models.tokenizer import character_tokenizer
 from llm_rlhf.preferences import reference_cache
 from llm_rlhf.preferences.reference_cache import CACHE

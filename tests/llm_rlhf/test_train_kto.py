@@ -17,7 +17,8 @@ from experiment.statistics import wilson_interval
 from llm_rlhf import train_kto
 from llm_rlhf.data.texts import Encoded, TokenizedTexts, lay_out
 from llm_rlhf.evaluate_preference import EvaluateConfig, evaluate_run
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, new_language_model
+from llm_rlhf.models.causal import LanguagePolicy
+from llm_rlhf.models.loading import ModelConfig, new_language_model
 from llm_rlhf.models.tokenizer import character_tokenizer
 from llm_rlhf.train_kto import TrainKTOConfig, Verdicts, auc, baseline_of, mismatched_texts
 

@@ -21,7 +21,8 @@ from llm_rlhf.data.chat import PLAIN
 from llm_rlhf.data.texts import Batches, Encoded, lay_out
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
 from llm_rlhf.models import precision
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.lora import ADAPTER, WEIGHTS
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.online.learner import Counters

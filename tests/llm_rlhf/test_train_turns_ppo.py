@@ -15,7 +15,8 @@ from experiment.errors import UserError
 from experiment.run import Run, RunResult
 from llm_rlhf import train_turns_ppo, train_turns_sft
 from llm_rlhf.evaluate_turns import EvaluateConfig, evaluate_run
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 from llm_rlhf.tasks.tool_calculator import (

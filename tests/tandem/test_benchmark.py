@@ -12,7 +12,8 @@ import torch
 
 from experiment.errors import UserError
 from llm_rlhf.evaluation.suites import SUITES
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.loading import ModelConfig
 from tandem.benchmark import add_arguments, benchmark, find_model
 
 ALPHABET = "".join(map(chr, range(32, 127))) + "\n"

@@ -12,7 +12,8 @@ import torch
 from experiment.errors import UserError
 from llm_rlhf.data.chat import render
 from llm_rlhf.evaluation.subject import Decoding, Subject
-from llm_rlhf.models.causal import ModelConfig, build_policy
+from llm_rlhf.models.causal import build_policy
+from llm_rlhf.models.loading import ModelConfig
 from tandem.chat import ChatConfig, Conversation, add_arguments, chat, stream, talk
 
 ALPHABET = "".join(map(chr, range(32, 127))) + "\n"

@@ -8,7 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from experiment.errors import UserError
 from llm_rlhf.data.packing import PackedTexts, assign, pack, require_apart
 from llm_rlhf.data.texts import Encoded, lay_out
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.loading import ModelConfig
 from policy_core.bc import bc_loss
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llm_rlhf.evaluation.subject import Subject
-from llm_rlhf.models.causal import ModelConfig, build_policy
+from llm_rlhf.models.causal import build_policy
+from llm_rlhf.models.loading import ModelConfig
 
 ALPHABET = "".join(map(chr, range(32, 127))) + "\n"
 

@@ -16,7 +16,7 @@ from llm_rlhf.evaluation.win_rate import (
     verdict_of,
     win_rate,
 )
-from llm_rlhf.models.causal import ModelConfig
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.rewards.reward_model import build_reward_model, reward_function, reward_writer
 
 PAIRS = [Pair("p", "long answer", "short"), Pair("q", "x", "yy"), Pair("r", "same", "same"), Pair("s", "aaa", "b")]

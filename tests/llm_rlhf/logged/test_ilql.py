@@ -13,8 +13,9 @@ from experiment.errors import UserError
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.logged.texts import LoggedTexts, tokenize_logged
 from llm_rlhf.logged.value_heads import HEADS, AdvantageSteering, ValueHeads, heads_for, loss_of
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import Samples, generate
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.online.learner import Counters
 from llm_rlhf.tasks.examples import Piece
 from llm_rlhf.train_ilql import Learner, LearningConfig, TrainILQLConfig, update

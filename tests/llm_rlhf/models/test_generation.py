@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import GenerationConfig, Samples, generate, left_pad, to_rollout
+from llm_rlhf.models.loading import ModelConfig
 from policy_core.grpo import GRPOConfig, group_advantages
 from policy_core.ppo import PPOConfig, update
 from policy_core.returns import gae

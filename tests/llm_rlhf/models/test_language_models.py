@@ -6,15 +6,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from experiment.errors import UserError
-from llm_rlhf.models.causal import (
-    LanguagePolicy,
-    ModelConfig,
-    build_policy,
-    frozen_copy,
-    load_language_model,
-    model_folder,
-    position_ids,
-)
+from llm_rlhf.models.causal import LanguagePolicy, build_policy, frozen_copy, position_ids
+from llm_rlhf.models.loading import ModelConfig, load_language_model, model_folder
 
 ALPHABET = "0123456789+-*/="
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from experiment.errors import UserError
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy, frozen_copy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy, frozen_copy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.lora import ADAPTER, WEIGHTS, LoRAConfig, add_lora, base_of, is_adapted, merge
 from llm_rlhf.train_sft import SupervisedConfig, make_optimizer
 

@@ -21,8 +21,9 @@ from experiment.config import build_from_dict
 from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf import train_ppo
-from llm_rlhf.models.causal import VALUE_HEAD, LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import VALUE_HEAD, LanguagePolicy, build_policy
 from llm_rlhf.models.generation import Samples, generate, to_rollout
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.lora import LoRAConfig
 from llm_rlhf.online.critic import ActorCritic, CriticConfig, ValueModel, build_critic, with_values
 from llm_rlhf.rewards.reward_model import RewardModel

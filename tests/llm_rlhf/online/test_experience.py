@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from experiment.errors import UserError
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import GenerationConfig, Samples, generate, to_rollout
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.online.experience import (
     OverlongConfig,
     Sampler,

@@ -11,8 +11,8 @@ import torch
 
 from experiment.config import build_from_dict
 from llm_rlhf import train_ppo
-from llm_rlhf.models.causal import ModelConfig
 from llm_rlhf.models.generation import Samples
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.tokenizer import character_tokenizer
 from llm_rlhf.online.learner import texts_of
 from llm_rlhf.online.monitor import HackingSuspected

@@ -15,7 +15,8 @@ from experiment.config import build_from_dict
 from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf import train_grpo, train_ppo
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.online.pretraining_mix import PretrainingMix, PretrainingMixConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from llm_rlhf.train_grpo import TrainGRPOConfig

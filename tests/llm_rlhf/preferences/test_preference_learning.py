@@ -14,7 +14,8 @@ from experiment.statistics import wilson_interval
 from llm_rlhf.data.pairs import PairData, TokenizedPairs, concatenated, tokenize_pairs
 from llm_rlhf.data.records import Comparison
 from llm_rlhf.data.texts import TokenizedTexts
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, new_language_model
+from llm_rlhf.models.causal import LanguagePolicy
+from llm_rlhf.models.loading import ModelConfig, new_language_model
 from llm_rlhf.models.tokenizer import character_tokenizer
 from llm_rlhf.preferences import reference_cache
 from llm_rlhf.preferences.learning import (

@@ -15,7 +15,7 @@ from experiment.config import build_from_dict
 from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf import train_process_reward
-from llm_rlhf.models.causal import ModelConfig
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.tokenizer import character_tokenizer
 from llm_rlhf.rewards.process_reward import (
     StepsConfig,

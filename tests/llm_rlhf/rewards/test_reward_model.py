@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from experiment.errors import UserError
-from llm_rlhf.models.causal import ModelConfig, build_policy
+from llm_rlhf.models.causal import build_policy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.lora import LoRAConfig
 from llm_rlhf.models.tokenizer import character_tokenizer
 from llm_rlhf.rewards.functions import resolve

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import Samples
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.turns.environments import Reply
 from llm_rlhf.turns.episodes import Episodes, Turn, turns_to_rollout
 from policy_core.policy import Evaluation

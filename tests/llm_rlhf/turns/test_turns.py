@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from llm_rlhf.models.causal import LanguagePolicy, ModelConfig, build_policy
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.tokenizer import decode_completions
 from llm_rlhf.turns.decoding import _Writing, draw, play
 from llm_rlhf.turns.environments import Referee, Reply
