@@ -18,9 +18,9 @@ from typing import Any, Literal, get_args
 
 from embodied.evaluate import TEST_SEEDS
 from embodied.policies.vla import VLAPolicy
-from embodied.vla.chunk_workers import Play, TableConfig, make_table
 from embodied.vla.judge import Judge, check_policy, unknown_words
 from embodied.vla.report import describe, suite_figures
+from embodied.vla.seats import Play, TableConfig, make_table
 from embodied.vla.video import Film, Studio, contact_sheet, write_film
 from envs.table.language import TASKS
 from experiment.checkpoint import write_atomically
@@ -43,7 +43,8 @@ class EvaluateVLAConfig:
                         asks for; synonyms: words that it never uses; randomized: another look and other physics;
                         swapped: the scenes of normal, but the words name another object
     tasks               None: those of the run, all five where it does not say
-    phrasing            of all suites but synonyms; your own sentences: FILE.py:FUNCTION
+    phrasing            of all suites but synonyms: "train", "synonyms", or your own sentences, FILE.py:FUNCTION.
+                        None: the run's, "train" where it does not say
     randomization       the preset of suite "randomized", or a FILE.yaml
     deterministic       the mode of the policy instead of samples
     until_time_limit    go on after success, to tell success at the end from success once
@@ -55,7 +56,7 @@ class EvaluateVLAConfig:
     episodes: int = 200
     suites: tuple[Suite, ...] = ("normal", "held_out", "synonyms", "swapped")
     tasks: tuple[str, ...] | None = None
-    phrasing: str = "train"
+    phrasing: str | None = None
     randomization: str = "full"
     deterministic: bool = True
     until_time_limit: bool = False
@@ -72,12 +73,12 @@ class EvaluateVLAConfig:
             raise ValueError("tasks must name one at least")
 
 
-def suite_table(suite: Suite, tasks: Sequence[str], config: EvaluateVLAConfig) -> TableConfig:
+def suite_table(suite: Suite, tasks: Sequence[str], phrasing: str, config: EvaluateVLAConfig) -> TableConfig:
     """The table of a suite."""
     return TableConfig(
         tasks=tuple(tasks),
         combinations="held_out" if suite == "held_out" else "train",
-        phrasing="synonyms" if suite == "synonyms" else config.phrasing,
+        phrasing="synonyms" if suite == "synonyms" else phrasing,
         randomization=config.randomization if suite == "randomized" else None,
         end_on_success=not config.until_time_limit,
     )
@@ -90,15 +91,23 @@ def suite_plays(suite: Suite, tasks: Sequence[str], episodes: int) -> list[Play]
 
 
 def evaluate_policy(
-    policy: VLAPolicy, config: EvaluateVLAConfig, *, tasks: Sequence[str] = TASKS, source: str = "policy"
+    policy: VLAPolicy,
+    config: EvaluateVLAConfig,
+    *,
+    tasks: Sequence[str] = TASKS,
+    phrasing: str = "train",
+    source: str = "policy",
 ) -> dict[str, Any]:
-    """Play all suites; returns the report without videos. `source` names the policy in messages.
+    """Play all suites; returns the report without videos.
+
+    tasks, phrasing     where the configuration names none
+    source              names the policy in messages
 
     UserError if the policy is not one for the table, a task or preset is unknown, or nothing can be drawn here.
     """
     check_policy(policy, source)
-    tasks = config.tasks or tasks
-    tables = {suite: suite_table(suite, tasks, config) for suite in config.suites}
+    tasks, phrasing = asked(config, tasks, phrasing)
+    tables = {suite: suite_table(suite, tasks, phrasing, config) for suite in config.suites}
     for table in tables.values():  # a mistake is told before the first minutes of play
         make_table(table, policy.spaces.image_size).close()
     found: dict[str, Any] = {}
@@ -118,21 +127,10 @@ def evaluate_policy(
     return {
         "policy": {"folder": source, "ablate": policy.config.ablate, "spaces": asdict(policy.spaces)},
         "first_seed": TEST_SEEDS,
-        "config": {**asdict(config), "tasks": list(tasks)},
+        "config": {**asdict(config), "tasks": list(tasks), "phrasing": phrasing},
         "unknown_words": sorted(unknown),
         "suites": found,
     }
-
-
-def evaluate_policy_folder(
-    folder: Path, config: EvaluateVLAConfig, *, tasks: Sequence[str] = TASKS, videos: Path | None = None
-) -> dict[str, Any]:
-    """The report on a saved policy; films go to the folder `videos`, if any. UserError as `evaluate_policy`."""
-    policy = VLAPolicy.from_pretrained(folder)
-    report = evaluate_policy(policy, config, tasks=tasks, source=str(folder))
-    if videos is not None and config.videos:
-        film_tasks(policy, config, tasks, videos)
-    return report
 
 
 def evaluate_vla_run(run_folder: Path, config: EvaluateVLAConfig) -> dict[str, Any]:
@@ -147,27 +145,43 @@ def evaluate_vla_run(run_folder: Path, config: EvaluateVLAConfig) -> dict[str, A
         hint = "; the run judged none of its own yet: say checkpoint=last" if last else ""
         raise UserError(f"{run_folder}: there is no checkpoint {config.checkpoint!r} to evaluate{hint}")
     described = read_tree(run_folder / "config.yaml").values
-    tasks = tasks_of(described)
+    tasks, phrasing = tasks_of(described), phrasing_of(described)
     policy = VLAPolicy.from_pretrained(folder / "policy")
-    report = evaluate_policy(policy, config, tasks=tasks, source=str(folder / "policy"))
+    report = evaluate_policy(policy, config, tasks=tasks, phrasing=phrasing, source=str(folder / "policy"))
     report = {"recipe": described.get("recipe"), "checkpoint": folder.resolve().name, **report}
     write_atomically(run_folder / REPORT, json.dumps(report, indent=2) + "\n")
     if config.videos:  # last: where they fail, the figures are kept
-        film_tasks(policy, config, tasks, run_folder / "videos")
+        film_tasks(policy, config, *asked(config, tasks, phrasing), run_folder / "videos")
     return report
+
+
+def asked(config: EvaluateVLAConfig, tasks: Sequence[str], phrasing: str) -> tuple[tuple[str, ...], str]:
+    """The tasks, each once, and the phrasing of an evaluation: its own, or else those given."""
+    return tuple(dict.fromkeys(config.tasks or tasks)), config.phrasing or phrasing
 
 
 def tasks_of(described: Mapping[str, Any]) -> tuple[str, ...]:
     """The tasks that a run's configuration names, all five where it names none."""
-    environment = described.get("environment")
-    named = environment.get("tasks") if isinstance(environment, Mapping) else None
+    named = _of_environment(described, "tasks")
     return tuple(dict.fromkeys(named)) if named else TASKS
 
 
-def film_tasks(policy: VLAPolicy, config: EvaluateVLAConfig, tasks: Sequence[str], folder: Path) -> list[Path]:
+def phrasing_of(described: Mapping[str, Any]) -> str:
+    """The phrasing that a run's configuration names, "train" where it names none."""
+    return str(_of_environment(described, "phrasing") or "train")
+
+
+def _of_environment(described: Mapping[str, Any], name: str) -> Any:
+    environment = described.get("environment")
+    return environment.get(name) if isinstance(environment, Mapping) else None
+
+
+def film_tasks(
+    policy: VLAPolicy, config: EvaluateVLAConfig, tasks: Sequence[str], phrasing: str, folder: Path
+) -> list[Path]:
     """FOLDER/eval-TASK-i.mp4 of the first initial states of each task, and all of them on FOLDER/eval.png."""
-    tasks, suite = config.tasks or tasks, config.suites[0]
-    table = suite_table(suite, tasks, config)
+    suite = config.suites[0]
+    table = suite_table(suite, tasks, phrasing, config)
     written: list[Path] = []
     films: list[Film] = []
     with Studio(policy) as studio:

@@ -45,9 +45,8 @@ def stopping_on_nan(update: int) -> Iterator[None]:
     try:
         yield
     except NonFiniteLoss as error:
-        raise UserError(
-            f"update {update}: {error}; lower ppo.learning_rate, or go on from the last checkpoint"
-        ) from error
+        rate = error.setting or "ppo.learning_rate"
+        raise UserError(f"update {update}: {error}; lower {rate}, or go on from the last checkpoint") from error
 
 
 def continue_environments(workers: Workers, state: Mapping[str, Any]) -> None:

@@ -168,6 +168,7 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
     """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
     steps_per_update = config.environment.count * config.horizon
     updates = 1 if config.run.dry_run else max(1, -(-config.total_steps // steps_per_update))
+    warmup = config.ppo.critic_only(updates)
     inputs = Inputs.read(config)
     with Run.start(config, recipe="embodied/ppo", resume=resume) as run:
         checkpoint = run.checkpoint
@@ -183,12 +184,14 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
             if checkpoint is None:
                 save(run, learner, collector, global_step=0)
             for update in range(first, updates + 1):
-                if update == config.ppo.critic_warmup + 1 > 1:  # Adam's bias correction begins with the actor
+                if update == warmup + 1 > 1:  # Adam's bias correction begins with the actor
                     learner.optimizer = FlatAdam([policy.parameters()], learning_rate=config.ppo.learning_rate)
                 started = time.perf_counter()
                 experience = collector.collect(policy)
                 collected = time.perf_counter()
-                metrics = improve(learner, experience, config, update=update, progress=(update - 1) / updates)
+                metrics = improve(
+                    learner, experience, config, update=update, warmup=warmup, progress=(update - 1) / updates
+                )
                 finished = time.perf_counter()
                 metrics |= {
                     "env_steps": float(update * steps_per_update),
@@ -212,9 +215,10 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
 
 
 def improve(
-    learner: Learner, experience: Experience, config: TrainPPOConfig, *, update: int, progress: float
+    learner: Learner, experience: Experience, config: TrainPPOConfig, *, update: int, warmup: int, progress: float
 ) -> dict[str, float]:
-    """One update of everything that learns, on one experience; returns the metrics to log."""
+    """One update of everything that learns (the first `warmup`: the critic alone), on one experience; returns the
+    metrics to log."""
     policy, kl = learner.policy, config.kl
     ended = experience.terminated | experience.truncated
     rewards = learner.scaler(experience.rewards, ended) if config.normalize_rewards else experience.rewards
@@ -230,7 +234,7 @@ def improve(
     demonstrations = learner.demonstrations
     auxiliary = None
     if demonstrations is not None:
-        auxiliary = demonstrations.auxiliary_loss(policy, update - config.ppo.critic_warmup)
+        auxiliary = demonstrations.auxiliary_loss(policy, update - warmup)
     with stopping_on_nan(update):
         trained = ppo.update(
             policy=policy,
@@ -242,7 +246,7 @@ def improve(
             generator=learner.generator,
             kl=kl,
             kl_coef=learner.controller.coef,
-            train_policy=update > config.ppo.critic_warmup,
+            train_policy=update > warmup,
             auxiliary=auxiliary,
             traced=learner.gradient,
         )

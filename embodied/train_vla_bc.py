@@ -17,6 +17,7 @@ nobody demonstrated anything in, so that few demonstrations do not make the poli
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,7 +35,6 @@ from embodied.policies.words import Words
 from embodied.vla.control_steps import Chunks, ControlSteps, Shuffled, disturb
 from embodied.vla.grounding import GroundingConfig, GroundingScenes
 from embodied.vla.perceiving import percept_loss
-from envs.table.language import TRAINING_WORDS
 from experiment.checkpoint import Checkpoint
 from experiment.device import find_device
 from experiment.errors import UserError
@@ -100,6 +100,8 @@ class TrainVLABCConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        if not self.cameras:
+            raise ValueError("cameras must name one at least")
         if not 0 <= self.held_out < 1 or not 0 <= self.word_dropout < 1:
             raise ValueError("held_out and word_dropout must be in [0, 1)")
         if self.eyes.updates + self.hand.updates < 1 or self.evaluate_every < 1:
@@ -121,6 +123,7 @@ def read(config: TrainVLABCConfig) -> list[RecordedEpisode]:
     if missing:
         known = ", ".join(episodes[0].images) or "none"
         raise UserError(f"{config.dataset}: no camera {min(missing)!r}; the cameras are {known}")
+    print(f"{config.dataset}: {len(episodes)} of {len(dataset)} episodes", file=sys.stderr, flush=True)
     return episodes
 
 
@@ -282,7 +285,7 @@ def prepare(
     """The policy (new, from `init` or from the checkpoint), the training and the validation steps."""
     folder = config.init if checkpoint is None else checkpoint.folder / "policy"
     start = None if folder is None else VLAPolicy.from_pretrained(folder)
-    texts = [episode.instruction for episode in episodes] + [*TRAINING_WORDS] * bool(config.grounding.scenes)
+    texts = [*(episode.instruction for episode in episodes), *config.grounding.texts()]
     words = Words.of(texts) if start is None else start.words
     length = config.policy.length if start is None else start.config.length
     steps = ControlSteps.of(episodes, config.cameras, words, length)

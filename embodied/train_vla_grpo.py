@@ -14,7 +14,6 @@ from pathlib import Path
 
 from embodied.learning import charge_kl, stopping_on_nan
 from embodied.vla.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
-from embodied.vla.chunk_workers import TableConfig
 from embodied.vla.learner import (
     TableEvaluationConfig,
     VLALearner,
@@ -26,6 +25,7 @@ from embodied.vla.learner import (
     torch_threads,
 )
 from embodied.vla.perceiving import PerceptionConfig
+from embodied.vla.seats import TableConfig
 from envs.table.env import TIME_LIMIT
 from experiment.run import Run, RunConfig, RunResult
 from policy_core import ppo
@@ -52,10 +52,12 @@ class TrainVLAGRPOConfig:
 
     init                folder of the policy to start from (RUN/checkpoints/best/policy); the KL's reference
     log_std, learn_std  explore at this log standard deviation instead of the clone's; whether it is fitted too
-    perception          how the eyes go on learning, see `PerceptionConfig`
+    ppo                 an advantage is the whole episode's, so that gamma must be 1, and no critic warms up
+    perception          how the eyes go on learning, see `PerceptionConfig`; their rate stays
     updates             rollouts in all
     episodes            of each environment in a rollout
-    skip_flat_groups    leave groups whose episodes all earned the same out of the update, its KL term included
+    skip_flat_groups    leave groups whose episodes all earned the same out of the update, its KL term included,
+                        unless all are
     recompute_log_probs where a worker's forward pass gives other numbers than the update's
     update_threads      torch's during an update, when the workers are idle
     """
@@ -79,6 +81,8 @@ class TrainVLAGRPOConfig:
     def __post_init__(self) -> None:
         if self.ppo.aggregation != "decision":  # minibatches are of single decisions, from many episodes
             raise ValueError("ppo.aggregation must be 'decision' for a policy that judges chunks one by one")
+        if self.ppo.gamma != 1 or self.ppo.critic_warmup:
+            raise ValueError("ppo.gamma must be 1 and ppo.critic_warmup 0: there are whole episodes and no critic")
         if min(self.updates, self.episodes, self.update_threads) < 1:
             raise ValueError("updates, episodes and update_threads must be at least 1")
         if self.environment.count % self.grpo.group_size:
@@ -90,7 +94,7 @@ class TrainVLAGRPOConfig:
 
 def train(config: TrainVLAGRPOConfig, *, resume: Path | None = None) -> RunResult:
     """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
-    clone = read_clone(config.init, config.environment, config.log_std)
+    clone = read_clone(config.init, config.environment, config.log_std, resume=resume)
     chunks = config.episodes * -(-TIME_LIMIT // clone.config.chunk)
     updates = 1 if config.run.dry_run else config.updates
     with Run.start(config, recipe="embodied/vla_grpo", resume=resume) as run:

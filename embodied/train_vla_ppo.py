@@ -18,7 +18,6 @@ from torch import Tensor
 
 from embodied.learning import charge_kl, stopping_on_nan
 from embodied.vla.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
-from embodied.vla.chunk_workers import TableConfig
 from embodied.vla.learner import (
     TableEvaluationConfig,
     VLALearner,
@@ -30,6 +29,7 @@ from embodied.vla.learner import (
     torch_threads,
 )
 from embodied.vla.perceiving import PerceptionConfig
+from embodied.vla.seats import TableConfig
 from embodied.vla.step_credit import credit_steps, fit_critic
 from experiment.run import Run, RunConfig, RunResult
 from policy_core import ppo
@@ -59,7 +59,9 @@ class TrainVLAPPOConfig:
     init                    folder of the policy to start from (RUN/checkpoints/best/policy); the KL's reference
     log_std                 start exploring at this log standard deviation instead of the clone's
     credit                  "step": each action of a chunk by the advantage of its own control step, judged by the
-                            critic (see `step_credit`; ppo.ratio_level must be "factor"); "chunk": all by one
+                            critic (see `step_credit`; ppo.ratio_level must be "factor"); "chunk": all by one.
+                            ppo.gae_lambda is per control step in the first, per chunk in the second; the critic has
+                            no ppo.value_coef, value_clip_range and max_grad_norm in the first
     perception              how the eyes go on learning, see `PerceptionConfig`
     learn_std               fit the deviation too; else it stays
     total_steps             control steps over all environments
@@ -102,7 +104,7 @@ class TrainVLAPPOConfig:
 
 def train(config: TrainVLAPPOConfig, *, resume: Path | None = None) -> RunResult:
     """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
-    clone = read_clone(config.init, config.environment, config.log_std)
+    clone = read_clone(config.init, config.environment, config.log_std, resume=resume)
     steps_per_update = config.environment.count * config.horizon * clone.config.chunk
     updates = 1 if config.run.dry_run else max(1, -(-config.total_steps // steps_per_update))
     with Run.start(config, recipe="embodied/vla_ppo", resume=resume) as run:
@@ -157,8 +159,6 @@ def improve(
     policy = learner.policy
     metrics = learner.remember(experience)
     experience, gap = settle_log_probs(experience, policy, recompute=config.recompute_log_probs, check=update == 1)
-    if update == 1 and policy.state_normalizer.count == 0:  # cloned from data without the simulator's state
-        policy.state_normalizer.update(experience.observations["state"].flatten(0, 1))
     rollout = judge_chunks(experience, gamma=config.ppo.gamma, critic=policy, reference=learner.reference)
     if update == 1:
         rollout.validate()
@@ -167,7 +167,7 @@ def improve(
     for group, rate in zip(learner.optimizer.param_groups, current, strict=True):
         group["lr"] = rate
     with stopping_on_nan(update):
-        trained = learn(learner, experience, rollout, config, train_policy=update > config.ppo.critic_warmup)
+        trained = learn(learner, experience, rollout, config, train_policy=update > config.ppo.critic_only(updates))
         trained |= learner.look(experience, config.perception, rate=eyes)
     trained["learning_rate"] = current[0]
     metrics |= gap | learner.steer(kl_metrics, experience)
@@ -228,7 +228,7 @@ def rates(config: TrainVLAPPOConfig, *, update: int, updates: int) -> list[float
     def rate(initial: float, done: int, of: int) -> float:
         return scheduled(initial, schedule=numbers.schedule, progress=done / of, warmup=numbers.warmup)
 
-    late = min(numbers.critic_warmup, updates - 1)
+    late = numbers.critic_only(updates)
     begun = max(0, update - 1 - late)
     return [
         rate(numbers.learning_rate, begun, updates - late),

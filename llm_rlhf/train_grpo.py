@@ -17,6 +17,7 @@ from torch import Tensor
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.models.generation import GenerationConfig, Samples, to_rollout
 from llm_rlhf.models.loading import ModelConfig
+from llm_rlhf.models.precision import Precision, require_precision
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.online.experience import (
     OverlongConfig,
@@ -101,6 +102,8 @@ class TrainGRPOConfig:
     rewards             name (or file.py:function, or a reward model's run) -> weight; empty = the task's own
     rewards_timeout     seconds that one call of a reward function may take; null = any
     safety              rules that no reward buys off
+    precision           "bf16": the model's matrix products in bfloat16 (autocast), in sampling and in updates;
+                        log-softmax, losses, weights and optimizer stay float32
     """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="grpo", checkpoint_every=100))
@@ -120,6 +123,7 @@ class TrainGRPOConfig:
     self_imitation: SelfImitationConfig = field(default_factory=SelfImitationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    precision: Precision = "float32"
     log_every: int = 1
 
     def __post_init__(self) -> None:
@@ -133,6 +137,7 @@ class TrainGRPOConfig:
 def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
     """Improve a trained model on the task's prompts. Raises UserError if model.path names none."""
     require_trained(config.model)
+    require_precision(config.precision, setting="precision")
     task = build_task(config.task)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
@@ -155,6 +160,7 @@ def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
             safety=config.safety,
             monitor=config.monitor,
             validation=config.validation,
+            precision=config.precision,
         )
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sampling.updates

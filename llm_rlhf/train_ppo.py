@@ -11,6 +11,7 @@ import torch
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.models.generation import GenerationConfig, to_rollout
 from llm_rlhf.models.loading import ModelConfig
+from llm_rlhf.models.precision import Precision, require_precision
 from llm_rlhf.online.critic import CriticConfig, with_values
 from llm_rlhf.online.experience import (
     OverlongConfig,
@@ -88,6 +89,8 @@ class TrainPPOConfig:
     rewards_timeout     seconds that one call of a reward function may take; null = any
     safety              rules that no reward buys off
     process             a model that pays every step of a completion
+    precision           "bf16": the model's matrix products in bfloat16 (autocast), in sampling and in updates;
+                        log-softmax, losses, weights and optimizer stay float32
     """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="ppo", checkpoint_every=50))
@@ -108,6 +111,7 @@ class TrainPPOConfig:
     self_imitation: SelfImitationConfig = field(default_factory=SelfImitationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    precision: Precision = "float32"
     log_every: int = 1
 
     def __post_init__(self) -> None:
@@ -117,6 +121,7 @@ class TrainPPOConfig:
 def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
     """Improve a trained model on the task's prompts. Raises UserError if model.path names none."""
     require_trained(config.model)
+    require_precision(config.precision, setting="precision")
     task = build_task(config.task)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
@@ -140,15 +145,17 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
             process=config.process,
             monitor=config.monitor,
             validation=config.validation,
+            precision=config.precision,
         )
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sampling.updates
+        warmup = config.ppo.critic_only(total)
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
             began = time.process_time()
             rate = set_rates(config, learner, step=step, total=total)
             with stopping_on_nan(run, "ppo.learning_rate"):
-                metrics = iterate(config, learner, step=step)
+                metrics = iterate(config, learner, step=step, train_policy=step > warmup)
             learner.counters.seconds += time.process_time() - began
             limit = config.sampling.max_seconds
             last = step == total or (limit is not None and learner.counters.seconds >= limit)
@@ -180,8 +187,8 @@ def set_rates(config: TrainPPOConfig, learner: Learner, *, step: int, total: int
     return rate
 
 
-def iterate(config: TrainPPOConfig, learner: Learner, *, step: int) -> dict[str, float]:
-    """One rollout and the update on it; returns metrics under TRL's names."""
+def iterate(config: TrainPPOConfig, learner: Learner, *, step: int, train_policy: bool = True) -> dict[str, float]:
+    """One rollout and the update on it (train_policy: not of the critic alone); metrics under TRL's names."""
     rows = learner.prompts.next().tolist()
     samples, scores = learner.sampler.draw(
         rows, samples_per_prompt=config.sampling.samples_per_prompt, drawn_before=learner.counters.samples
@@ -219,7 +226,7 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int) -> dict[str,
         kl=config.kl,
         kl_coef=learner.controller.coef,
         auxiliary=learner.auxiliary(),
-        train_policy=step > config.ppo.critic_warmup,
+        train_policy=train_policy,
     )
     metrics |= {**kl_metrics, **policy_metrics(statistics)}
     if rollout.values is not None:

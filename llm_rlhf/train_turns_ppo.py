@@ -20,6 +20,7 @@ from llm_rlhf.evaluate_turns import validate_player
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import GenerationConfig
 from llm_rlhf.models.loading import ModelConfig
+from llm_rlhf.models.precision import Precision, require_precision
 from llm_rlhf.online.experience import policy_metrics, reference_log_probs, sample_metrics, with_kl_rewards
 from llm_rlhf.online.learner import (
     Counters,
@@ -71,6 +72,7 @@ class TrainTurnsPPOConfig:
     generation  max_new_tokens counts the answers, too; cut_is_end: what an episode is that nobody ended
     rewards     name (or file.py:function) -> weight; `environment` is what the environment gives by turn; empty =
                 the environment's own or, with tools, the task's
+    precision   "bf16": the model's matrix products in bfloat16 (autocast), in playing and in updates
     """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="turns-ppo", checkpoint_every=50))
@@ -83,6 +85,7 @@ class TrainTurnsPPOConfig:
     ppo: PPOConfig = field(default_factory=language_ppo)
     kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01))
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    precision: Precision = "float32"
     log_every: int = 1
 
 
@@ -123,12 +126,14 @@ class Learner:
 def train(config: TrainTurnsPPOConfig, *, resume: Path | None = None) -> RunResult:
     """Improve a trained model on the task's rows. Raises UserError if model.path names none, or nobody answers."""
     require_trained(config.model)
+    require_precision(config.precision, setting="precision")
     task = build_task(config.task)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
         learner = build_learner(run, task, config)
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sampling.updates
+        warmup = config.ppo.critic_only(total)
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
             began = time.process_time()
@@ -140,7 +145,7 @@ def train(config: TrainTurnsPPOConfig, *, resume: Path | None = None) -> RunResu
             )
             set_learning_rate(learner.optimizer, rate)
             with stopping_on_nan(run, "ppo.learning_rate"):
-                metrics, played = iterate(config, learner, step=step)
+                metrics, played = iterate(config, learner, train_policy=step > warmup)
             learner.counters.seconds += time.process_time() - began
             limit = config.sampling.max_seconds
             last = step == total or (limit is not None and learner.counters.seconds >= limit)
@@ -179,6 +184,7 @@ def build_learner(run: Run, task: Task, config: TrainTurnsPPOConfig) -> Learner:
         limited_by="",
         new_model=False,
     )
+    policy.precision = config.precision
     seed = config.run.seed
     learner = Learner(
         policy=policy,
@@ -204,8 +210,11 @@ def build_learner(run: Run, task: Task, config: TrainTurnsPPOConfig) -> Learner:
     return learner
 
 
-def iterate(config: TrainTurnsPPOConfig, learner: Learner, *, step: int) -> tuple[dict[str, float], Played]:
-    """One rollout and the update on it; returns metrics under TRL's names, and what was played."""
+def iterate(
+    config: TrainTurnsPPOConfig, learner: Learner, *, train_policy: bool
+) -> tuple[dict[str, float], Played]:
+    """One rollout and the update on it (train_policy: not of the critic alone); returns metrics under TRL's names,
+    and what was played."""
     rows = learner.prompts.next().tolist()
     played = learner.player.play(
         [learner.task.train[row] for row in rows],
@@ -237,7 +246,7 @@ def iterate(config: TrainTurnsPPOConfig, learner: Learner, *, step: int) -> tupl
         generator=learner.shuffling,
         kl=config.kl,
         kl_coef=learner.controller.coef,
-        train_policy=step > config.ppo.critic_warmup,
+        train_policy=train_policy,
     )
     metrics = {
         **sample_metrics(samples, scores, ref_log_probs),

@@ -85,9 +85,20 @@ class PPOConfig:
         if self.aggregation == "constant" and self.aggregation_constant is None:
             raise ValueError("ppo.aggregation 'constant' needs ppo.aggregation_constant")
 
+    def critic_only(self, updates: int) -> int:
+        """How many of a run's `updates` teach the critic alone; the last is the policy's, however short a run."""
+        return min(self.critic_warmup, updates - 1)
+
 
 class NonFiniteLoss(ArithmeticError):
-    """A loss or a gradient became NaN or infinite; the weights were left as they were before that step."""
+    """A loss or a gradient became NaN or infinite; the weights were left as they were before that step.
+
+    setting     the learning rate that is to blame, where it is not the caller's own
+    """
+
+    def __init__(self, message: str, *, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 def policy_loss(

@@ -192,14 +192,10 @@ def ours_grpo(folder: Path, precision: Precision) -> Iterator[Step]:
         ppo=PPOConfig(learning_rate=1e-6, epochs=1, minibatch_size=BATCH, gamma=1.0, normalize_advantages=False),
         kl=KLConfig(coef=0.04, placement="loss", estimator="k3"),
         sampling=train_grpo.SamplingConfig(prompts=BATCH // GROUP, skip_flat_groups=False, logprob_gap_every=0),
+        precision=precision,
     )
     with online(config, train_grpo.RECIPE, task(), critic=None) as learner:
-
-        def step() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                train_grpo.iterate(config, learner, step=1)
-
-        yield step
+        yield lambda: train_grpo.iterate(config, learner, step=1)
 
 
 @contextmanager
@@ -215,14 +211,10 @@ def ours_ppo(folder: Path, precision: Precision, critic: Literal["shared", "sepa
         ),
         kl=KLConfig(coef=0.05),
         sampling=train_ppo.SamplingConfig(prompts=BATCH, logprob_gap_every=0),
+        precision=precision,
     )
     with online(config, train_ppo.RECIPE, scored, critic=config.critic) as learner:
-
-        def step() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                train_ppo.iterate(config, learner, step=config.ppo.critic_warmup + 1)
-
-        yield step
+        yield lambda: train_ppo.iterate(config, learner, step=1)
 
 
 @contextmanager
@@ -241,6 +233,7 @@ def online(config: Any, recipe: str, given: Task, *, critic: CriticConfig | None
             prompts=config.sampling.prompts,
             seed=0,
             critic=critic,
+            precision=config.precision,
         )
 
 

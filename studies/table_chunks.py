@@ -31,7 +31,7 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
     for folder in (cloned, tuned):
         shutil.rmtree(folder, ignore_errors=True)
     demonstrations = RecordConfig(tasks=(TASK,), episodes=DEMONSTRATIONS, noise=0.4, seed=seed)
-    overrides = ("episodes=null", "eyes.updates=2500", "grounding.scenes=6000", f"policy.chunk={length}")
+    overrides = ("eyes.updates=2500", "grounding.scenes=6000", f"policy.chunk={length}")
     config = EvaluateVLAConfig(checkpoint="last", suites=("normal",), tasks=(TASK,), episodes=400)
     cloning = clone(cloned, demonstrations, *overrides)
     before = judge(cloned, config)

@@ -21,7 +21,7 @@ from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
 from embodied.rollouts.processes import Workers
 from embodied.vla.chunk_rollout import ChunkCollector
-from embodied.vla.chunk_workers import TableConfig
+from embodied.vla.seats import TableConfig
 from envs.table.env import TableEnv
 from envs.table.language import TRAINING_WORDS
 from envs.table.observations import PROPRIO, STATE

@@ -34,7 +34,7 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
         shutil.rmtree(folder, ignore_errors=True)
     demonstrations = RecordConfig(tasks=TASKS, episodes=DEMONSTRATIONS, noise=0.4, seed=seed, randomization=preset)
     drawn = (f"grounding.randomization={preset}", "grounding.scenes=5000")
-    cloning = clone(cloned, demonstrations, "episodes=null", "eyes.updates=2000", *drawn)
+    cloning = clone(cloned, demonstrations, "eyes.updates=2000", *drawn)
     trained = fine_tune(
         tuned,
         f"environment.tasks=[{','.join(TASKS)}]",

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from embodied.evaluate_vla import tasks_of
+from embodied.evaluate import TEST_SEEDS
+from embodied.evaluate_vla import phrasing_of, tasks_of
 from embodied.policies.vla import VLAPolicy
 from embodied.policies.words import split_words
-from embodied.vla.chunk_workers import TableConfig, make_table
 from embodied.vla.judge import check_policy, unknown_words
+from embodied.vla.seats import TableConfig, make_table
 from embodied.vla.video import Studio, write_film
 from envs.table.env import TableEnv
-from envs.table.language import TASKS
 from experiment.config import read_tree
 from experiment.errors import UserError
 from tandem.verbs import find_run
 
-MOST_SEED = 2**31
+MOST_SEED = 10_000_000
 
 
 def watch(run: str, *, say: str | None = None, seed: int = 0, out: str | None = None) -> int:
@@ -26,6 +28,7 @@ def watch(run: str, *, say: str | None = None, seed: int = 0, out: str | None = 
     run     a run of a vision-language-action policy, or the folder of a saved one
     say     what the robot is told; the scene has the named things where the sentence is understood. None: one of
             training's instructions
+    seed    of the scene, which is none of training's
 
     Raises UserError if there is no such policy, or nothing can be drawn here.
     """
@@ -33,17 +36,17 @@ def watch(run: str, *, say: str | None = None, seed: int = 0, out: str | None = 
         raise UserError('--say: there is no word in it; say something like --say "pick up the red cube"')
     if not 0 <= seed < MOST_SEED:
         raise UserError(f"--seed must be within 0..{MOST_SEED - 1}, got {seed}")
-    folder, tasks, videos = find_policy(run)
+    folder, described, videos = find_policy(run)
     policy = VLAPolicy.from_pretrained(folder)
     check_policy(policy, folder)
-    table = TableConfig(tasks=tasks)
+    table = TableConfig(tasks=tasks_of(described), phrasing=phrasing_of(described))
     env = make_table(table, policy.spaces.image_size)
     env.close()
     if say is not None:
         for note in notes(policy, say, env):
             print(f"note: {note}")
     with Studio(policy) as studio:
-        film = studio.film((seed, None if say is None else {"instruction": say}), table=table)
+        film = studio.film((TEST_SEEDS + seed, None if say is None else {"instruction": say}), table=table)
     episode = film.episode
     path = Path(out) if out is not None else videos / f"watch-{slug(episode.instruction)}-{seed}.mp4"
     write_film(film, path)
@@ -58,19 +61,19 @@ def watch(run: str, *, say: str | None = None, seed: int = 0, out: str | None = 
     return 0
 
 
-def find_policy(run: str) -> tuple[Path, tuple[str, ...], Path]:
-    """A policy's folder, the tasks it was trained on, and where its videos go.
+def find_policy(run: str) -> tuple[Path, Mapping[str, Any], Path]:
+    """A policy's folder, the configuration it was trained with (empty where none is there), where its videos go.
 
     Raises:
         UserError: there is no such run or policy, or it has no checkpoint yet.
     """
     if (Path(run) / "policy.json").is_file():
-        return Path(run), TASKS, Path()
+        return Path(run), {}, Path()
     folder = find_run(run)
     for name in ("best", "last"):
         policy = folder / "checkpoints" / name / "policy"
         if policy.is_dir():
-            return policy, tasks_of(read_tree(folder / "config.yaml").values), folder / "videos"
+            return policy, read_tree(folder / "config.yaml").values, folder / "videos"
     raise UserError(f"{folder}: there is no checkpoint with a policy to watch")
 
 

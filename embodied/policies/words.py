@@ -47,15 +47,19 @@ class Words:
         return FIRST_WORD + len(self.vocabulary)
 
     def encode(self, text: str, length: int = 16) -> Tensor:
-        """int64 [length], padded at the end. Words beyond `length` are cut off."""
+        """int64 [length], as `numbers`; warns of what the policy cannot read."""
         words = split_words(text)
         for word in words:
             if word not in self._numbers:
                 self._warn(word, f"unknown word {word!r} in the instruction {text!r}: the policy never met it")
         if len(words) > length:
             self._warn(text, f"only the first {length} words of the instruction {text!r} are used")
-        numbers = [self._numbers.get(word, UNKNOWN) for word in words[:length]]
-        return torch.tensor(numbers + [PADDING] * (length - len(numbers)), dtype=torch.int64)
+        return torch.tensor(self.numbers(text, length), dtype=torch.int64)
+
+    def numbers(self, text: str, length: int = 16) -> list[int]:
+        """`length` of them, padded at the end. Words beyond `length` are cut off; nothing is warned of."""
+        numbers = [self._numbers.get(word, UNKNOWN) for word in split_words(text)[:length]]
+        return numbers + [PADDING] * (length - len(numbers))
 
     def encode_all(self, texts: Sequence[str], length: int = 16) -> Tensor:
         """int64 [N, length]; each different text is split once."""

@@ -83,21 +83,27 @@ class ProcessWorker:
         return self._process.pid
 
     def begin(self, method: str, *arguments: Any) -> None:
-        """Ask for a method of the worker."""
-        self._pipe.send((method, arguments))
+        """Ask for a method of the worker. Raises RuntimeError if it has died."""
+        try:
+            self._pipe.send((method, arguments))
+        except ConnectionError as error:
+            raise self._died() from error
 
     def end(self) -> Any:
         """Wait for the answer. Raises the worker's UserError; RuntimeError with its traceback, or if it died."""
         try:
             fine, answer = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
-            self._process.join(5)
-            raise RuntimeError(f"a rollout worker died (exit code {self._process.exitcode})") from error
+            raise self._died() from error
         if isinstance(answer, UserError):
             raise answer
         if not fine:
             raise RuntimeError(f"a rollout worker failed:\n{answer}")
         return answer
+
+    def _died(self) -> RuntimeError:
+        self._process.join(5)
+        return RuntimeError(f"a rollout worker died (exit code {self._process.exitcode})")
 
     def close(self) -> None:
         """End the process."""
@@ -165,10 +171,13 @@ class Workers:
         return {"workers": self.ask("state")}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state()`, which needs the same number of workers."""
+        """Continue from `state()`. UserError if it is of another number of workers."""
         saved = state["workers"]
         if len(saved) != len(self.members):
-            raise ValueError(f"the state is of {len(saved)} workers, there are {len(self.members)}")
+            raise UserError(
+                f"the checkpoint is of {len(saved)} rollout workers, there are {len(self.members)}: go on with its"
+                " environment.workers"
+            )
         for worker, its_state in zip(self.members, saved, strict=True):
             worker.begin("set_state", its_state)
         self._end()

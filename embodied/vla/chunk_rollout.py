@@ -13,16 +13,8 @@ from torch import Tensor
 
 from embodied.policies.vla import VLAPolicy
 from embodied.rollouts.processes import SharedArrays, Workers
-from embodied.vla.chunk_workers import (
-    ChunkReport,
-    ChunkWorker,
-    Play,
-    TableConfig,
-    TableEpisode,
-    export_weights,
-    layout_of,
-    observed,
-)
+from embodied.vla.chunk_workers import ChunkReport, ChunkWorker, export_weights, layout_of
+from embodied.vla.seats import Play, TableConfig, TableEpisode, observed
 from policy_core.returns import fold_chunk, next_values_of
 from policy_core.rollout import Rollout
 

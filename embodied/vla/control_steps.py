@@ -73,10 +73,16 @@ class ControlSteps:
         return len(self.labels)
 
     def spaces(self) -> VLASpaces:
-        """What a policy for these steps sees and does. UserError if the images are not square."""
-        height, width = next(iter(self.images.values())).shape[1:3]
+        """What a policy for these steps sees and does. UserError if the images are not square and of one size."""
+        sizes = {name: (images.shape[2], images.shape[1]) for name, images in self.images.items()}
+        (width, height), *others = dict.fromkeys(sizes.values())
         if height != width:
             raise UserError(f"the images are {width}x{height}: the policy takes square ones")
+        if others:
+            named = ", ".join(f"{name} {width}x{height}" for name, (width, height) in sizes.items())
+            raise UserError(
+                f"the cameras' pictures differ in size ({named}): the policy takes one size; set cameras"
+            )
         cameras = tuple("front" if key == "image" else key.removesuffix("_image") for key in self.images)
         return VLASpaces(height, cameras, self.proprio.shape[1], self.state.shape[1], self.labels.shape[1])
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,8 +25,11 @@ from embodied.policies.vla import VLAPolicy, image_key
 from embodied.rollouts.processes import Layout, SharedArrays, Workers
 from embodied.vla.control_steps import Disturbance, Shuffled
 from embodied.vla.judge import check_policy
-from envs.table.env import TableEnv
+from envs.own import is_own
+from envs.table.env import TableEnv, own_ways, sentences_of
 from envs.table.grounding import LOOKS, looks
+from envs.table.language import PHRASINGS, TASKS, TRAINING_WORDS, phrases
+from envs.table.layout import goals
 from envs.table.observations import PERCEPT, PROPRIO
 from envs.table.randomization import specs_of
 from envs.table.scene import OBJECTS
@@ -51,7 +55,8 @@ class GroundingConfig:
     batch_size      pictures of one update
     held_out        share of the scenes, the last ones, that only judge
     workers         processes to draw the scenes in before training begins; 0 = this one
-    randomization   a preset of `envs.table.randomization`
+    randomization   a preset of `envs.table.randomization` or a file.yaml
+    phrasing        of the sentences, as `TableEnv`'s; your own, `file.py:function`, must know all five tasks
     """
 
     scenes: int = 0
@@ -59,6 +64,7 @@ class GroundingConfig:
     held_out: float = 0.025
     workers: int = 2
     randomization: str = "none"
+    phrasing: str = "train"
 
     def __post_init__(self) -> None:
         if self.scenes < 0 or self.scenes == 1 or self.batch_size < 1 or self.workers < 0:
@@ -68,19 +74,45 @@ class GroundingConfig:
         if not 0 < self.held_out < 1:
             raise ValueError(f"grounding.held_out must be in (0, 1), got {self.held_out}")
         specs_of(self.randomization)
+        if not is_own(self.phrasing) and self.phrasing not in PHRASINGS:
+            raise ValueError(
+                f"grounding.phrasing must be {' or '.join(PHRASINGS)}, or file.py:function, got {self.phrasing!r}"
+            )
+
+    def texts(self) -> tuple[str, ...]:
+        """What the scenes' sentences consist of, for a vocabulary: the package's words, or one's own sentences.
+
+        Nothing where there are no scenes. UserError where one's own function is missing or fails.
+        """
+        if not self.scenes:
+            return ()
+        with _for_the_user():
+            own, name = sentences_of(self.phrasing)
+            if name == "train":
+                return TRAINING_WORDS
+            say = partial(phrases, phrasing="synonyms") if own is None else partial(own_ways, own)
+            return tuple(text for task in TASKS for goal in goals(task, "train") for text in say(goal))
 
 
 class SceneWorker:
     """Draws scenes `rows` of the shared arrays. Scene i depends on the seed and i alone."""
 
     def __init__(
-        self, rows: range, randomization: str, entries: tuple[str, ...], size: int, arrays: SharedArrays, seed: int
+        self,
+        rows: range,
+        config: GroundingConfig,
+        entries: tuple[str, ...],
+        size: int,
+        arrays: SharedArrays,
+        seed: int,
     ) -> None:
         self._rows, self._entries, self._seed = iter(rows), entries, seed
         self._images = {entry: arrays.view(entry) for entry in entries}
         self._percepts, self._proprio = arrays.view("percepts"), arrays.view("proprio")
         with _for_the_user():
-            self._env = TableEnv(observe=(), image_size=size, randomization=randomization)
+            self._env = TableEnv(
+                observe=(), image_size=size, randomization=config.randomization, phrasing=config.phrasing
+            )
 
     def draw(self, count: int) -> list[tuple[str, ...]]:
         """The next so many scenes, fewer at the end: the sentences of their pictures. UserError if this machine
@@ -155,9 +187,7 @@ class GroundingScenes:
             "percepts": ((count, OBJECTS, PERCEPT), "float32"),
         }
         arrays = SharedArrays(layout)
-        workers = Workers(
-            SceneWorker, config.scenes, config.workers, config.randomization, entries, size, arrays, seed
-        )
+        workers = Workers(SceneWorker, config.scenes, config.workers, config, entries, size, arrays, seed)
         try:
             sentences = _drawn(workers, count)
         finally:

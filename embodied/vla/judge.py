@@ -6,23 +6,15 @@ with Judge(policy, workers=2) as judge:
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from embodied.policies.vla import VLAPolicy, image_key
 from embodied.policies.words import split_words
 from embodied.rollouts.processes import SharedArrays, Workers
-from embodied.vla.chunk_workers import (
-    ChunkWorker,
-    Play,
-    TableConfig,
-    TableEpisode,
-    export_weights,
-    layout_of,
-)
+from embodied.vla.chunk_workers import Player, export_weights, layout_of
+from embodied.vla.seats import Play, TableConfig, TableEpisode
 from envs.table.env import CAMERA_OF
 from envs.table.observations import PROPRIO, STATE
 from experiment.errors import UserError
@@ -50,21 +42,6 @@ def unknown_words(policy: VLAPolicy, texts: Sequence[str]) -> list[str]:
     return sorted({word for text in texts for word in split_words(text)} - set(policy.words.vocabulary))
 
 
-class JudgeWorker(ChunkWorker):
-    """Plays what it is given; it never collects. What the environment complains of reaches the user in one line."""
-
-    def __init__(self, rows: range, environment: TableConfig, policy_folder: Path, arrays: SharedArrays) -> None:
-        with _for_the_user():
-            super().__init__(rows, environment, policy_folder, arrays, seed=0)
-
-    def evaluate(
-        self, plays: Sequence[Play], environment: TableConfig | None = None, deterministic: bool = True
-    ) -> list[TableEpisode]:
-        """As `ChunkWorker.evaluate`. UserError where nothing can be drawn or an action is not finite."""
-        with _for_the_user():
-            return super().evaluate(plays, environment, deterministic)
-
-
 class Judge:
     """A policy's kind of tables in `workers` processes (0 = this one), `count` of them played together."""
 
@@ -74,7 +51,7 @@ class Judge:
         with tempfile.TemporaryDirectory() as folder:  # the workers have read it when they are ready
             policy.save_pretrained(folder)
             table = TableConfig(count=count, workers=workers)
-            self.workers = Workers(JudgeWorker, count, workers, table, Path(folder), arrays)
+            self.workers = Workers(Player, count, workers, table, Path(folder), arrays)
 
     def evaluate(
         self,
@@ -93,15 +70,3 @@ class Judge:
 
     def __exit__(self, *exception: object) -> None:
         self.workers.close()
-
-
-@contextlib.contextmanager
-def _for_the_user() -> Iterator[None]:
-    """The environment's complaints in one line. Words that are not in the vocabulary are told of once, by the
-    caller, not in every process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="unknown word|only the first")
-        try:
-            yield
-        except ValueError as error:
-            raise UserError(f"environment: {error}") from error

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,12 @@ import torch
 
 from embodied.evaluate import VALIDATION_SEEDS, summarize
 from embodied.learning import continue_environments, episode_metrics
-from embodied.policies.vla import VLAPolicy
+from embodied.policies.vla import VLAPolicy, image_key
 from embodied.vla.chunk_rollout import ChunkCollector, ChunkExperience, log_probs_of
-from embodied.vla.chunk_workers import Play, TableConfig, TableEpisode, make_table
 from embodied.vla.grounding import GroundingScenes
-from embodied.vla.judge import check_policy
+from embodied.vla.judge import check_policy, unknown_words
 from embodied.vla.perceiving import PerceptionConfig, fit_perception
+from embodied.vla.seats import Play, TableConfig, TableEpisode, make_table, table_errors
 from envs.stepper import EpisodeRecord
 from experiment.checkpoint import Checkpoint
 from experiment.device import find_device
@@ -28,6 +30,8 @@ from experiment.run import Run
 from policy_core.kl import KLConfig, KLController
 from policy_core.schedules import set_learning_rate
 
+CLONE = "clone"
+"""Folder of a checkpoint: what the run started from, so that it can go on without the run that made it."""
 LARGEST_GAP = 0.01
 """Nats by which a log-probability may differ between a worker and the update."""
 
@@ -40,12 +44,21 @@ class TableEvaluationConfig:
     every: int = 0
     episodes: int = 100
 
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.episodes < 1:
+            raise ValueError("evaluation: every must not be negative, episodes at least 1")
+
 
 @dataclass
 class VLALearner:
-    """Everything that learns or remembers in a run; its state is what a checkpoint keeps."""
+    """Everything that learns or remembers in a run; its state is what a checkpoint keeps.
+
+    clone       what it started from, which never changes; `reference` is the same where a KL term asks for it
+    unread      words of instructions that the policy does not know, as they were told of
+    """
 
     policy: VLAPolicy
+    clone: VLAPolicy
     reference: VLAPolicy | None
     optimizer: torch.optim.Optimizer
     eyes: torch.optim.Optimizer | None
@@ -55,6 +68,7 @@ class VLALearner:
     recent: deque[TableEpisode] = field(default_factory=lambda: deque(maxlen=200))
     episodes: int = 0
     control_steps: int = 0
+    unread: set[str] = field(default_factory=set)
 
     @classmethod
     def build(
@@ -97,9 +111,11 @@ class VLALearner:
                 scenes = GroundingScenes.collect(
                     perception.grounding, policy, seed=seed, source="init", dry_run=dry_run
                 )
+        clone.requires_grad_(False)
         return cls(
             policy=policy,
-            reference=clone.requires_grad_(False) if kl.coef > 0 else None,
+            clone=clone,
+            reference=clone if kl.coef > 0 else None,
             optimizer=torch.optim.Adam([{"params": group} for group in groups], fused=True),
             eyes=eyes,
             scenes=scenes,
@@ -112,6 +128,11 @@ class VLALearner:
         self.recent.extend(experience.episodes)
         self.episodes += len(experience.episodes)
         self.control_steps += experience.control_steps
+        unread = set(unknown_words(self.policy, [episode.instruction for episode in experience.episodes]))
+        if unread - self.unread:
+            words = ", ".join(map(repr, sorted(unread - self.unread)))
+            print(f"the policy never met {words}: it reads unknown words alike", file=sys.stderr, flush=True)
+            self.unread |= unread
         metrics = episode_metrics([episode.record for episode in self.recent], self.episodes)
         return metrics | success_by_task(self.recent, "env") | {"env_steps": float(self.control_steps)}
 
@@ -143,7 +164,7 @@ class VLALearner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.eyes is not None:
+        if self.eyes is not None and state["eyes"] is not None:  # they may learn from now on
             self.eyes.load_state_dict(state["eyes"])
         self.controller.load_state_dict(state["controller"])
         self.generator.set_state(state["generator"])
@@ -151,13 +172,23 @@ class VLALearner:
         self.episodes, self.control_steps = state["episodes"], state["control_steps"]
 
 
-def read_clone(init: str | None, environment: TableConfig, log_std: float | None) -> VLAPolicy:
-    """The policy to start from. UserError if there is none, or if it was made for another table."""
-    if init is None:
+def read_clone(
+    init: str | None, environment: TableConfig, log_std: float | None, *, resume: Path | None
+) -> VLAPolicy:
+    """The policy to start from, or that the run folder `resume` has started from.
+
+    UserError if there is none, it was made for another table, or the table cannot be played at: told before a run
+    has a folder.
+    """
+    kept = None if resume is None else resume / "checkpoints" / "last" / CLONE
+    source = str(kept) if kept is not None and kept.is_dir() else init
+    if source is None:
         raise UserError("there is no policy to start from: give init=CLONE_RUN/checkpoints/best/policy")
-    clone = VLAPolicy.from_pretrained(init)
-    check_policy(clone, f"init: {init}")
-    make_table(environment, clone.spaces.image_size).close()  # a mistake there is told before the run has a folder
+    clone = VLAPolicy.from_pretrained(source)
+    check_policy(clone, f"init: {source}")
+    with contextlib.closing(make_table(environment, clone.spaces.image_size)) as table, table_errors():
+        table.reset(seed=0)
+        table.observe(tuple(map(image_key, clone.spaces.cameras)))
     limits = clone.config
     if log_std is not None and not limits.min_log_std <= log_std <= limits.max_log_std:
         raise UserError(f"log_std {log_std} is outside the policy's {limits.min_log_std}..{limits.max_log_std}")
@@ -260,6 +291,7 @@ def record(
 def save(
     run: Run, learner: VLALearner, collector: ChunkCollector, *, global_step: int, metric: float | None = None
 ) -> None:
-    """A checkpoint: the policy as a folder that loads by itself, the rest as state."""
+    """A checkpoint: the policy and the clone that it was, as folders that load by themselves; the rest as state."""
     state = {"learner": learner.state_dict(), "environments": collector.workers.state()}
-    run.save(state, global_step=global_step, folders={"policy": learner.policy.save_pretrained}, metric=metric)
+    folders = {"policy": learner.policy.save_pretrained, CLONE: learner.clone.save_pretrained}
+    run.save(state, global_step=global_step, folders=folders, metric=metric)

@@ -68,10 +68,9 @@ def fit_perception(
             grounding = scenes.loss(policy, scenes.draw(generator))
             losses.setdefault("grounding_loss", []).append(grounding.detach())
             loss = loss + grounding
+        if not math.isfinite(loss.item()):
+            raise NonFiniteLoss("NaN or infinity in what the eyes say", setting="perception.learning_rate")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    means = {name: float(torch.stack(values).mean()) for name, values in losses.items()}
-    if not all(map(math.isfinite, means.values())):
-        raise NonFiniteLoss(f"NaN or infinity in what the eyes say ({means})")
-    return means
+    return {name: float(torch.stack(values).mean()) for name, values in losses.items()}

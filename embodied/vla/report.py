@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from embodied.vla.chunk_workers import TableEpisode
+from embodied.vla.seats import TableEpisode
 from experiment.statistics import bootstrap_interval, wilson_interval
 
 

@@ -104,11 +104,11 @@ def fit_critic(
         losses = []
         for rows in torch.randperm(len(credit.returns), generator=generator).split(minibatch_size):
             loss = F.mse_loss(policy.state_values(credit.states[rows]), credit.returns[rows])
+            if not math.isfinite(loss.item()):
+                raise NonFiniteLoss("NaN or infinity in the critic's loss", setting="critic_learning_rate")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
         mean = float(torch.stack(losses).mean())
-        if not math.isfinite(mean):
-            raise NonFiniteLoss(f"NaN or infinity in the critic's loss ({mean})")
     return mean

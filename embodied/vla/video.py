@@ -15,16 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from embodied.policies.vla import VLAPolicy
 from embodied.rollouts.processes import SharedArrays
-from embodied.vla.chunk_workers import (
-    Play,
-    Seats,
-    TableConfig,
-    TableEpisode,
-    export_weights,
-    layout_of,
-    make_table,
-)
-from embodied.vla.judge import JudgeWorker
+from embodied.vla.chunk_workers import Player, export_weights, layout_of
+from embodied.vla.seats import Play, Seats, TableConfig, TableEpisode, make_table
 from envs.table.env import TableEnv
 from experiment.errors import storage_errors
 from experiment.video import write_mp4
@@ -89,8 +81,8 @@ class Film:
         return pictures
 
 
-class FilmWorker(JudgeWorker):
-    """A judge's worker that films."""
+class FilmWorker(Player):
+    """Films what it plays."""
 
     def film(self, play: Play, table: TableConfig, deterministic: bool) -> Film:
         """Play it."""

@@ -23,6 +23,7 @@ from experiment.device import find_device
 from experiment.errors import UserError
 from llm_rlhf.models.loading import ModelConfig, load_language_model, model_folder, new_language_model, quietly
 from llm_rlhf.models.lora import add_lora, base_of, is_adapted, merge, require_same
+from llm_rlhf.models.precision import Precision, autocast, widened
 from llm_rlhf.models.tokenizer import character_tokenizer, load_tokenizer
 from policy_core.policy import Evaluation
 from policy_core.rollout import Nested
@@ -33,11 +34,6 @@ VALUE_HEAD = "value_head.safetensors"
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Positions that ignore left padding; [B, T] -> [B, T]."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
-
-
-def widened(numbers: Tensor) -> Tensor:
-    """As they are, in float32 where autocast made them narrower."""
-    return numbers.float() if numbers.dtype in (torch.bfloat16, torch.float16) else numbers
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,7 @@ class LanguagePolicy(nn.Module):
     """A causal language model with a temperature and, for PPO, a value head on its last hidden state.
 
     `steering`, where it is set, moves the logits that tokens are drawn from and judged by; it is not saved.
+    `precision`: of the model's matrix products, in sampling and in judging; logits and values come in float32.
     `write_merged`: checkpoints are to hold the model with its adapter merged into the weights, too.
 
     The value head starts at zero, so that the first advantages are the rewards themselves.
@@ -74,6 +71,7 @@ class LanguagePolicy(nn.Module):
         self.temperature = temperature
         self.value_head: nn.Linear | None = None
         self.steering: Steering | None = None
+        self.precision: Precision = "float32"
         if value_head:
             self.value_head = nn.Linear(hidden_width(model), 1)
             nn.init.zeros_(self.value_head.weight)
@@ -143,7 +141,7 @@ class LanguagePolicy(nn.Module):
             tensor[:, lead : last - 1].to(self.device) for tensor in (input_ids, attention_mask)
         )
         logits, hidden = self._outputs(input_ids, attention_mask, prefix=first - lead)
-        return Columns(first, last, widened(logits), widened(hidden))
+        return Columns(first, last, logits, hidden)
 
     def evaluate(self, observations: Nested, actions: Nested) -> Evaluation:
         """Judge tokens that are there.
@@ -197,7 +195,7 @@ class LanguagePolicy(nn.Module):
         input_ids, position_ids, decisions = (t.to(self.device) for t in (input_ids, position_ids, decisions))
         arguments = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         before = decisions.roll(-1, dims=1)
-        with self.learning():
+        with self.learning(), autocast(self, self.precision):
             if self._head_is_linear:
                 logits = self.model.get_output_embeddings()(self.model.base_model(**arguments)[0][before])
             else:
@@ -254,8 +252,9 @@ class LanguagePolicy(nn.Module):
         attention_mask  [B, past + N], over what is cached and what is new
         keep            how many of the last columns to compute logits for
 
-        Returns logits [B, keep, V] (not divided by the temperature), hidden states [B, keep, D] and the cache.
-        Padding on the right needs no mask: nothing that counts comes after it, and attention is causal.
+        Returns logits [B, keep, V] (not divided by the temperature) and hidden states [B, keep, D], both in float32
+        whatever the precision, and the cache. Padding on the right needs no mask: nothing that counts comes after
+        it, and attention is causal.
         """
         new = input_ids.shape[1]
         padded = not bool(attention_mask[:, 0].all())
@@ -266,12 +265,15 @@ class LanguagePolicy(nn.Module):
             "past_key_values": cache,
             "use_cache": use_cache,
         }
-        if self._head_is_linear:
-            output = self.model.base_model(**arguments)
-            hidden = output.last_hidden_state[:, -keep:]
-            return self.model.get_output_embeddings()(hidden), hidden, output.past_key_values
-        output = self.model(**arguments, output_hidden_states=True, logits_to_keep=keep)
-        return output.logits, output.hidden_states[-1][:, -keep:], output.past_key_values
+        with autocast(self, self.precision):
+            if self._head_is_linear:
+                output = self.model.base_model(**arguments)
+                hidden = output.last_hidden_state[:, -keep:]
+                logits = self.model.get_output_embeddings()(hidden)
+            else:
+                output = self.model(**arguments, output_hidden_states=True, logits_to_keep=keep)
+                logits, hidden = output.logits, output.hidden_states[-1][:, -keep:]
+        return widened(logits), widened(hidden), output.past_key_values
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a plain transformers folder (of a model with an adapter: peft's), and the value head beside it."""
@@ -296,6 +298,7 @@ class LanguagePolicy(nn.Module):
 def frozen_copy(policy: LanguagePolicy) -> LanguagePolicy:
     """A reference that never changes, without a value head."""
     reference = LanguagePolicy(copy.deepcopy(policy.model), temperature=policy.temperature)
+    reference.precision = policy.precision
     return reference.requires_grad_(False).eval()
 
 

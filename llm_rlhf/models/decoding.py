@@ -8,7 +8,7 @@ bookkeeping.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
+
+from llm_rlhf.models.precision import Precision
 
 
 class RoomyLayer(DynamicLayer):
@@ -84,10 +86,15 @@ def roomy_cache(config: PreTrainedConfig, room: int) -> DynamicCache | None:
 
 
 class PlainGPT2:
-    """Single-token steps of a GPT-2 as plain tensor operations, on the model's own weights as they are now."""
+    """Single-token steps of a GPT-2 as plain tensor operations, on the model's own weights as they are now.
 
-    def __init__(self, model: GPT2LMHeadModel) -> None:
+    With precision "bf16" matrix products and attention are bfloat16's, with weights that were cast once; the sum of
+    the layers, norms and results are float32's: what autocast computes.
+    """
+
+    def __init__(self, model: GPT2LMHeadModel, precision: Precision) -> None:
         """Use `PlainGPT2.of`, which refuses what this cannot do."""
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         body: Any = model.transformer
         config = model.config
         self.words: Tensor = body.wte.weight
@@ -96,18 +103,18 @@ class PlainGPT2:
         self.activation = ACTIVATIONS[config.activation_function]
         self.blocks: list[list[Tensor]] = [
             [
-                *(block.ln_1.weight, block.ln_1.bias, block.attn.c_attn.weight, block.attn.c_attn.bias),
-                *(block.attn.c_proj.weight, block.attn.c_proj.bias, block.ln_2.weight, block.ln_2.bias),
-                *(block.mlp.c_fc.weight, block.mlp.c_fc.bias, block.mlp.c_proj.weight, block.mlp.c_proj.bias),
+                *(block.ln_1.weight, block.ln_1.bias, *self._cast(block.attn.c_attn, block.attn.c_proj)),
+                *(block.ln_2.weight, block.ln_2.bias, *self._cast(block.mlp.c_fc, block.mlp.c_proj)),
             ]
             for block in body.h
         ]
         self.last: tuple[Tensor, Tensor] = (body.ln_f.weight, body.ln_f.bias)
-        self.head = model.lm_head
+        self.head = model.lm_head.weight.to(self.dtype)
 
     @classmethod
-    def of(cls, model: nn.Module) -> PlainGPT2 | None:
-        """None for another model, one with adapters, dropout, or options that only transformers knows."""
+    def of(cls, model: nn.Module, precision: Precision = "float32") -> PlainGPT2 | None:
+        """None for another model, one with adapters, dropout, or options that only transformers knows; and under an
+        autocast that is not the precision's own."""
         if type(model) is not GPT2LMHeadModel:
             return None
         config = model.config
@@ -121,14 +128,21 @@ class PlainGPT2:
             and not config.add_cross_attention
             and all(type(module) is Conv1D for module in projections)
             and not any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules())
-            and not torch.is_autocast_enabled(model.device.type)
+            and (precision == "bf16" or not torch.is_autocast_enabled(model.device.type))
         )
-        return cls(model) if plain else None
+        return cls(model, precision) if plain else None
+
+    def _cast(self, *projections: nn.Module) -> Iterator[Tensor]:
+        """Weight and bias of each."""
+        for projection in projections:
+            for parameter in (projection.weight, projection.bias):
+                assert isinstance(parameter, Tensor)
+                yield parameter.to(self.dtype)
 
     def step(self, tokens: Tensor, attention_mask: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
         """One more token of each row, [B], where attention_mask [B, past + 1] covers it; the cache is written to.
 
-        Returns logits [B, 1, V] and hidden states [B, 1, D].
+        Returns logits [B, 1, V] and hidden states [B, 1, D], in float32.
         """
         rows, width = len(tokens), self.words.shape[1]
         padded = not bool(attention_mask[:, 0].all())
@@ -136,7 +150,7 @@ class PlainGPT2:
         hidden = F.embedding(tokens, self.words) + F.embedding(attention_mask.sum(1) - 1, self.places)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             norm_1, shift_1, wide, wide_bias, back, back_bias, norm_2, shift_2, up, up_bias, down, down_bias = block
-            normed = F.layer_norm(hidden, (width,), norm_1, shift_1, self.epsilon)
+            normed = F.layer_norm(hidden, (width,), norm_1, shift_1, self.epsilon).to(self.dtype)
             query, key, value = (
                 part.view(rows, 1, self.heads, -1).transpose(1, 2)
                 for part in torch.addmm(wide_bias, normed, wide).split(width, dim=1)
@@ -145,10 +159,10 @@ class PlainGPT2:
             keys, values = layer.update(key, value)
             seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
             hidden = torch.addmm(back_bias, seen.transpose(1, 2).reshape(rows, width), back) + hidden
-            normed = F.layer_norm(hidden, (width,), norm_2, shift_2, self.epsilon)
+            normed = F.layer_norm(hidden, (width,), norm_2, shift_2, self.epsilon).to(self.dtype)
             hidden = hidden + torch.addmm(down_bias, self.activation(torch.addmm(up_bias, normed, up)), down)
         hidden = F.layer_norm(hidden, (width,), *self.last, self.epsilon).unsqueeze(1)
-        return self.head(hidden), hidden
+        return F.linear(hidden.to(self.dtype), self.head).float(), hidden
 
 
 def _tanh_gelu(numbers: Tensor) -> Tensor:

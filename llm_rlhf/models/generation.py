@@ -16,6 +16,7 @@ from torch import Tensor
 from experiment.errors import UserError
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.decoding import PlainGPT2, roomy_cache
+from llm_rlhf.models.precision import autocast, outside_autocast
 from policy_core.rollout import Rollout
 
 
@@ -121,7 +122,7 @@ def generate(
             f"a prompt of {start} tokens and {max_new_tokens} new ones do not fit the model's context of "
             f"{policy.context}; lower max_new_tokens or build the model with a longer context"
         )
-    with torch.no_grad():
+    with torch.no_grad(), autocast(policy, policy.precision, keep_casts=True):
         return _decode(
             policy,
             prompt_ids.to(policy.device),
@@ -149,7 +150,7 @@ def _decode(
     prompts, start = prompt_ids.shape
     device = prompt_ids.device
     cache = roomy_cache(policy.model.config, start + max_new_tokens)
-    plain = None if cache is None else PlainGPT2.of(policy.model)
+    plain = None if cache is None else PlainGPT2.of(policy.model, policy.precision)
     logits, hidden, cache = policy.step(prompt_ids, prompt_mask, cache=cache, use_cache=True, keep=1)
     if samples_per_prompt > 1:
         cache.batch_repeat_interleave(samples_per_prompt)
@@ -168,14 +169,15 @@ def _decode(
     logits, hidden, mask = per_sample(logits), per_sample(hidden), per_sample(prompt_mask)
 
     for column in range(max_new_tokens):
-        offered = policy.decoding_logits(logits[:, -1], hidden[:, -1])
+        with outside_autocast(device):  # heads are float32's, as in `LanguagePolicy.evaluate`
+            offered = policy.decoding_logits(logits[:, -1], hidden[:, -1])
+            if values is not None and policy.value_head is not None:
+                values[alive, column] = policy.value_head(hidden[:, -1]).squeeze(-1)
         token, token_log_probs, token_entropy = _draw(offered / policy.temperature, generator)
         new_ids[alive, column] = token
         drawn[alive, column] = True
         log_probs[alive, column] = token_log_probs
         entropy[alive, column] = token_entropy
-        if values is not None and policy.value_head is not None:
-            values[alive, column] = policy.value_head(hidden[:, -1]).squeeze(-1)
         ended = token == eos
         finished[alive[ended]] = True
         if column == max_new_tokens - 1 or bool(ended.all()):

@@ -6,18 +6,36 @@ import contextlib
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiment.errors import UserError
 
 Precision = Literal["float32", "bf16"]
 
 
-def autocast(module: nn.Module, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """The context of a module's forward pass; casts of weights are not kept across a step."""
-    if precision == "float32":
+def autocast(
+    module: nn.Module, precision: Precision, *, keep_casts: bool = False
+) -> contextlib.AbstractContextManager[Any]:
+    """The context of a module's forward pass.
+
+    keep_casts  cast each weight once within it: for many passes without gradients over weights that do not change
+    """
+    device = next(module.parameters()).device.type
+    if precision == "float32" or torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
-    return torch.autocast(next(module.parameters()).device.type, torch.bfloat16, cache_enabled=False)
+    return torch.autocast(device, torch.bfloat16, cache_enabled=keep_casts)
+
+
+def outside_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within an autocast: what is computed as if there were none."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def widened(numbers: Tensor) -> Tensor:
+    """As they are, in float32 where autocast made them narrower."""
+    return numbers.float() if numbers.dtype in (torch.bfloat16, torch.float16) else numbers
 
 
 def has_bfloat16() -> bool:

@@ -20,6 +20,7 @@ from experiment.errors import UserError
 from llm_rlhf.models.causal import VALUE_HEAD, LanguagePolicy, column_range, leading_padding, position_ids
 from llm_rlhf.models.loading import load_language_model, model_folder, quietly, without_dropout
 from llm_rlhf.models.lora import base_of, merge
+from llm_rlhf.models.precision import Precision, autocast, widened
 from llm_rlhf.rewards.reward_model import RewardModel, find_folder, load_reward_tokenizer, load_trunk, probe
 from policy_core.policy import Evaluation
 from policy_core.returns import next_values_of
@@ -64,6 +65,7 @@ class ValueModel(nn.Module):
         width, sees_all = probe(trunk)
         if sees_all:
             raise UserError("critic.init: a model that sees the whole text cannot judge unfinished ones")
+        self.precision: Precision = "float32"
         self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -87,14 +89,15 @@ class ValueModel(nn.Module):
         lead = leading_padding(mask, limit=first - 1)
         ids, mask = (tensor[:, lead:last].to(self.trunk.device) for tensor in (ids, mask))
         padded = not bool(mask[:, 0].all())  # on the right nothing that counts comes after it
-        states = self.trunk(
-            input_ids=ids,
-            attention_mask=mask if padded else torch.ones_like(mask),
-            position_ids=position_ids(mask) if padded else None,
-            use_cache=False,
-        ).last_hidden_state[:, first - 1 - lead :]
+        with autocast(self, self.precision):
+            states = self.trunk(
+                input_ids=ids,
+                attention_mask=mask if padded else torch.ones_like(mask),
+                position_ids=position_ids(mask) if padded else None,
+                use_cache=False,
+            ).last_hidden_state[:, first - 1 - lead :]
         right = observations["input_ids"].shape[1] - last
-        return nn.functional.pad(self.head(states).squeeze(-1).float(), (first - 1, right)).to(home)
+        return nn.functional.pad(self.head(widened(states)).squeeze(-1), (first - 1, right)).to(home)
 
     def values(self, observations: Nested) -> Tensor:
         """The value of what each token was decided on, [B, T]: that of the text before it; 0 in column 0."""

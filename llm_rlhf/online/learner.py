@@ -20,6 +20,7 @@ from llm_rlhf.models.causal import LanguagePolicy, build_policy, frozen_copy
 from llm_rlhf.models.generation import GenerationConfig, Samples
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.lora import merged_writer
+from llm_rlhf.models.precision import Precision
 from llm_rlhf.models.tokenizer import decode_completions
 from llm_rlhf.online.critic import FOLDER, ActorCritic, CriticConfig, ValueModel, build_critic
 from llm_rlhf.online.experience import OverlongConfig, Sampler, Shaper, ShapingConfig, build_sampler
@@ -165,10 +166,12 @@ def build_learner(
     process: ProcessTermConfig | None = None,
     monitor: MonitorConfig | None = None,
     validation: ValidationConfig = ValidationConfig(every=0),
+    precision: Precision = "float32",
 ) -> Learner:
     """A learner at the run's start or, when resuming, exactly where its checkpoint left it.
 
     prompts     training prompts of one rollout
+    precision   of policy, reference and critic, in sampling and in updates
     critic      where values come from; None = there are none
 
     Raises UserError if model.path or critic.init name no trained model, or rewards, texts or lengths will not do.
@@ -179,6 +182,7 @@ def build_learner(
         temperature=generation.temperature,
         value_head=critic is not None and critic.model == "shared",
     )
+    policy.precision = precision
     sampler = build_sampler(
         policy,
         tokenizer,
@@ -193,6 +197,8 @@ def build_learner(
     require_room_to_sample(sampler, model=model, validation=validation)
     shaping = shaping or ShapingConfig()
     values = separate_critic(run, critic, sampler, model_path=str(model.path))
+    if values is not None:
+        values.precision = precision
     learned = [{"params": list(module.parameters())} for module in (policy, values) if module is not None]
     mix = None
     if ptx is not None and ptx.coef > 0:
@@ -377,7 +383,8 @@ def frozen_reference(run: Run, policy: LanguagePolicy) -> LanguagePolicy:
     """The policy as it was when the run began; kept in RUN/reference, so that a resumed run has the same one."""
     folder = run.folder / "reference"
     if run.checkpoint is not None:
-        reference = LanguagePolicy.from_pretrained(folder, temperature=policy.temperature)
+        reference = LanguagePolicy.from_pretrained(folder, temperature=policy.temperature).to(policy.device)
+        reference.precision = policy.precision
         return reference.requires_grad_(False).eval()
     reference = frozen_copy(policy)
     reference.save_pretrained(folder)

@@ -17,13 +17,21 @@ from PIL import Image
 
 from embodied import evaluate_vla
 from embodied.evaluate import TEST_SEEDS
-from embodied.evaluate_vla import EvaluateVLAConfig, evaluate_policy, suite_plays, suite_table
+from embodied.evaluate_vla import (
+    EvaluateVLAConfig,
+    asked,
+    evaluate_policy,
+    phrasing_of,
+    suite_plays,
+    suite_table,
+)
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
 from embodied.rollouts.processes import SharedArrays
-from embodied.vla.chunk_workers import Play, Seats, TableConfig, TableEpisode, layout_of, make_table
-from embodied.vla.judge import Judge, JudgeWorker
+from embodied.vla.chunk_workers import Player, layout_of
+from embodied.vla.judge import Judge
 from embodied.vla.report import describe, figures, suite_figures, table
+from embodied.vla.seats import Play, Seats, TableConfig, TableEpisode, make_table
 from embodied.vla.video import Film, caption, contact_sheet, wrap
 from envs.stepper import EpisodeRecord, episode_seed
 from envs.table.expert import Expert
@@ -166,8 +174,8 @@ def test_the_table_shows_every_suite_and_what_is_to_be_known() -> None:
 
 def test_normal_and_swapped_have_the_same_scenes_and_other_words() -> None:
     config = EvaluateVLAConfig()
-    plain = make_table(suite_table("normal", TASKS, config), 16)
-    swapped = make_table(suite_table("swapped", TASKS, config), 16)
+    plain = make_table(suite_table("normal", TASKS, "train", config), 16)
+    swapped = make_table(suite_table("swapped", TASKS, "train", config), 16)
     normal_plays, swapped_plays = (suite_plays(suite, TASKS, 2) for suite in ("normal", "swapped"))
     assert [seed for seed, _ in normal_plays] == [TEST_SEEDS, TEST_SEEDS + 1] * 5
     for (seed, options), (same_seed, swap) in zip(normal_plays, swapped_plays, strict=True):
@@ -184,13 +192,23 @@ def test_normal_and_swapped_have_the_same_scenes_and_other_words() -> None:
 def test_suites_keep_what_they_promise() -> None:
     config = EvaluateVLAConfig()
     for suite in ("normal", "held_out", "synonyms"):
-        env = make_table(suite_table(suite, TASKS, config), 16)
+        env = make_table(suite_table(suite, TASKS, "train", config), 16)
         for seed, options in suite_plays(suite, TASKS, 3):
             env.reset(seed=seed, options=options)
             assert held_out(env.goal) == (suite == "held_out")
             assert (env.instruction in phrases(env.goal, "train")) == (suite != "synonyms")
-    assert make_table(suite_table("randomized", TASKS, config), 16).randomizer is not None
-    assert suite_table("normal", TASKS, EvaluateVLAConfig(until_time_limit=True)).end_on_success is False
+    assert make_table(suite_table("randomized", TASKS, "train", config), 16).randomizer is not None
+    whole = suite_table("normal", TASKS, "train", EvaluateVLAConfig(until_time_limit=True))
+    assert whole.end_on_success is False
+
+
+def test_what_an_evaluation_asks_for_comes_before_what_its_run_did() -> None:
+    assert asked(EvaluateVLAConfig(), TASKS, "mine.py:say") == (TASKS, "mine.py:say")
+    assert asked(EvaluateVLAConfig(phrasing="train"), TASKS, "mine.py:say") == (TASKS, "train")
+    twice = EvaluateVLAConfig(tasks=("push", "reach", "push"))  # as training weighs them; judged once
+    assert asked(twice, TASKS, "train") == (("push", "reach"), "train")
+    assert phrasing_of({"environment": {"phrasing": "mine.py:say"}}) == "mine.py:say"
+    assert phrasing_of({"environment": {}}) == phrasing_of({}) == "train"
 
 
 def test_the_number_of_workers_does_not_change_the_outcome() -> None:
@@ -199,7 +217,7 @@ def test_the_number_of_workers_does_not_change_the_outcome() -> None:
     for workers in (0, 2):  # one in this process, two of their own
         with Judge(policy, workers=workers, count=4) as judge:
             found = judge.evaluate(
-                policy, plays, environment=suite_table("swapped", ("reach",), EvaluateVLAConfig())
+                policy, plays, environment=suite_table("swapped", ("reach",), "train", EvaluateVLAConfig())
             )
             played.append(
                 [(e.record.seed, e.record.length, e.goal, e.instruction, e.record.success_once) for e in found]
@@ -236,7 +254,7 @@ class DeafSeats(ExpertSeats):
 
 
 def expert_judge(kind: type[ExpertSeats]) -> Callable[..., Any]:
-    class Worker(JudgeWorker):
+    class Worker(Player):
         def _evaluation_seats(self, environment: TableConfig, plays: int) -> Seats:
             table = super()._evaluation_seats(environment, plays)
             table.__class__ = kind

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from embodied import train_vla_grpo, train_vla_ppo
 from embodied.policies.vla import VLAPolicy
+from embodied.policies.words import Words
 from embodied.train_vla_grpo import TrainVLAGRPOConfig
 from embodied.train_vla_ppo import TrainVLAPPOConfig, rates
-from embodied.vla.chunk_workers import TableConfig
 from embodied.vla.grounding import GroundingConfig
 from embodied.vla.learner import TableEvaluationConfig, VLALearner, success_by_task, validation_plays
 from embodied.vla.perceiving import PerceptionConfig
+from embodied.vla.seats import TableConfig
 from envs.stepper import EpisodeRecord
 from envs.table.observations import STATE
 from experiment.errors import UserError
@@ -82,9 +84,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in VLAPolicy.from_pretrained(folder).state_dict().items()}
 
 
-def moved(before: Path, run: Path) -> set[str]:
+def moved(before: Path, run: Path, checkpoint: str = "last") -> set[str]:
     """First parts of the names of what changed, but for the deviation that the configuration sets."""
-    old, new = weights(before), weights(run / "checkpoints" / "last" / "policy")
+    old, new = weights(before), weights(run / "checkpoints" / checkpoint / "policy")
     return {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])} - {"log_std"}
 
 
@@ -120,10 +122,12 @@ def test_learning_rate_0_leaves_the_weights(clone: Path, tmp_path: Path, rows_of
 
 
 def test_warm_up_moves_the_critic_only(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
-    config = ppo_config(clone, tmp_path / "run")
-    result = train_vla_ppo.train(replace(config, ppo=replace(config.ppo, critic_warmup=2)))
-    assert moved(clone, result.folder) == {"critic"}
-    assert "train/policy_loss" not in rows_of(result.folder)[1]
+    """And the last update of a run is the policy's, however short the run: a dry run has no other."""
+    config = ppo_config(clone, tmp_path / "run", total_steps=3 * STEPS)
+    result = train_vla_ppo.train(replace(config, ppo=replace(config.ppo, critic_warmup=9)))
+    assert moved(clone, result.folder, "000000002") == {"critic"}
+    assert moved(clone, result.folder) == {"actor", "critic"}
+    assert ["train/policy_loss" in row for row in rows_of(result.folder)] == [False, False, True]
 
 
 def test_rates_of_their_own(clone: Path, tmp_path: Path) -> None:
@@ -168,7 +172,7 @@ def test_what_the_eyes_learn_while_the_hand_does(clone: Path, tmp_path: Path, ro
 def test_the_eyes_learn_while_the_critic_warms_up(clone: Path, tmp_path: Path) -> None:
     config = ppo_config(clone, tmp_path / "run", perception=EYES)
     result = train_vla_ppo.train(replace(config, ppo=replace(config.ppo, critic_warmup=2)))
-    assert moved(clone, result.folder) == {"critic", "perception"}
+    assert moved(clone, result.folder, "000000001") == {"critic", "perception"}
 
 
 def test_a_dry_run_draws_few_scenes(clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,14 +210,6 @@ def test_the_kl_in_the_loss_and_a_learned_deviation(clone: Path, tmp_path: Path,
     assert not torch.equal(kept, torch.full((4,), -1.0))
 
 
-def test_a_clone_that_never_saw_states_learns_their_scale(tmp_path: Path) -> None:
-    tiny_policy().save_pretrained(tmp_path / "blind")
-    config = ppo_config(tmp_path / "blind", tmp_path / "run", kl=KLConfig())
-    result = train_vla_ppo.train(config)
-    kept = VLAPolicy.from_pretrained(result.folder / "checkpoints" / "last" / "policy")
-    assert float(kept.state_normalizer.count) == 6  # the first rollout's decisions, once
-
-
 def assert_resumes(
     train: Callable[..., Any],
     config: Any,
@@ -232,9 +228,74 @@ def assert_resumes(
         assert found.read_bytes() == expected.read_bytes()
 
 
-def test_resumed_to_the_bit(clone: Path, tmp_path: Path, rows_of: Rows, interrupt_at: Callable[..., None]) -> None:
+@pytest.mark.parametrize(("credit", "workers"), [("chunk", 0), ("step", 2)])
+def test_resumed_to_the_bit(
+    clone: Path,
+    tmp_path: Path,
+    rows_of: Rows,
+    interrupt_at: Callable[..., None],
+    credit: Literal["chunk", "step"],
+    workers: int,
+) -> None:
     config = ppo_config(clone, tmp_path / "whole", horizon=17, total_steps=2 * 2 * 17 * 4)
+    config = replace(
+        config,
+        environment=replace(config.environment, workers=workers),
+        credit=credit,
+        ppo=replace(config.ppo, ratio_level="factor" if credit == "step" else "decision"),
+        kl=KLConfig(coef=0.1, placement="loss", estimator="k2"),
+    )
     assert_resumes(train_vla_ppo.train, config, tmp_path, rows_of, interrupt_at)
+
+
+def test_a_run_goes_on_without_what_it_was_cloned_from(
+    clone: Path, tmp_path: Path, rows_of: Rows, interrupt_at: Callable[..., None]
+) -> None:
+    """The KL's reference is the run's own: its checkpoints hold it, whatever becomes of the clone's folder."""
+    config = ppo_config(clone, tmp_path / "run", total_steps=3 * STEPS)
+    interrupt_at(2, train_vla_ppo.train, config)
+    shutil.rmtree(clone)
+    resumed = train_vla_ppo.train(config, resume=tmp_path / "run")
+    tiny_policy().save_pretrained(clone)  # another one under its name
+    again = train_vla_ppo.train(replace(config, total_steps=4 * STEPS), resume=resumed.folder)
+    rows = rows_of(again.folder)
+    assert len(rows) == 4
+    assert [row["objective/kl"] < 1.0 for row in rows] == [True] * 4  # of another clone it would be far more
+
+
+def test_eyes_may_begin_to_learn_when_a_run_goes_on(clone: Path, tmp_path: Path) -> None:
+    config = ppo_config(clone, tmp_path / "run", total_steps=STEPS)
+    train_vla_ppo.train(config)
+    more = replace(config, total_steps=2 * STEPS, perception=EYES)
+    again = train_vla_ppo.train(more, resume=tmp_path / "run")
+    assert "perception" in moved(clone, again.folder)
+
+
+def test_another_number_of_tables_or_workers_is_told(clone: Path, tmp_path: Path) -> None:
+    config = ppo_config(clone, tmp_path / "run", total_steps=STEPS)
+    train_vla_ppo.train(config)
+    for change, setting in (({"workers": 2}, "environment.workers"), ({"count": 4}, "environment.count")):
+        other = replace(config, total_steps=9 * STEPS, environment=replace(config.environment, **change))
+        with pytest.raises(UserError, match=setting):
+            train_vla_ppo.train(other, resume=tmp_path / "run")
+
+
+def test_words_that_the_clone_never_met_are_told_of_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = tiny_policy()
+    known = [word for word in policy.words.vocabulary if word != "the"]
+    mute = VLAPolicy(policy.spaces, policy.config, Words(known))
+    mute.save_pretrained(tmp_path / "mute")
+    train_vla_ppo.train(ppo_config(tmp_path / "mute", tmp_path / "run", horizon=17, total_steps=2 * 2 * 17 * 4))
+    told = [line for line in capsys.readouterr().err.splitlines() if "never met" in line]
+    assert told == ["the policy never met 'the': it reads unknown words alike"]
+
+
+def test_impossible_evaluations_are_refused() -> None:
+    for wrong in ({"every": -1}, {"episodes": 0}):
+        with pytest.raises(ValueError, match="evaluation: every must not be negative, episodes at least 1"):
+            TableEvaluationConfig(**wrong)
 
 
 def test_resumed_to_the_bit_while_the_eyes_learn(
@@ -341,13 +402,16 @@ def test_configurations_that_cannot_be_meant() -> None:
             config(ppo=PPOConfig(aggregation="episode"))
         with pytest.raises(ValueError, match="must be at least 1"):
             config(update_threads=0)
+    for ppo in (PPOConfig(gamma=0.99), PPOConfig(gamma=1.0, critic_warmup=2)):
+        with pytest.raises(ValueError, match=r"ppo\.gamma must be 1 and ppo\.critic_warmup 0"):
+            TrainVLAGRPOConfig(ppo=ppo)
 
 
 # ------------------------------------------------------------------ what is told
 
 
 def test_tasks_take_turns_and_are_told_apart() -> None:
-    from embodied.vla.chunk_workers import TableEpisode
+    from embodied.vla.seats import TableEpisode
 
     plays = validation_plays(("reach", "push", "push"), 3)  # judged alike, though one is played more often
     assert plays == [

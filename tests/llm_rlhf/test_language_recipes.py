@@ -178,11 +178,14 @@ def test_ppo_reports_trls_names_and_moves_the_policy(tmp_path: Path, base: Path)
 
 
 def test_critic_warm_up_leaves_the_language_model_alone(tmp_path: Path, base: Path) -> None:
-    config = small_ppo(tmp_path / "run", base, 2)
-    config = replace(config, ppo=replace(config.ppo, critic_warmup=2))
-    before, after = weights(base), weights(train_ppo.train(config).folder)
+    """And a run's last update is the policy's, however long the warm-up."""
+    config = small_ppo(tmp_path / "run", base, 3)
+    config = replace(config, ppo=replace(config.ppo, critic_warmup=9), run=replace(config.run, checkpoint_every=1))
+    folder = train_ppo.train(config).folder
+    before, warm, after = weights(base), weights(folder / "checkpoints" / "000000002"), weights(folder)
     for name, tensor in before.items():
-        assert torch.equal(tensor, after[name]) != name.startswith("value_head."), name
+        assert torch.equal(tensor, warm[name]) != name.startswith("value_head."), name
+        assert not torch.equal(tensor, after[name]), name
 
 
 def test_rloo_and_dr_grpo_are_a_setting(tmp_path: Path, base: Path) -> None:
@@ -346,6 +349,33 @@ def test_sampling_s_log_probs_are_compared_with_training_s(tmp_path: Path, base:
         found = [row.get("sampling/logprob_gap") for row in rows(recipe(config).folder)]
         assert [gap is not None for gap in found] == [False, True, False, True]
         assert all(0 <= gap <= 1e-5 for gap in found if gap is not None)
+
+
+def test_in_bfloat16_the_same_run_but_for_rounding(tmp_path: Path, base: Path) -> None:
+    """Sampling and update compute alike there: ratios begin at about 1. Weights and optimizer stay float32, and the
+    first rollout is judged as in float32."""
+    made: list[tuple[Recipe, Any]] = [
+        (train_ppo.train, small_ppo(tmp_path / "ppo", base, 4)),
+        (train_grpo.train, small_grpo(tmp_path / "grpo", base, 4)),
+    ]
+    for recipe, config in made:
+        config = replace(config, sampling=replace(config.sampling, logprob_gap_every=1))
+        exact = rows(recipe(config).folder)
+        folder = Path(f"{config.run.folder}-bf16")
+        narrow = replace(config, precision="bf16", run=replace(config.run, folder=str(folder)))
+        found = rows(recipe(narrow).folder)
+        assert max(row["sampling/logprob_gap"] for row in found) < 0.05
+        assert found[0]["objective/entropy"] == pytest.approx(exact[0]["objective/entropy"], rel=0.02)
+        assert found[0]["objective/entropy"] != exact[0]["objective/entropy"]
+        kept = LanguagePolicy.from_pretrained(folder).state_dict()
+        assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+
+
+def test_bf16_resumes_to_the_bit(tmp_path: Path, base: Path) -> None:
+    def narrow(folder: Path, updates: int) -> TrainGRPOConfig:
+        return replace(small_grpo(folder, base, updates), precision="bf16")
+
+    resumed(train_grpo.train, narrow, tmp_path)
 
 
 def test_penalties_and_scales_of_a_run(tmp_path: Path, base: Path) -> None:

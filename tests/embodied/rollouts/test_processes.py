@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,9 +81,23 @@ def test_each_worker_gets_its_own_state_back(staffed: tuple[Workers, SharedArray
     workers.set_state({"workers": [{"total": 0}, {"total": 50}]})
     workers.deal("doubled", [1, 2, 3], 0)
     assert workers.state() == {"workers": [{"total": 4}, {"total": 52}]}
-    with pytest.raises(ValueError, match=r"^the state is of 1 workers, there are 2$"):
+    with pytest.raises(
+        UserError, match=r"^the checkpoint is of 1 rollout workers, there are 2: .*environment.workers"
+    ):
         workers.set_state({"workers": [{"total": 0}]})
     assert workers.capture_obstacle() == "the clerk of row 0 forgets"
+
+
+def test_a_worker_that_dies_while_nobody_asks_is_told_of() -> None:
+    """Not as a broken pipe, which a program takes for its reader's end."""
+    workers = Workers(Clerk, 5, 2, SharedArrays(LAYOUT))
+    member = workers.members[0]
+    assert isinstance(member, ProcessWorker)
+    os.kill(member.pid, signal.SIGKILL)
+    member._process.join(10)
+    with pytest.raises(RuntimeError, match=r"a rollout worker died \(exit code -9\)"):
+        workers.ask("write", 1)
+    workers.close()
 
 
 def test_without_processes_all_rows_are_worked_on_here() -> None:

@@ -216,7 +216,7 @@ def test_a_state_of_other_workers_is_refused(make_policy: Make) -> None:
     policy = policy_for(environment, make_policy)
     with Collector(environment, policy, steps=1, seed=0) as collector:
         state = collector.workers.state()
-        with pytest.raises(ValueError, match="of 2 workers, there are 1"):
+        with pytest.raises(UserError, match="of 2 rollout workers, there are 1"):
             collector.workers.set_state({"workers": state["workers"] * 2})
 
 

@@ -10,14 +10,8 @@ import pytest
 import torch
 
 from embodied.vla.chunk_rollout import ChunkCollector, ChunkExperience
-from embodied.vla.chunk_workers import (
-    Seat,
-    TableConfig,
-    export_weights,
-    floats_of,
-    load_weights,
-    make_table,
-)
+from embodied.vla.chunk_workers import export_weights, floats_of, load_weights
+from embodied.vla.seats import Seat, Seats, TableConfig, make_table
 from envs.stepper import episode_seed
 from envs.table.env import TIME_LIMIT, TableEnv
 from envs.table.language import held_out, parse, phrases
@@ -192,6 +186,54 @@ def test_pictures_are_of_the_moment_before_the_chunk() -> None:
     for action in experience.actions[0, 0].numpy():
         seen = env.step(np.clip(action, -1, 1))[0]
     np.testing.assert_array_equal(experience.observations["image"][0, 1].numpy(), seen["image"])
+
+
+def test_states_are_of_the_moment_before_each_control_step() -> None:
+    policy = tiny_policy()
+    with ChunkCollector(table(count=1), policy, chunks=2, seed=3, step_states=True) as collector:
+        experience = collector.collect(policy)
+    env = TableEnv(observe=("state",))
+    seen = env.reset(seed=episode_seed(3000, 0))[0]["state"]
+    for chunk in range(2):
+        for step, action in enumerate(experience.actions[0, chunk].numpy()):
+            np.testing.assert_array_equal(experience.step_states[0, chunk, step].numpy(), seen)
+            seen = env.step(np.clip(action, -1, 1))[0]["state"]
+    np.testing.assert_array_equal(experience.next_states[0].numpy(), seen)
+
+
+def test_what_the_table_complains_of_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be drawn, in training too; while a mistake of the policy's own keeps its traceback."""
+    policy = tiny_policy()
+
+    def refuse(*arguments: object) -> None:
+        raise ValueError("cannot draw with MUJOCO_GL='none'")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("envs.table.camera.picture", refuse)
+        with pytest.raises(UserError, match=r"^environment: cannot draw"):
+            ChunkCollector(table(), policy, chunks=1, seed=0)
+    with ChunkCollector(table(), policy, chunks=1, seed=0) as collector:
+        with torch.no_grad():
+            policy.actor.last.bias.fill_(torch.nan)
+        with pytest.raises(UserError, match=r"^environment: .*not finite"):
+            collector.collect(policy)
+
+
+def test_an_evaluation_play_is_as_in_a_new_table(tmp_path: Path) -> None:
+    """Also of what is drawn once at a table's start: whatever was played at a seat before."""
+    rules = tmp_path / "heavy.yaml"
+    rules.write_text("- {field: mass, names: object0, operation: scale, range: [0.5, 2.0], when: start}\n")
+    seats = Seats(table(randomization=str(rules)), tiny_policy(), 2)
+    masses = []
+    for index, seeds in enumerate(((7,), (1, 2, 7))):
+        for seed in seeds:
+            seats.begin(index, seed, first=True)
+        model = seats.seats[index].env.world.model
+        masses.append(float(model.body("object0").mass[0]))
+        seats.begin(index, 8)  # within one training, what was drawn at the start stays
+        assert float(model.body("object0").mass[0]) == masses[-1]
+    seats.close()
+    assert masses[0] == masses[1]
 
 
 def test_what_the_eyes_said_is_kept_and_is_what_the_hand_went_by() -> None:

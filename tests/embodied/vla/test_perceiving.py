@@ -169,8 +169,13 @@ def test_which_are_drawn_follows_from_the_generator() -> None:
 def test_what_is_not_finite_is_told() -> None:
     policy, seen = tiny_policy(), experience()
     seen.observations["state"][0, 1, 3] = torch.inf
-    with pytest.raises(NonFiniteLoss, match=r"what the eyes say .*'percept_loss': inf"):
-        fit_perception(policy, sgd(policy, 0.1), seen, None, CONFIG, generator())
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    with pytest.raises(NonFiniteLoss, match="in what the eyes say") as caught:
+        fit_perception(
+            policy, sgd(policy, 0.1), seen, None, replace(CONFIG, pictures=99, minibatch_size=99), generator()
+        )
+    assert caught.value.setting == "perception.learning_rate"
+    assert all(tensor.equal(before[name]) for name, tensor in policy.state_dict().items())  # nothing is spoiled
 
 
 @pytest.mark.parametrize("wrong", [{"learning_rate": -1e-4}, {"pictures": 0}, {"minibatch_size": 0}])

@@ -127,5 +127,8 @@ def test_the_critic_learns_the_returns_and_nothing_else_moves() -> None:
         name.partition(".")[0] for name, tensor in policy.state_dict().items() if not tensor.equal(before[name])
     }
     assert changed == {"critic"}
-    with pytest.raises(NonFiniteLoss, match="critic's loss"):
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    with pytest.raises(NonFiniteLoss, match="critic's loss") as caught:
         fit_critic(policy, optimizer, replace(credit, returns=credit.returns * torch.inf), epochs=1, **options)
+    assert caught.value.setting == "critic_learning_rate"
+    assert all(tensor.equal(before[name]) for name, tensor in policy.state_dict().items())  # nothing is spoiled

@@ -14,6 +14,7 @@ from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.decoding import PlainGPT2, RoomyLayer, roomy_cache
 from llm_rlhf.models.generation import draw_index
 from llm_rlhf.models.lora import LoRAConfig, add_lora
+from llm_rlhf.models.precision import Precision
 
 
 def small_model() -> GPT2LMHeadModel:
@@ -80,18 +81,22 @@ def test_a_model_with_a_window_makes_its_own_cache() -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_new", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 @torch.no_grad()
-def test_plain_steps_are_transformers_steps(activation: str, padded: bool) -> None:
+def test_plain_steps_are_transformers_steps(activation: str, padded: bool, precision: Precision) -> None:
+    """In bfloat16, too: what autocast computes, to a few units in the last of its places."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=20, n_positions=32, n_embd=16, n_layer=2, n_head=2, activation_function=activation
     )
     policy = LanguagePolicy(GPT2LMHeadModel(config).eval())
+    policy.precision = precision
+    tolerance = 2e-6 if precision == "float32" else 4e-3
     prompts = torch.arange(18).view(3, 6)
     mask = torch.ones(3, 6, dtype=torch.long)
     mask[1, :4] = 0 if padded else 1
     caches = [roomy_cache(config, 12), None]
-    plain = PlainGPT2.of(policy.model)
+    plain = PlainGPT2.of(policy.model, precision)
     assert plain is not None
     for index, cache in enumerate(caches):
         caches[index] = policy.step(prompts, mask, cache=cache, use_cache=True)[2]
@@ -106,8 +111,9 @@ def test_plain_steps_are_transformers_steps(activation: str, padded: bool) -> No
         assert caches[0] is not None
         logits, hidden = plain.step(tokens, mask, caches[0])
         expected, states, _ = policy.step(tokens.unsqueeze(1), mask, cache=caches[1], use_cache=True)
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(hidden, states, rtol=0, atol=2e-6)
+        assert logits.dtype == hidden.dtype == expected.dtype == states.dtype == torch.float32
+        torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance / 2)
+        torch.testing.assert_close(hidden, states, rtol=0, atol=tolerance)
 
 
 def test_what_plain_steps_leave_to_transformers() -> None:

@@ -11,11 +11,14 @@ from embodied.train_iql import TrainIQLConfig
 from experiment.config import build_from_dict
 from experiment.errors import UserError
 from llm_rlhf.train_dpo import TrainDPOConfig
+from llm_rlhf.train_grpo import TrainGRPOConfig
 from llm_rlhf.train_iterative_dpo import TrainIterativeDPOConfig
 from llm_rlhf.train_kto import TrainKTOConfig
+from llm_rlhf.train_ppo import TrainPPOConfig
 from llm_rlhf.train_rejection import TrainRejectionConfig
 from llm_rlhf.train_reward import TrainRewardConfig
 from llm_rlhf.train_sft import TrainSFTConfig
+from llm_rlhf.train_turns_ppo import TrainTurnsPPOConfig
 from llm_rlhf.train_turns_sft import TrainTurnsSFTConfig
 
 
@@ -29,6 +32,9 @@ from llm_rlhf.train_turns_sft import TrainTurnsSFTConfig
         (TrainKTOConfig, "learning"),
         (TrainIterativeDPOConfig, "learning"),
         (TrainRewardConfig, "reward"),
+        (TrainPPOConfig, None),
+        (TrainGRPOConfig, None),
+        (TrainTurnsPPOConfig, None),
         (TrainIQLConfig, None),
         (TrainCQLConfig, None),
     ],

@@ -289,12 +289,12 @@ def test_it_learns_beside_the_policy_and_resumes_to_the_bit(tmp_path: Path, star
 
 
 def test_warm_up_moves_the_critic_and_nothing_else(tmp_path: Path, start: Path) -> None:
-    config = small(tmp_path / "run", start, updates=2)
-    config = replace(config, ppo=replace(config.ppo, critic_warmup=2))
-    run = train_ppo.train(config).folder
-    after, before = weights(run, "policy"), LanguagePolicy.from_pretrained(start).state_dict()
+    config = small(tmp_path / "run", start, updates=3)
+    config = replace(config, ppo=replace(config.ppo, critic_warmup=2), run=replace(config.run, checkpoint_every=1))
+    warm = train_ppo.train(config).folder / "checkpoints" / "000000002"
+    after, before = (LanguagePolicy.from_pretrained(folder).state_dict() for folder in (warm / "policy", start))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    trunk = weights(run, "critic")
+    trunk = ValueModel.from_pretrained(warm / "critic").state_dict()
     assert not torch.equal(trunk["trunk.wte.weight"], before[EMBEDDING])
 
 
