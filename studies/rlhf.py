@@ -4,12 +4,13 @@
 
 FOLDER holds hh_harmless_pairs.jsonl.gz and gsm8k_train.jsonl.gz. A small language model is trained on their text;
 a noisy reader of the gold score (studies/rlhf_gold.py) compares a few hundred pairs of its replies; an ensemble of
-reward heads learns from them, and policies climb that. A cell is a stage of a seed:
+reward heads learns from them, and policies climb that. All cells are to be run from one unchanged tree: later ones
+start from the models of earlier ones. A cell is a stage of a seed:
 
     base    the language model, the pairs, the reward model, best-of-n
     ppo     PPO against the ensemble's mean at several KL coefficients, and against mean - deviations
     direct  DPO and IPO on the same pairs, iterative DPO against the ensemble's mean
-    tax     PPO-ptx, adaptive KL, and every run's perplexity on held-out text
+    tax     PPO-ptx, adaptive KL beside a fixed coefficient as long, and every run's perplexity on held-out text
 
 Later ones start from the first one's runs in runs/studies. Seed 100 is the development seed: the monitor's
 thresholds, the KL coefficients and the target were fixed on it, and it is left out of every mean.
@@ -21,13 +22,23 @@ import argparse
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, median
 
 from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
 from llm_rlhf.online.monitor import MonitorConfig
-from studies.cells import RUNS, Figures, main, mean_and_error, read_results
+from studies.cells import RUNS, Figures, main, mean_and_error, read_results, require
 from studies.rlhf_data import GSM8K, HH
-from studies.rlhf_reading import alarms, kl_of_last_third, points_of, read_curve, verdict
+from studies.rlhf_reading import (
+    BLOCK,
+    alarms,
+    last_third,
+    lead,
+    points_of,
+    read_curve,
+    turn_within,
+    verdict,
+)
 from studies.rlhf_runs import (
     GOLD,
     Base,
@@ -59,6 +70,9 @@ ADAPTIVE = {"adaptive from 0.03": 0.03, "adaptive from 0.3": 0.3}
 STEERED = ("kl.horizon=512", "sampling.updates=200", "validation.every=5")
 """Longer than the other runs: the KL starts at 0, so the coefficient falls first, and the KL overshoots. At a
 horizon of 256 it went to four times the target on the development seed, and came back after 85 updates."""
+LONGER = {"kl 0.1, 200 updates": 0.1}
+UNSTEERED = STEERED[1:]
+"""What the adaptive coefficient is compared with: the fixed one in a run as long, and read off the same updates."""
 PTX = {"ptx, kl 0": ("kl 0", 0.0), "ptx, kl 0.1": ("kl 0.1", 0.1)}
 """PPO-ptx's arms: the arm of PPO that each stands beside, and its coefficient."""
 
@@ -93,7 +107,7 @@ def train_ppo(base: Base, arm: str, overrides: Sequence[str], *, deviations: flo
     return {
         "curve": curve,
         "alarms": alarms(folder, monitor_of(folder)),
-        "kl_of_last_third": kl_of_last_third(folder),
+        **last_third(folder),
         "test": judge(folder),
     }
 
@@ -123,15 +137,19 @@ def direct(base: Base) -> Figures:
 
 
 def tax(base: Base) -> Figures:
-    """PPO-ptx beside PPO, the adaptive coefficient, and what every run costs in perplexity."""
+    """PPO-ptx beside PPO, the adaptive coefficient beside a fixed one, and what every run costs in perplexity."""
+    wanted = target()
+    require("rlhf", f"ppo-{base.seed}")
     figures: Figures = {}
     for arm, (_, coef) in PTX.items():
         texts = [f"ptx.path={base.folder / 'documents.jsonl'}", "ptx.coef=1.0", "ptx.batch_size=8"]
         figures[arm] = train_ppo(base, arm, [f"kl.coef={coef}", *texts])
     for arm, coef in ADAPTIVE.items():
-        steered = [f"kl.coef={coef}", f"kl.target={target()}", *STEERED]
-        figures[arm] = {**train_ppo(base, arm, steered), "target": target()}
-    for arm in (*ARMS, *PTX, *ADAPTIVE):
+        steered = [f"kl.coef={coef}", f"kl.target={wanted}", *STEERED]
+        figures[arm] = {**train_ppo(base, arm, steered), "target": wanted}
+    for arm, coef in LONGER.items():
+        figures[arm] = train_ppo(base, arm, [f"kl.coef={coef}", *UNSTEERED])
+    for arm in (*ARMS, *PTX, *ADAPTIVE, *LONGER):
         figures.setdefault(arm, {}).update(language(base, folder_of(arm, base.seed)))
     return figures
 
@@ -170,25 +188,29 @@ def shown(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean:.{digits}f} ± {error:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
 
 
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median and range."""
+    if not values:
+        return "-"
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
 def over_optimisation(results: Mapping[str, Figures]) -> str:
-    """Of every PPO arm: gold at its highest and at the end, the KL of both, and how many runs turned."""
+    """Of every PPO arm: gold at its highest and at the end, the KL of both, and how many runs turned; where Gao's
+    fit turns, of the runs that went so far."""
     cells = list(of_stage(results, "ppo").values())
     if not cells:
         return ""
     start = shown([cell["kl 0"]["curve"]["start"] for cell in cells])
     lines = [
-        f"PPO against the proxy, {len(cells)} seeds; gold at the start {start}\n",
+        f"PPO against the proxy, {len(cells)} seeds; gold at the start, on all validation prompts, {start}\n",
         "| arm | turned | highest gold | at a KL of | gold at the end | proxy at the end | KL at the end "
-        "| Gao's turn d*² |",
+        "| Gao's turn d*², where it was reached |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm in ARMS:
         curves = [cell[arm]["curve"] for cell in cells]
-        turns = [
-            curve["gao"]["turning_point"] ** 2
-            for curve in curves
-            if curve["gao"] and curve["gao"]["turning_point"] is not None
-        ]
+        turns = [turn for turn in map(turn_within, curves) if turn is not None]
         columns = [shown([curve[name] for curve in curves]) for name in ("peak", "kl", "last")]
         columns += [
             shown([curve["proxy"][-1] for curve in curves]),
@@ -204,21 +226,30 @@ def over_optimisation(results: Mapping[str, Figures]) -> str:
 
 
 def monitor(results: Mapping[str, Figures]) -> str:
-    """When the monitor fired, with the gold score and by the rules that need none."""
-    runs = [found for stage in ("ppo", "tax") for c in of_stage(results, stage).values() for found in c.values()]
-    runs = [found for found in runs if "alarms" in found]
+    """When the monitor fired, with the gold score and by the rules that need none; how long before gold turned.
+
+    The runs of the target's table are left out: an adaptive coefficient pulls the KL back and gold with it, and all
+    of them look less often than the runs that the thresholds were fixed on.
+    """
+    cells = [cell for stage in ("ppo", "tax") for cell in of_stage(results, stage).values()]
+    runs = [cell[arm] for cell in cells for arm in (*ARMS, *PTX) if "alarms" in cell.get(arm, {})]
     if not runs:
         return ""
     turned = sum(found["curve"]["turned"] for found in runs)
     kinds = ("before", "after", "late", "missed", "quiet", "false")
     lines = [
         f"The monitor on {len(runs)} PPO runs, of which {turned} turned\n",
-        "| rules | before the turn | before the fall shows | late | missed | quiet, did not turn | false alarm |",
-        "|---|---|---|---|---|---|---|",
+        "| rules | before the turn | before the fall shows | late | missed | quiet, did not turn | false alarm "
+        "| first alarm to the turn, updates, median (range) | the same in nats |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for label, with_gold in (("all", True), ("those without gold", False)):
         verdicts = [verdict(found["curve"], found["alarms"], with_gold=with_gold) for found in runs]
-        lines.append(f"| {label} | {' | '.join(str(verdicts.count(kind)) for kind in kinds)} |")
+        leads = [lead(found["curve"], found["alarms"], with_gold=with_gold) for found in runs]
+        columns = [str(verdicts.count(kind)) for kind in kinds]
+        columns += [spread([one[0] for one in leads if one is not None], 0)]
+        columns += [spread([one[1] for one in leads if one is not None], 1)]
+        lines.append(f"| {label} | {' | '.join(columns)} |")
     rules = sorted({rule for found in runs for rule in found["alarms"]})
     fired = {rule: [found["curve"]["turned"] for found in runs if rule in found["alarms"]] for rule in rules}
     said = "; ".join(f"{rule} {sum(runs)} and {len(runs) - sum(runs)}" for rule, runs in fired.items())
@@ -256,46 +287,60 @@ def direct_table(results: Mapping[str, Figures]) -> str:
 
 def tax_table(results: Mapping[str, Figures]) -> str:
     """Perplexity on held-out text after each arm, and what pretraining's texts in the loss save of it."""
-    cells = of_stage(results, "tax")
+    beside = of_stage(results, "ppo")
+    start = {seed: cell["perplexity"] for seed, cell in of_stage(results, "base").items()}
+    cells = {s: cell for s, cell in of_stage(results, "tax").items() if s in beside and s in start}
     if not cells:
         return ""
-    start = {seed: results[f"base-{seed}"]["perplexity"] for seed in cells}
     lines = [
-        f"Perplexity a token on held-out text; at the start {shown(list(start.values()), 1)}\n",
+        f"Perplexity a token on held-out text; at the start {shown([start[s] for s in cells], 1)}\n",
         "| arm | perplexity | times the start's | gold at the end |",
         "|---|---|---|---|",
     ]
     for arm in (*ARMS, *PTX):
         found = {seed: cell[arm] for seed, cell in cells.items()}
-        curves = [(results[f"ppo-{seed}"] if arm in ARMS else cells[seed])[arm]["curve"] for seed in cells]
+        curves = [(beside if arm in ARMS else cells)[seed][arm]["curve"] for seed in cells]
         columns = [
             shown([figures["perplexity"] for figures in found.values()], 1),
             shown([figures["perplexity"] / start[seed] for seed, figures in found.items()]),
             shown([curve["last"] for curve in curves]),
         ]
         lines.append(f"| {arm} | {' | '.join(columns)} |")
-    for arm, (beside, _) in PTX.items():
-        saved = [cell[arm]["perplexity"] - cell[beside]["perplexity"] for cell in cells.values()]
-        lines += ["", f"{arm} less {beside}, by seed: {shown(saved, 1)}"]
+    for arm, (plain, _) in PTX.items():
+        saved = [cell[arm]["perplexity"] - cell[plain]["perplexity"] for cell in cells.values()]
+        lines += ["", f"{arm} less {plain}, by seed: {shown(saved, 1)}"]
     return "\n".join(lines)
 
 
 def target_table(results: Mapping[str, Figures]) -> str:
-    """KL over the last third of updates against the target, fixed coefficient and adaptive."""
+    """KL over the last third of updates against the target, fixed coefficient and adaptive: its mean, and how much
+    of the time it was near, by blocks of updates."""
     cells = of_stage(results, "tax")
     if not cells:
         return ""
     wanted = next(iter(cells.values()))[next(iter(ADAPTIVE))]["target"]
     lines = [
         f"KL over the last third of the run; the target is {wanted:g} nats a reply\n",
-        "| coefficient | KL | within 20% of the target |",
-        "|---|---|---|",
+        f"| coefficient | updates | KL | mean within 20% of the target | blocks of {BLOCK} updates within 20% |",
+        "|---|---|---|---|---|",
     ]
-    for arm in (*[arm for arm, (coef, deviations) in ARMS.items() if coef and not deviations], *ADAPTIVE):
-        kls = [(results[f"ppo-{seed}"] if arm in ARMS else cells[seed])[arm]["kl_of_last_third"] for seed in cells]
-        held = sum(abs(kl / wanted - 1) <= 0.2 for kl in kls)
-        lines.append(f"| {arm} | {shown(kls)} | {held} of {len(kls)} |")
+    for arm in (*[arm for arm, (coef, off) in ARMS.items() if coef and not off], *LONGER, *ADAPTIVE):
+        found = [results.get(f"ppo-{seed}", {}) if arm in ARMS else cell for seed, cell in cells.items()]
+        runs = [cell[arm] for cell in found if arm in cell]
+        if not runs:
+            continue
+        held = sum(near(run["kl_of_last_third"], wanted) for run in runs)
+        blocks = [fmean(near(kl, wanted) for kl in run["kl_of_blocks"]) for run in runs]
+        first, last = runs[0]["kl_updates"]
+        kls = shown([run["kl_of_last_third"] for run in runs])
+        share = shown([100 * block for block in blocks], 0)
+        lines.append(f"| {arm} | {first} to {last} | {kls} | {held} of {len(runs)} | {share}% |")
     return "\n".join(lines)
+
+
+def near(kl: float, wanted: float) -> bool:
+    """Within 20% of the target."""
+    return abs(kl / wanted - 1) <= 0.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,12 +1,14 @@
 """The table from demonstrations of mixed quality: cloning, filtered cloning and IQL, then PPO from each.
 
-    python -m studies.table_mixed
+    python -m studies.table_mixed --cell data-0                  then data-1 and data-2
+    python -m studies.table_mixed --share 1/2                    and, beside it, --share 2/2
 
 Two tasks from the privileged state. Six episodes of ten are the scripted expert's; four are those of a demonstrator
 that mishears: half the time it does the same with another thing than the one that was named, so it succeeds in
 about half of its episodes (`data-SEED` reports in how many), and nothing tells whose an episode is. The clone, the
-clone of the best half and IQL learn from the same episodes for the same number of updates; PPO then goes on from
-the first and the last of them for the same number of steps. 400 test scenes each, the same for all.
+clone of the best half and IQL learn from the same episodes (none is held out) for the same number of updates, the
+clones at a learning rate that falls along a cosine, IQL at a constant one; PPO then goes on from the first and the
+last of them for the same number of steps. 400 test scenes each, the same for all.
 """
 
 from __future__ import annotations
@@ -31,15 +33,20 @@ from envs.table.layout import TRAINING_SEEDS
 from envs.table.tasks import destination, locate
 from envs.table.world import Array
 from experiment.metrics import read_metrics
-from studies.cells import RUNS, Figures, main
+from studies.cells import RUNS, Figures, difference, main, paired, require
 from tandem.recipes import find_config, read_plan
 
 TASKS = ("pick", "place")
 GOOD, WEAK = 1200, 800
 MISHEARD, NOISE = 0.5, 0.2
 EPISODES = 400
-STAGES = ("data", "bc", "filtered", "iql", "ppo_from_bc", "ppo_from_iql")
-CELLS = [f"{stage}-{seed}" for seed in range(3) for stage in STAGES]
+SEEDS = range(3)
+LEARNED = ("bc", "filtered", "iql", "ppo_from_bc", "ppo_from_iql")
+STAGES = ("data", *LEARNED)
+CELLS = [*(f"data-{seed}" for seed in SEEDS), *(f"{stage}-{seed}" for seed in SEEDS for stage in LEARNED)]
+PAIRS = (("iql", "bc"), ("filtered", "bc"), ("iql", "filtered"), ("ppo_from_iql", "ppo_from_bc"))
+BAR = 0.15
+"""What iql - bc is asked to reach, in success."""
 
 
 def run(cell: str, options: argparse.Namespace) -> Figures:
@@ -49,16 +56,19 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
     data = RUNS / f"table_mixed-data-{seed}"
     if stage == "data":
         return make_data(data, seed)
+    needed = f"{stage.removeprefix('ppo_from_') if stage.startswith('ppo_from_') else 'data'}-{seed}"
+    require("table_mixed", needed)
     folder = RUNS / f"table_mixed-{cell}"
     mixed = data / "mixed"
+    cloned = (f"demonstrations={mixed}", "held_out=0.0")  # IQL holds nothing out either
     match stage:
         case "bc":
-            return learn("table_state_bc", folder, seed, f"demonstrations={mixed}")
+            return learn("table_state_bc", folder, seed, *cloned)
         case "filtered":
-            return learn("table_state_bc", folder, seed, f"demonstrations={mixed}", "best=0.5")
+            return learn("table_state_bc", folder, seed, *cloned, "best=0.5")
         case "iql":
             return learn("table_state_iql", folder, seed, f"data.path={mixed}")
-    start = RUNS / f"table_mixed-{stage.removeprefix('ppo_from_')}-{seed}" / "checkpoints" / "last" / "policy"
+    start = RUNS / f"table_mixed-{needed}" / "checkpoints" / "last" / "policy"
     return learn("table_state_ppo", folder, seed, f"init={start}")
 
 
@@ -153,7 +163,17 @@ def table(results: Mapping[str, Figures]) -> str:
     for stage in STAGES:
         columns = [_column(results.get(f"{stage}-{seed}")) for seed in seeds]
         lines.append(f"| {stage} | {' | '.join(columns)} |")
-    return "\n".join(lines)
+    lines += ["", "| paired difference in success | points (95% interval) | pairs |", "|---|---|---|"]
+    for first, second in PAIRS:
+        values = paired(_by_seed(results, first), _by_seed(results, second))
+        asked = f" (asked: at least {BAR:+.0%})" if (first, second) == ("iql", "bc") else ""
+        lines.append(f"| {first} - {second}{asked} | {difference(values, scale=100)} | {len(values)} |")
+    return "\n".join([*lines, "", "Intervals by Student's t over seeds."])
+
+
+def _by_seed(results: Mapping[str, Figures], stage: str) -> dict[int, float]:
+    cells = {seed: f"{stage}-{seed}" for seed in SEEDS}
+    return {seed: results[cell]["success_once"] for seed, cell in cells.items() if cell in results}
 
 
 def _column(figures: Figures | None) -> str:

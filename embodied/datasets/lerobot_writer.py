@@ -158,7 +158,10 @@ class LeRobotWriter:
             if odd := sorted(set(row.column_names) ^ set(state.columns.names)):
                 raise UserError(f"{self.folder}: its episodes and the new one do not both have the column {odd[0]}")
             row = row.select(state.columns.names).cast(state.columns)
-        return (row if state.rows is None or full else pa.concat_tables([state.rows, row])), number
+        if state.rows is None or full:
+            return row, number
+        # combined: a chunk a row in every one of a hundred columns would take megabytes
+        return pa.concat_tables([state.rows, row]).combine_chunks(), number
 
 
 class OpenEpisode:

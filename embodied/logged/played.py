@@ -19,7 +19,7 @@ from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
 
 HORIZON = 500
-"""Steps of every environment between two exchanges with the workers."""
+"""Steps of every environment between two exchanges with the workers, at most."""
 
 
 class PlayedSource(Source):
@@ -70,20 +70,22 @@ def run_to_play(run: Path, which: Literal["last", "best", "all"]) -> tuple[Envir
 def play_policies(
     folders: Sequence[Path], environment: EnvironmentConfig, *, steps: int, seed: int, deterministic: bool = False
 ) -> list[Episode]:
-    """About `steps` steps, the same number by every policy; the last episodes are cut where the steps are used up.
+    """At least `steps` steps, the same number by every policy, at most one more a round and environment than its
+    share; the last episodes are cut where the steps are used up.
 
     deterministic: the policies' modes instead of samples.
     """
     environment = replace(environment, count=8, workers=min(2, environment.workers))
     share = -(-steps // (len(folders) * environment.count))
+    rounds = -(-share // HORIZON)
+    horizon = -(-share // rounds)  # rounds of HORIZON would play up to HORIZON - 1 steps too many
     episodes: list[Episode] = []
     for number, folder in enumerate(folders):
         policy = StatePolicy.from_pretrained(folder)
         if deterministic:
             _freeze(policy)
-        horizon = min(HORIZON, share)
         with Collector(environment, policy, steps=horizon, seed=seed + number) as collector:
-            seen = [collector.collect(policy) for _ in range(-(-share // horizon))]
+            seen = [collector.collect(policy) for _ in range(rounds)]
         episodes += cut(seen, name=folder.parent.name)
     return episodes
 

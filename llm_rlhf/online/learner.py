@@ -197,13 +197,7 @@ def build_learner(
     require_room_to_sample(sampler, model=model, validation=validation)
     shaping = shaping or ShapingConfig()
     values = separate_critic(run, critic, sampler, model_path=str(model.path))
-    if values is not None:
-        values.precision = precision
     learned = [{"params": list(module.parameters())} for module in (policy, values) if module is not None]
-    mix = None
-    if ptx is not None and ptx.coef > 0:
-        mix = PretrainingMix(ptx, tokenizer, context=policy.context, seed=seed + 3)
-        announce_line(mix.note)
     learner = Learner(
         policy=policy,
         reference=frozen_reference(run, policy),
@@ -224,7 +218,7 @@ def build_learner(
         monitor=Monitor(monitor or MonitorConfig()),
         process=ProcessTerm.of(process or ProcessTermConfig(), sampler),
         critic=values,
-        ptx=mix,
+        ptx=pretraining_mix(ptx, sampler, seed=seed + 3),
     )
     if run.checkpoint is not None:
         learner.load_state_dict(run.checkpoint.state)
@@ -238,10 +232,21 @@ def separate_critic(
     if config is None or config.model == "shared":
         return None
     if run.checkpoint is not None:
-        return ValueModel.from_pretrained(run.checkpoint.folder / FOLDER).to(sampler.policy.device)
-    longest = max(len(prompt) for prompt in sampler.prompts) + sampler.max_new_tokens
-    critic = build_critic(config, model_path=model_path, tokenizer=sampler.tokenizer, longest=longest)
+        critic = ValueModel.from_pretrained(run.checkpoint.folder / FOLDER)
+    else:
+        longest = max(len(prompt) for prompt in sampler.prompts) + sampler.max_new_tokens
+        critic = build_critic(config, model_path=model_path, tokenizer=sampler.tokenizer, longest=longest)
+    critic.precision = sampler.policy.precision
     return critic.to(sampler.policy.device)
+
+
+def pretraining_mix(config: PretrainingMixConfig | None, sampler: Sampler, *, seed: int) -> PretrainingMix | None:
+    """The texts of PPO-ptx, where the configuration asks for them; tells what they are."""
+    if config is None or config.coef == 0:
+        return None
+    mix = PretrainingMix(config, sampler.tokenizer, context=sampler.policy.context, seed=seed)
+    announce_line(mix.note)
+    return mix
 
 
 @contextlib.contextmanager

@@ -170,15 +170,16 @@ def slipped(result: int) -> int:
 
 
 def build(config: CalculatorConfig, *, data: str | None, seed: int) -> dict[str, Any]:
-    """The parts of the task; see `task.Task`. `data` None, or a file that is absent: generated expressions."""
+    """The parts of the task; see `task.Task`. `data` None: generated expressions. UserError if it is not there."""
     rng = random.Random(f"calculator {seed}")
-    if data is not None and Path(data).exists():
+    if data is not None:
+        if not Path(data).is_file():
+            raise UserError(f"task.data: {data} is not there; leave task.data out for generated expressions")
         expressions = read_expressions(data)
         note = f"calculator: {len(expressions)} distinct expressions from {data}"
     else:
         expressions = generated_expressions(GENERATED, rng)
-        where = "no task.data given" if data is None else f"{data} is not there"
-        note = f"calculator: {where}, so {len(expressions)} generated expressions are used"
+        note = f"calculator: no task.data given, so {len(expressions)} generated expressions are used"
     train, validation, test = split_expressions(
         expressions, validation=config.validation, test=config.test, rng=rng
     )

@@ -22,7 +22,7 @@ class TaskConfig:
 
     name    calculator, random_walks, tool_calculator (word problems solved with a calculator tool), rows (your own
             prompts and completions), or scored (with rewards)
-    data    calculator: GSM8K's train file (jsonl or jsonl.gz), None or absent = generated expressions;
+    data    calculator: GSM8K's train file (jsonl or jsonl.gz), None = generated expressions;
             tool_calculator: the same file, None = generated problems
             rows: a jsonl file with `prompt`, `completion` and any further columns
             scored: a jsonl file with `prompt`, `completion` (or chat `messages`) and `reward`

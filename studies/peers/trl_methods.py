@@ -15,6 +15,9 @@ What a rollout earned is the study's to say, by the function that its own recipe
 as one line, {"rows": [...], "completions": [...]}, the rewards come back as one, null where there is none. The last
 line out is {"seconds": ..., ...}. Whatever TRL prints goes to the error stream.
 
+TRL's RLOO loss sums the tokens of an answer where its GRPO averages a rollout's: the study's max_grad_norm for rloo
+is larger by the mean length of an answer.
+
 Where a setting above has no say, TRL's own defaults hold (for GRPO loss_type "dapo", scale_rewards "group" and
 use_bias_correction_kl), but for what is about speed and precision only: float32, no gradient checkpointing, one
 thread, nothing logged.

@@ -36,6 +36,9 @@ from transformers import (  # noqa: E402
 )
 
 BATCH, LENGTH, GROUP, EPOCHS, ROWS = 16, 32, 4, 4, 4096
+TURNS = 8
+"""Of the study: one warms up, seven are timed. DPO computes its reference's log-probs of so many turns' pairs
+before the first; if it is let go oftener, it begins with them again."""
 REPORTS = sys.stdout
 """What the study reads; TRL's own prints (PPO's of every step) go nowhere."""
 
@@ -70,20 +73,20 @@ def even_words(completions: list[str], **columns: Any) -> list[float]:
     ]
 
 
-def trainer(kind: str, model: str, callback: TrainerCallback, shared: dict[str, Any]) -> Any:
+def trainer(kind: str, model: str, callback: Turns, shared: dict[str, Any]) -> Any:
     """A trainer of a kind, on words."""
     import trl
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     policy = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     both: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [callback]}
-    prompts = words(ROWS, LENGTH, seed=1)
+    prompts = words(BATCH * TURNS * callback.steps if kind == "dpo" else ROWS, LENGTH, seed=1)
     if kind == "sft":
         data = Dataset.from_dict({"input_ids": tokenizer(words(ROWS, 2 * LENGTH, seed=1))["input_ids"]})
         return trl.SFTTrainer(policy, trl.SFTConfig(max_length=2 * LENGTH, **shared), train_dataset=data, **both)
     if kind == "dpo":
         answers = {
-            name: [f" {text}" for text in words(ROWS, LENGTH, seed=seed)]
+            name: [f" {text}" for text in words(len(prompts), LENGTH, seed=seed)]
             for name, seed in (("chosen", 2), ("rejected", 3))
         }
         config = trl.DPOConfig(max_length=2 * LENGTH + 2, precompute_ref_log_probs=True, **shared)

@@ -238,6 +238,15 @@ def test_rlpd_goes_on_from_cal_ql(tmp_path: Path, pendulum_demonstrations: Path)
     assert metrics["env_steps"] == 48
 
 
+def test_an_evaluation_says_after_how_many_environment_steps(
+    tmp_path: Path, pendulum_demonstrations: Path, rows_of: Rows
+) -> None:
+    settings = common(tmp_path, pendulum_demonstrations, evaluate_every=1)
+    config = replace(rlpd(**settings), total_steps=16, random_steps=1_000)
+    rows = [row for row in rows_of(train_rlpd.train(config).folder) if "eval/mean_reward" in row]
+    assert [(row["global_step"], row["env_steps"]) for row in rows] == [(1, 8.0), (2, 16.0)]
+
+
 def test_half_of_a_batch_is_prior_data(tmp_path: Path, pendulum_demonstrations: Path) -> None:
     config = replace(rlpd(**common(tmp_path, pendulum_demonstrations)), prior=0.25)
     inputs = train_rlpd.Inputs.read(config)

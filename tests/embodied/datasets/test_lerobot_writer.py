@@ -171,6 +171,21 @@ def test_files_of_the_episodes_table_stay_small(
     assert [len(episode) for episode in LeRobotDataset(tmp_path / "set")] == [4, 5, 6, 7, 8]
 
 
+def test_rows_of_the_episodes_table_lie_in_one_piece(tmp_path: Path) -> None:
+    """A piece a row in each of a hundred columns takes megabytes, and memory would grow with the episodes."""
+    own = {"action": Feature("float32", (1,))}
+    for _ in range(2):  # the second goes on with what it reads
+        with LeRobotWriter(tmp_path, fps=10, features=own) as writer:
+            for _ in range(3):
+                with writer.episode("wait") as episode:
+                    episode.add({"action": np.zeros(1)})
+                    episode.save()
+    rows = writer._state.rows
+    assert rows is not None
+    assert len(rows) == 6
+    assert {name: rows[name].num_chunks for name in rows.column_names} == dict.fromkeys(rows.column_names, 1)
+
+
 # ---------------------------------------------------------------- going on
 
 

@@ -11,6 +11,7 @@ import torch
 
 from embodied import train_ppo
 from embodied.datasets.formats import read_dataset
+from embodied.logged import played
 from embodied.logged.played import cut, play_policies, run_to_play
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.rollouts.rollout import Experience
@@ -86,6 +87,14 @@ def test_what_was_played_is_what_the_environment_does(run: Path) -> None:
             np.testing.assert_allclose(following, seen[step + 1], atol=2e-3)
             assert reward == pytest.approx(float(episode.rewards[step]))
             assert terminated == (episode.terminated and step == len(episode) - 1)
+
+
+def test_no_more_is_played_than_the_steps_that_were_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(played, "HORIZON", 10)
+    environment, folders = run_to_play(run, "last")
+    for asked, expected in ((12, 12), (21, 21), (11, 12)):  # of each of 8; two, three and two rounds of one length
+        episodes = play_policies(folders, environment, steps=8 * asked, seed=0)
+        assert sum(map(len, episodes)) == 8 * expected
 
 
 def test_the_mode_has_no_noise(run: Path) -> None:

@@ -150,9 +150,10 @@ def test_generated_expressions_are_distinct_and_kept() -> None:
     assert {expression.operator for expression in expressions} == set("+-*/")
 
 
-def test_an_absent_file_falls_back_and_says_so(tmp_path: Path) -> None:
-    task = build_task(TaskConfig(data=str(tmp_path / "gone.jsonl"), calculator=SMALL))
-    assert "is not there, so 5000 generated expressions are used" in task.notes[0]
+def test_without_a_file_expressions_are_generated_and_a_mistyped_one_is_an_error(tmp_path: Path) -> None:
+    assert "no task.data given, so 5000 generated" in build_task(TaskConfig(calculator=SMALL)).notes[0]
+    with pytest.raises(UserError, match=r"^task.data: .*gone.jsonl is not there; leave task.data out"):
+        build_task(TaskConfig(data=str(tmp_path / "gone.jsonl"), calculator=SMALL))
 
 
 def test_damaged_files_name_file_and_line(tmp_path: Path) -> None:
