@@ -37,7 +37,7 @@ _CONSTANT = (
     gymnasium.Space,
     EnvSpec,
     MujocoRenderer,
-    mujoco.Renderer,
+    *([mujoco.Renderer] if hasattr(mujoco, "Renderer") else []),  # mujoco lacks it where no graphics library is
     type,
     types.ModuleType,
     types.FunctionType,

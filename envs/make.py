@@ -1,4 +1,7 @@
-"""Make any Gymnasium environment by its id, or say in one line why that cannot be done."""
+"""Make any Gymnasium environment by its id, or say in one line why that cannot be done.
+
+Importing this module makes Tandem's own ids known, so `gymnasium.make("envs.make:tandem/Table-v0")` works as well.
+"""
 
 import contextlib
 import difflib
@@ -16,29 +19,17 @@ import mujoco
 import numpy as np
 from gymnasium import spaces
 
+from envs.packages import package_of
+
 # id -> (entry point, stock time limit)
 OUR_ENVIRONMENTS: Mapping[str, tuple[str, int]] = {
     "tandem/AdroitDoor-v0": ("envs.adroit_door:AdroitDoor", 200),
     "tandem/Table-v0": ("envs.table.env:TableEnv", 64),
     "tandem/TableState-v0": ("envs.table.env:TableStateEnv", 64),
 }
-
-# first letters of an id -> the package that brings it
-_PACKAGES: Mapping[str, str] = {
-    "Adroit": "gymnasium-robotics",
-    "Fetch": "gymnasium-robotics",
-    "Franka": "gymnasium-robotics",
-    "HandManipulate": "gymnasium-robotics",
-    "HandReach": "gymnasium-robotics",
-    "PointMaze": "gymnasium-robotics",
-    "ALE/": "ale-py",
-    "MiniGrid": "minigrid",
-    "BabyAI": "minigrid",
-    "Meta-World/": "metaworld",
-    "panda-gym": "panda-gym",
-    "Panda": "panda-gym",
-    "dm_control/": "shimmy[dm-control]",
-}
+for _id, (_entry_point, _limit) in OUR_ENVIRONMENTS.items():
+    if _id not in gymnasium.registry:
+        gymnasium.register(_id, entry_point=_entry_point, max_episode_steps=_limit)
 
 
 @dataclass(frozen=True)
@@ -134,10 +125,7 @@ def describe(env: gymnasium.Env[Any, Any]) -> EnvironmentSpec:
 
 
 def _register(env_id: str) -> None:
-    """Make the id known to Gymnasium: our own environments, then a package, then gymnasium-robotics."""
-    for our_id, (entry_point, limit) in OUR_ENVIRONMENTS.items():
-        if our_id not in gymnasium.registry:
-            gymnasium.register(our_id, entry_point=entry_point, max_episode_steps=limit)
+    """Make the id known to Gymnasium: import its package, or gymnasium-robotics where it is not known yet."""
     package, colon, name = env_id.rpartition(":")
     if not name or package.count(":"):
         raise ValueError(f"environment id {env_id!r} is malformed; expected 'Name-v0' or 'package:Name-v0'")
@@ -145,10 +133,7 @@ def _register(env_id: str) -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ValueError(
-                f"environment {env_id!r} needs the package {package!r}, which cannot be imported "
-                f"({_one_line(error)}); install it with `pip install {package.partition('.')[0]}`"
-            ) from error
+            raise ValueError(_unimportable(env_id, package, error)) from error
     elif name not in gymnasium.registry and importlib.util.find_spec("gymnasium_robotics") is not None:
         with _quiet():
             importlib.import_module("gymnasium_robotics")
@@ -177,13 +162,23 @@ def _unknown_id_message(env_id: str) -> str:
     nearest = difflib.get_close_matches(name, sorted(gymnasium.registry), n=1, cutoff=0.7)
     if nearest:
         return f"{message}; did you mean {nearest[0]!r}?"
-    for start, package in _PACKAGES.items():
-        if name.startswith(start):
-            return f"{message}; install it with `pip install '{package}'`"
+    package = package_of(name)
+    if package is not None:
+        return f"{message}; install it with `pip install '{package}'`"
     return (
         f"{message}; if a package brings it, install that package and write 'package:{name}', so that it is "
         "imported first"
     )
+
+
+def _unimportable(env_id: str, package: str, error: ImportError) -> str:
+    """What is missing: the package itself, or something that it imports."""
+    message = f"environment {env_id!r} needs the package {package!r}, which cannot be imported ({_one_line(error)})"
+    if not isinstance(error, ModuleNotFoundError):  # it is there, and lacks a name
+        return message
+    missing = (error.name or package).partition(".")[0]
+    needed = "it" if missing == package.partition(".")[0] else f"{missing!r}, which it imports,"
+    return f"{message}; install {needed} with `pip install {missing}`"
 
 
 def _one_line(error: BaseException) -> str:

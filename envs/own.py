@@ -1,9 +1,11 @@
-"""A user's own Python objects, named in a configuration as `file.py:name`."""
+"""A user's own Python objects, named in a configuration as `file.py:name`, and calls of the user's functions."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +19,9 @@ def is_own(name: str) -> bool:
 
 def load_own(name: str) -> Any:
     """`file.py:name` -> what the file calls so. A file is run once a process, unless it was changed since.
+
+    As in a script, `import neighbour` finds the files of its folder, while it is run. Python keeps such a module by
+    that name: of two folders that both have one, the first to be asked wins.
 
     Raises ValueError, in one line, where there is no such file, it cannot be imported, or has no such name.
     """
@@ -34,6 +39,22 @@ def load_own(name: str) -> Any:
     return getattr(module, attribute)
 
 
+def call_own(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), which a user wrote. Raises ValueError, in one line with the place, where it fails.
+
+    what: what the message calls it.
+    """
+    try:
+        return function(*arguments)
+    except Exception as error:  # whatever the user's function raises
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        file = getattr(getattr(function, "__code__", None), "co_filename", None)
+        inside = [frame for frame in frames if frame.filename == file] or frames
+        place = f" ({inside[-1].filename}, line {inside[-1].lineno})" if inside else ""
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what} failed: {type(error).__name__}: {reason}{place}") from error
+
+
 @lru_cache
 def _module(file: Path, changed: int) -> ModuleType:
     """changed: when the file was."""
@@ -43,5 +64,11 @@ def _module(file: Path, changed: int) -> ModuleType:
         raise ImportError("it is not a Python file")
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module  # dataclasses look themselves up there
-    specification.loader.exec_module(module)
+    folder = str(file.parent)
+    sys.path.insert(0, folder)
+    try:
+        specification.loader.exec_module(module)
+    finally:
+        if folder in sys.path:  # the file may have changed the path itself
+            sys.path.remove(folder)
     return module

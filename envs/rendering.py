@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from envs.graphics import cannot_draw, choose_backend
 from envs.make import describe, make_environment
 from envs.stepper import episode_seed
 
@@ -55,19 +54,6 @@ def render_episode_frames(
         env.close()
 
 
-def choose_backend() -> None:
-    """Set MUJOCO_GL to egl or osmesa, whichever library is there, if it is unset and there is no screen.
-
-    Gymnasium would take glfw, which needs a screen. Call it before the first renderer of the process is made.
-    """
-    if os.environ.get("MUJOCO_GL") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        return
-    for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
-        if ctypes.util.find_library(library):
-            os.environ["MUJOCO_GL"] = backend
-            return
-
-
 def draw(env: gymnasium.Env[Any, Any]) -> np.ndarray:
     """One frame [H, W, 3] uint8. Raises ValueError when the machine cannot draw, saying what to install."""
     try:
@@ -75,11 +61,7 @@ def draw(env: gymnasium.Env[Any, Any]) -> np.ndarray:
     except gymnasium.error.DependencyNotInstalled as error:
         raise ValueError(f"cannot draw {_name(env)}: {' '.join(str(error).split())}") from error
     except Exception as error:  # each graphics library fails in its own way, often with AttributeError
-        raise ValueError(
-            f"cannot draw {_name(env)} with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r} "
-            f"({' '.join(str(error).split()) or type(error).__name__}); without a screen, set MUJOCO_GL=egl "
-            "(Debian: libegl1 libgl1-mesa-dri) or MUJOCO_GL=osmesa (Debian: libosmesa6)"
-        ) from error
+        raise ValueError(cannot_draw(error, _name(env))) from error
     if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.shape[2] != 3:
         raise ValueError(f"{_name(env)} draws {type(frame).__name__} {np.shape(frame)}, not [H, W, 3]")
     return frame

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from envs.graphics import choose_backend
 from experiment.errors import UserError
 from tandem import __version__
 from tandem.failures import explain
@@ -50,7 +51,6 @@ class Verb:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    _draw_without_a_screen()
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
@@ -66,12 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {line}", file=sys.stderr)
         return USER_ERROR
-
-
-def _draw_without_a_screen() -> None:
-    """MuJoCo's default back end needs a screen; where there is none, choose the one that does not."""
-    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        os.environ.setdefault("MUJOCO_GL", "egl")
 
 
 def _dispatch(words: list[str]) -> int:
@@ -107,6 +101,7 @@ def _dispatch(words: list[str]) -> int:
         options = [option for action in parser._actions for option in action.option_strings]
         hint = suggest(unknown[0], options) if unknown[0].startswith("-") else f"see `tandem {name} --help`"
         raise UserError(f"tandem {name}: unknown argument {unknown[0]!r}; {hint}")
+    choose_backend()  # before a verb imports MuJoCo, which reads it then
     return verb.act(arguments)
 
 
@@ -384,7 +379,8 @@ VERBS: dict[str, Verb] = {
         "record demonstrations at the table: a scripted expert, or you",
         "Every finished episode is on the disk at once; the same command goes on where it was interrupted.\n"
         "--teleop opens a window, prints which key does what, and needs a screen (on macOS type\n"
-        "`mjpython -m tandem.cli` instead of `tandem`).",
+        "`mjpython -m tandem.cli` instead of `tandem`). --device gamepad reads, on Linux, pads of Xbox's layout\n"
+        "and those of PlayStation 4 and 5.",
         _data_arguments("record"),
         _data("record"),
     ),

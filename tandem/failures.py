@@ -12,22 +12,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from envs.packages import package_of
 from experiment.errors import UserError
 
-# Start of an environment's name or namespace -> what to install for it.
-_PACKAGES = {
-    "ALE": "ale-py",
-    "Adroit": "gymnasium-robotics",
-    "Fetch": "gymnasium-robotics",
-    "FrankaKitchen": "gymnasium-robotics",
-    "Hand": "gymnasium-robotics",
-    "PointMaze": "gymnasium-robotics",
-    "AntMaze": "gymnasium-robotics",
-    "Meta-World": "metaworld",
-    "MiniGrid": "minigrid",
-    "MiniWorld": "miniworld",
-    "highway": "highway-env",
-}
 _ROOMS = ("policy_core", "experiment", "envs", "feedback", "llm_rlhf", "embodied", "tandem")
 _GL_MODULES = ("OpenGL", "mujoco.egl", "mujoco.osmesa", "mujoco.glfw", "mujoco.rendering.classic.gl_context")
 _GL_REMEDY = (
@@ -88,7 +75,7 @@ def _environment_name(error: BaseException) -> str | None:
         message = one_line(error).split(". ")[0].rstrip(".").replace("`", "")
         wanted = _wanted(message)
         near = _nearest(wanted, list(gymnasium.registry))
-        package = next((p for start, p in _PACKAGES.items() if wanted.startswith(start)), None)
+        package = package_of(wanted)
         install = f"install its package (pip install {package})" if package else "install its package"
         # A package that is known to hold it is a better guess than a name that looks alike.
         guess = f"did you mean {near}? If not, {install}" if near and not package else install

@@ -2,12 +2,14 @@
 
 A data set of N episodes has N slots. Slot i asks for task i modulo the tasks, and plays until the expert succeeds
 once; all of its draws come from (seed, i, attempt). What a folder holds therefore depends neither on the number of
-workers nor on how often recording was interrupted: the same command goes on where it was killed.
+workers nor on how often recording was interrupted: the same command goes on where it was killed, unless a user's
+own file that it reads was changed in between.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import signal
@@ -34,11 +36,13 @@ from embodied.datasets.lerobot_layout import (
     outcome,
 )
 from embodied.datasets.lerobot_writer import LeRobotWriter
+from envs.own import is_own
 from envs.table import observations
 from envs.table.env import CAMERA_OF, TIME_LIMIT, TableEnv
-from envs.table.expert import Expert
+from envs.table.expert import Expert, require_experts
 from envs.table.language import TASKS
 from envs.table.layout import TRAINING_SEEDS
+from envs.table.randomization import is_file
 from experiment.checkpoint import write_atomically
 from experiment.errors import UserError
 
@@ -139,8 +143,11 @@ def record_expert(
 
 
 def table_features(config: RecordConfig) -> dict[str, Feature]:
-    """Of the data set. Raises UserError when the table does not take the settings."""
-    table(config).close()
+    """Of the data set. Raises UserError when the table does not take the settings, or a task has no expert."""
+    env = table(config)
+    with table_errors():
+        require_experts(env)
+    env.close()
     return demonstration_features(
         cameras=dict.fromkeys(config.cameras, (config.image_size, config.image_size)),
         fps=FPS,
@@ -154,7 +161,7 @@ def table_features(config: RecordConfig) -> dict[str, Feature]:
 def table(config: RecordConfig) -> TableEnv:
     """The environment. Raises UserError when it does not take the settings."""
     pictures = [entry for entry, camera in CAMERA_OF.items() if camera in config.cameras]
-    try:
+    with table_errors():
         return TableEnv(
             tasks=config.tasks,
             combinations=config.combinations,
@@ -163,7 +170,14 @@ def table(config: RecordConfig) -> TableEnv:
             image_size=config.image_size,
             randomization=config.randomization,
         )
-    except (ValueError, FileNotFoundError) as error:
+
+
+@contextmanager
+def table_errors() -> Iterator[None]:
+    """As UserError what the table or its expert refuses: settings, own tasks, a machine that cannot draw."""
+    try:
+        yield
+    except ValueError as error:
         raise UserError(str(error)) from error
 
 
@@ -176,7 +190,10 @@ class Player:
         self.expert = Expert(self.env)
 
     def play(self, slot: int) -> Played:
-        """Play until one episode is worth keeping. Raises UserError when the expert fails all the time."""
+        """Play until one episode is worth keeping.
+
+        Raises UserError when the expert fails all the time, or cannot say what to do.
+        """
         task = self.config.tasks[slot % len(self.config.tasks)]
         for attempt in range(_MOST_ATTEMPTS):
             episode, success = self._episode(task, np.random.default_rng([self.config.seed, slot, attempt]))
@@ -190,15 +207,16 @@ class Player:
     def _episode(self, task: str, rng: np.random.Generator) -> tuple[EncodedEpisode, bool]:
         encoder = EpisodeEncoder(self.features, FPS)
         level = rng.uniform(0.0, self.config.noise)
-        try:
+        if self.env.randomizer is not None:
+            self.env.randomizer.forget_start()  # an episode must not depend on those before it
+        with table_errors():
             seen, _ = self.env.reset(seed=int(rng.integers(TRAINING_SEEDS)), options={"task": task})
-        except ValueError as error:  # it cannot draw on this machine
-            raise UserError(str(error)) from error
         ended = False
         while not ended:
-            clean = self.expert.act()
-            action = np.clip(clean + level * rng.normal(size=clean.shape), -1.0, 1.0).astype(np.float32)
-            after, reward, terminated, _, info = self.env.step(action)
+            with table_errors():
+                clean = self.expert.act()
+                action = np.clip(clean + level * rng.normal(size=clean.shape), -1.0, 1.0).astype(np.float32)
+                after, reward, terminated, _, info = self.env.step(action)
             success, truncated = bool(info["success"]), encoder.length + 1 >= TIME_LIMIT
             encoder.add(
                 {
@@ -215,21 +233,35 @@ class Player:
 
 
 def _same_settings(folder: Path, config: RecordConfig, held: int) -> None:
-    """Keep the settings beside the episodes, or compare them with those that are there."""
+    """Keep the settings and the hashes of own files beside the episodes, or compare them with those there."""
     told = dataclasses.asdict(config)
     told = {"player": "expert", **{name: told[name] for name in told if name not in ("episodes", "workers")}}
     path = folder / HOW
-    text = json.dumps(told, indent=1)
+    settings, files = json.loads(json.dumps(told)), own_files(config)
     if not held:
-        write_atomically(path, text)
+        write_atomically(path, json.dumps(settings | ({"files": files} if files else {}), indent=1))
         return
     there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for name, value in json.loads(text).items():
+    for name, value in settings.items():
         if there.get(name) != value:
             raise UserError(
                 f"{folder}: its {held} episodes were recorded with {name} {there.get(name, 'unknown')}, not"
                 f" {value}: give the same settings to go on, or choose another folder"
             )
+    for name, value in files.items():
+        if there.get("files", {}).get(name, value) != value:  # older recordings do not tell
+            raise UserError(
+                f"{folder}: {name} was changed since its {held} episodes were recorded: put it back as it was to go"
+                " on, or choose another folder"
+            )
+
+
+def own_files(config: RecordConfig) -> dict[str, str]:
+    """The user's own files that the settings name -> sha256 of each."""
+    named = [name.rpartition(":")[0] for name in (*config.tasks, config.phrasing) if is_own(name)]
+    if config.randomization is not None and is_file(config.randomization):
+        named.append(config.randomization)
+    return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in dict.fromkeys(named)}
 
 
 def _count(report: RecordReport, played: Played) -> None:

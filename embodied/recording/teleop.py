@@ -44,6 +44,7 @@ from envs.table.window import KeyEvent, Lines, Window, require_screen
 from experiment.checkpoint import write_atomically
 from experiment.errors import UserError
 
+_NEXT_SCENE = "next_scene"
 DRAWINGS = 3
 """Pictures of the window in a control step, so that it moves smoothly."""
 _ENTRIES = {camera: entry for entry, camera in CAMERA_OF.items()}
@@ -131,8 +132,6 @@ def record_by_hand(
             env = _table(config)
             env.reset(seed=0)  # draws a picture, which must come before the window
         with LeRobotWriter(config.out, fps=FPS, features=_features(config), robot_type=ROBOT) as writer:
-            if not len(writer):
-                write_atomically(Path(config.out) / HOW, json.dumps({"player": "user"}, indent=1))
             with _mistakes():
                 screen = (open_screen or Window)(env.world.model, env.world.data)
             return _Session(config, env, screen, writer, pad, clock, say).run()
@@ -197,13 +196,14 @@ class _Session:
         self._keys = KEYBOARD_HELP if pad is None else PAD_HELP
         self._seed = secrets.randbits(32) if config.seed is None else config.seed
         self._saved, self._note = 0, ""
+        self._how: dict[str, Any] = {}
         self._due = clock.monotonic()
 
     def run(self) -> int:
         """Episode after episode; returns the number of saved ones."""
         for key, meaning in self._keys:
             self._tell(f"  {key:<24}{meaning}")
-        scene = len(self._writer)
+        scene = self._first_scene()
         wanted = self._config.episodes
         while wanted is None or len(self._writer) < wanted:
             end = self._episode(scene)
@@ -211,14 +211,29 @@ class _Session:
                 break
             if end is not _End.AGAIN:
                 scene += 1
+                self._keep(scene)
         self._tell(f"{self._saved} episodes saved; {self._config.out} holds {len(self._writer)}")
         return self._saved
+
+    def _first_scene(self) -> int:
+        """The number of this sitting's first scene: after all that earlier ones recorded or skipped."""
+        held, path = len(self._writer), Path(self._config.out) / HOW
+        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self._how = told if held or told.get("player") == "user" else {"player": "user"}
+        scene = max(held, int(self._how.get(_NEXT_SCENE, held)))
+        self._keep(scene)
+        return scene
+
+    def _keep(self, scene: int) -> None:
+        self._how[_NEXT_SCENE] = scene
+        write_atomically(Path(self._config.out) / HOW, json.dumps(self._how, indent=1))
 
     def _episode(self, scene: int) -> _End:
         env, steering = self._env, self._steering
         seed = int(np.random.default_rng([self._seed, scene]).integers(TRAINING_SEEDS))
         task = self._config.tasks[scene % len(self._config.tasks)]
-        observation, _ = env.reset(seed=seed, options={"task": task})
+        with _mistakes():
+            observation, _ = env.reset(seed=seed, options={"task": task})
         self._screen.show(env.world.data)
         steering.begin()
         self._tell(f"scene {scene}: {env.instruction}")
@@ -246,7 +261,8 @@ class _Session:
             if row:
                 episode.add(row)
             action = self._steering.action(self._clock.monotonic(), self._screen.azimuth)
-            following, reward, terminated, _, info = env.step(action)
+            with _mistakes():
+                following, reward, terminated, _, info = env.step(action)
             told = outcome(reward=reward, terminated=terminated, truncated=False, success=info["success"])
             row, observation = _frame(observation, action) | told, following
             self._screen.glide_to(env.world.data)

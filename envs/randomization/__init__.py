@@ -7,9 +7,9 @@
     action = randomizer.actions.push(action); pixels = randomizer.image(pixels); vector = randomizer.noisy(vector)
 
 `specs` are `Randomization`s: a field, an operation, a range, a distribution, when to draw, and which names. Every
-draw starts from the nominal value. `KINDS` lists the fields. Before each picture `upload_textures(renderer)` brings
-the graphics card's copy of randomized textures up to date. The first `reset` also draws
-what is drawn once per environment, unless `start` was called.
+draw starts from the nominal value. `KINDS` lists the fields. Before each picture `upload_textures(renderer, model)`
+brings the graphics card's copy of the textures up to date. The first `reset` also draws what is drawn once per
+environment, unless `start` was called, and so does the next one after `forget_start`.
 """
 
 from envs.randomization.randomizer import Randomizer

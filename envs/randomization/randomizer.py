@@ -10,7 +10,7 @@ import numpy as np
 from envs.randomization.physics import PHYSICS, Writer
 from envs.randomization.sensing import UNTOUCHED, Delay, changed_picture, noisy_vector
 from envs.randomization.spec import Randomization, combine, sample, select, within_bounds
-from envs.randomization.textures import texture_pixels, upload_textures
+from envs.randomization.textures import texture_pixels
 from envs.randomization.vision import VISION
 
 WRITERS: dict[str, Writer] = {**PHYSICS, **VISION}
@@ -32,6 +32,8 @@ _DERIVED = (
     "tendon_invweight0",
 )
 _STATISTICS = ("meaninertia", "meanmass", "meansize", "extent")
+_OF_THE_START = 1
+"""Beside the seed of the other draws: the generator of those at the start."""
 
 
 class Randomizer:
@@ -65,17 +67,23 @@ class Randomizer:
 
     def seed(self, rng: np.random.Generator) -> None:
         """Draw from here on as `rng` decides. Only its seed is used: `rng` itself is not kept."""
-        draws, vectors, pictures = (np.random.default_rng(int(seed)) for seed in rng.integers(2**63, size=3))
+        seeds = [int(seed) for seed in rng.integers(2**63, size=3)]
         # Separate, so that what is drawn for the next episode does not depend on how often a picture was taken.
-        self.rng, self._vector_rng, self._picture_rng = draws, vectors, pictures
+        self.rng, self._vector_rng, self._picture_rng = map(np.random.default_rng, seeds)
+        # And not on whether what is drawn once had still to be drawn.
+        self._start_rng = np.random.default_rng((seeds[0], _OF_THE_START))
 
     # ---------------------------------------------------------------- when to draw
 
     def start(self) -> None:
-        """Draw what is drawn once. The first `reset` does so if it has not been done."""
+        """Draw what is drawn once, with a generator of its own. The first `reset` does so if it was not done."""
         self._draw("start")
         self.started = True
         self._apply(None)
+
+    def forget_start(self) -> None:
+        """Let the next `reset` draw what is drawn once, too, as in an environment that was just made."""
+        self.started = False
 
     def reset(self, data: mujoco.MjData | None = None) -> None:
         """Draw what is drawn each episode. With `data` its cameras and lights move at once."""
@@ -143,21 +151,6 @@ class Randomizer:
         """The picture [H, W, C] uint8 with this episode's contrast, brightness and noise."""
         return changed_picture(picture, self.sensing, self._picture_rng)
 
-    @property
-    def textures(self) -> tuple[int, ...]:
-        """The textures that are randomized."""
-        chosen = {
-            int(i) for spec, ids in zip(self.specs, self.ids, strict=True) if spec.field == "texture" for i in ids
-        }
-        return tuple(sorted(chosen))
-
-    def upload_textures(self, renderer: mujoco.Renderer) -> tuple[int, ...]:
-        """Before a picture: sends the randomized textures that the renderer does not hold; returns them.
-
-        Where other models share the renderer, call `textures.upload_textures(renderer, model)` for these as well.
-        """
-        return upload_textures(renderer, self._model(), self.textures)
-
     # ---------------------------------------------------------------- inside
 
     def _written(self) -> list[str]:
@@ -178,12 +171,13 @@ class Randomizer:
     def _drawn(self, index: int) -> np.ndarray:
         """[n, numbers] new numbers for a spec, the same in each row if they are drawn together."""
         spec, count = self.specs[index], len(self.ids[index])
+        rng = self._start_rng if spec.when == "start" else self.rng
         rows = 1 if spec.together else count
         if spec.field in WRITERS:
             writer = WRITERS[spec.field]
-            drawn = writer.draw(spec, rows, writer.numbers, self.rng)
+            drawn = writer.draw(spec, rows, writer.numbers, rng)
         else:
-            drawn = sample(spec, (rows, 1), self.rng)
+            drawn = sample(spec, (rows, 1), rng)
         return np.repeat(drawn, count, axis=0) if spec.together else drawn
 
     def _apply(self, data: mujoco.MjData | None) -> None:

@@ -91,6 +91,7 @@ class Randomization:
         width, and is drawn again while outside. Latencies are uniform over the integers of the range.
     when: "start" once per environment, "reset" once per episode, "interval" at the episode's start and after
         every `period` seconds of it.
+    names: globs over the model's names; one may stand alone.
     together: one draw for all names instead of one for each.
 
     Several specs of one field apply one after the other. Raises ValueError for anything that is not possible.
@@ -101,11 +102,12 @@ class Randomization:
     range: tuple[float, float]
     distribution: Distribution = "uniform"
     when: When = "reset"
-    names: tuple[str, ...] = ("*",)
+    names: tuple[str, ...] | str = ("*",)
     period: float | None = None
     together: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "names", (self.names,) if isinstance(self.names, str) else tuple(self.names))
         if self.field not in KINDS:
             raise ValueError(f"there is no randomization of {self.field!r}{nearest(str(self.field), KINDS)}")
         kind = KINDS[self.field]

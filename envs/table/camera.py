@@ -16,8 +16,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.graphics import cannot_draw, choose_backend
 from envs.randomization import upload_textures
-from envs.rendering import choose_backend
 
 Image = NDArray[np.uint8]
 
@@ -38,11 +38,7 @@ def renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
                 importlib.reload(sys.modules[mujoco.Renderer.__module__].gl_context)
             made = mujoco.Renderer(model, height, width)
         except Exception as error:  # each graphics library fails in its own way
-            raise ValueError(
-                f"cannot draw with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r} "
-                f"({' '.join(str(error).split()) or type(error).__name__}); without a screen, set MUJOCO_GL=egl "
-                "(Debian: libegl1 libgl1-mesa-dri) or MUJOCO_GL=osmesa (Debian: libosmesa6)"
-            ) from error
+            raise ValueError(cannot_draw(error)) from error
         if not _renderers:  # only now: what registers later runs earlier, and mujoco's own must run after this
             atexit.register(close_renderers)
         made.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False

@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from envs.own import is_own, load_own
+from envs.own import call_own, is_own, load_own
 from envs.randomization import Randomization, Randomizer
 from envs.table import scene
 from envs.table.camera import Image
@@ -37,7 +37,7 @@ TIME_LIMIT = 64
 
 
 class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
-    """An episode: a drawn scene, an instruction, at most 64 control steps of 0.1 s.
+    """An episode: a drawn scene, an instruction, control steps of 0.1 s.
 
     tasks             the tasks to draw from; one that is named twice is drawn twice as often; your own is an
                       `OwnTask`, or `file.py:name` of one
@@ -46,15 +46,17 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
                       `file.py:name`: from a Goal to every way to ask for it
     observe           the entries of an observation: image, wrist_image, proprio, instruction, state (privileged)
     image_size        pixels, square
-    reward            "dense": the change of the task's progress, and 1 at success; "sparse": 1 at success; always 0
-                      where the instruction is not understood
-    end_on_success    terminate there; else go on to the time limit: success_at_end may differ from success_once
+    reward            "dense": the change of the task's progress, and 1 at every step of success; "sparse": 1 at
+                      every step of success; always 0 where the instruction is not understood
+    end_on_success    terminate there, so that 1 is paid once; else go on to the time limit, and pay 1 at every step
+                      at which success holds: success_at_end may differ from success_once
     randomization     a preset of `envs.table.randomization`, or randomizations of your own, or their file.yaml
 
     Actions [4] in [-1, 1]: the tool's way (times 3 cm) in x, y and z, and the gripper (> 0 closes). `info` holds
-    success (now), and at reset the instruction, task and goal. A named object beyond reach terminates without
-    success. Time limits are the wrapper's (truncation). Raises ValueError for unknown tasks, entries or goals and
-    for actions that are not finite.
+    success (now), and at reset the instruction, and its task and goal (None where it is not understood). A named
+    object beyond reach terminates without success. The environment alone never truncates: the limit of 64 steps is
+    that of `gymnasium.make("envs.make:tandem/Table-v0")`. Raises ValueError for unknown tasks, entries or goals,
+    for actions that are not finite, and where a user's own sentences fail.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (Gymnasium declares it so)
@@ -85,7 +87,7 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         self._tasks = tuple(task if isinstance(task, str) else task.name for _, task in named)
         self._observe = tuple(_known("observation", name, ENTRIES) for name in observe)
         _known("combinations", combinations, ("train", "held_out", "all"))
-        self._sentences, self._phrasing = _sentences(phrasing)
+        self._sentences, self._phrasing = sentences_of(phrasing)
         _known("reward", reward, ("dense", "sparse"))
         if not self._tasks:
             raise ValueError("tasks must name one at least")
@@ -126,9 +128,11 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         """Draw a scene and an instruction.
 
         options: "task": a task's name instead of a drawn one; "goal": a Goal; "instruction": a sentence, whose goal
-        is understood where it can be (else success is never reported); "swap": True to name another object of the
-        same scene instead, and report `success_of_original` beside. Raises ValueError for other options, and for
-        an instruction to swap: it would go on naming the first object.
+        is understood where it can be (else the scene is any, and neither success nor loss is ever reported); with
+        both, the sentence is told and the goal is what counts, whatever the sentence says; "swap": True to name
+        another object of the same scene instead, and report `success_of_original` beside. Raises ValueError for
+        other options, for a task beside a goal or an instruction, which have their own, and for an instruction to
+        swap: it would go on naming the first object.
         """
         super().reset(seed=seed)
         asked = dict(options or {})
@@ -138,6 +142,9 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         goal, sentence = asked.get("goal"), asked.get("instruction")
         if goal is not None and not isinstance(goal, Goal):
             raise ValueError(f"the reset option 'goal' must be a Goal, got {goal!r}")
+        if asked.get("task") is not None and (goal is not None or sentence is not None):
+            other = "instruction" if goal is None else "goal"
+            raise ValueError(f"the reset option 'task' draws a goal, so it cannot be given beside {other!r}")
         if sentence is not None and asked.get("swap"):
             raise ValueError("the reset option 'swap' draws its own instruction, so none can be given")
         self.judged = True
@@ -154,12 +161,17 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         self._begin(layout)
         self.slots = locate(self.goal, self.world)
         self._other_slots = None if self.other is None else locate(self.other, self.world)
-        self.instruction = self._instruct(rng) if sentence is None else sentence
+        self.instruction = self.say(self.goal, rng) if sentence is None else sentence
         self.elapsed, self._streak, self._other_streak = 0, 0, 0
         self._progress = self._rule.progress(self.world, self.slots)
         self.senses.begin()
-        info = {"instruction": self.instruction, "task": self.goal.task, "goal": self.goal.key}
-        return self.observe(self._observe), info
+        task, key = (self.goal.task, self.goal.key) if self.judged else (None, None)
+        return self.observe(self._observe), {"instruction": self.instruction, "task": task, "goal": key}
+
+    @property
+    def own_tasks(self) -> tuple[OwnTask, ...]:
+        """Those of the tasks to draw from that are a user's own."""
+        return tuple(task for task in map(self._own_task, dict.fromkeys(self._tasks)) if task is not None)
 
     @property
     def own_task(self) -> OwnTask | None:
@@ -174,14 +186,13 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         """The name in goals of a task that a reset asks for."""
         return self._names.get(task) or _known("task", task, tuple(dict.fromkeys((*TASKS, *self._tasks))))
 
-    def _instruct(self, rng: np.random.Generator) -> str:
-        """A sentence for the goal."""
-        sentences = self.own_task.sentences if self.own_task is not None else self._sentences
+    def say(self, goal: Goal, rng: np.random.Generator) -> str:
+        """A sentence for a goal, drawn with one number of `rng`, in this table's phrasing."""
+        own = self._own_task(goal.task)
+        sentences = self._sentences if own is None else own.sentences
         if sentences is None:
-            return instruct(self.goal, rng, phrasing="synonyms" if self._phrasing == "synonyms" else "train")
-        ways = sentences(self.goal)
-        if isinstance(ways, str) or not ways:
-            raise ValueError(f"the sentences for {self.goal.key!r} must be a list of one at least, got {ways!r}")
+            return instruct(goal, rng, phrasing="synonyms" if self._phrasing == "synonyms" else "train")
+        ways = own_ways(sentences, goal)
         chosen = ways[int(rng.integers(len(ways)))]
         if chosen != _plain(chosen) or not 1 <= len(chosen.split()) <= LONGEST:
             raise ValueError(f"a sentence is 1 to {LONGEST} words of lower-case letters, got {chosen!r}")
@@ -198,7 +209,7 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
             sentences = self._sentences if own is None else own.sentences
             if sentences is not None:
                 for goal in goals(task, "all", self._like.get(task)):
-                    if plain in sentences(goal):
+                    if plain in call_own(_saying(goal), sentences, goal):
                         return goal
         return parse(sentence)
 
@@ -244,7 +255,7 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         if self._other_slots is not None:
             self._other_streak = self._other_streak + 1 if task.done(world, self._other_slots) else 0
             info["success_of_original"] = self._other_streak >= task.hold
-        terminated = bool(success and self._end_on_success) or self._lost()
+        terminated = bool(success and self._end_on_success) or (self.judged and self._lost())
         return self.observe(self._observe), float(reward), terminated, False, info
 
     def _lost(self) -> bool:
@@ -267,7 +278,7 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
                         self.goal.task,
                         self.slots,
                         self._streak / self._rule.hold,
-                        self.elapsed / TIME_LIMIT,
+                        min(1.0, self.elapsed / TIME_LIMIT),
                         destination=self.destination,
                         own_place=0 if own is None else own.place,
                     )
@@ -342,16 +353,31 @@ def _task(named: str | OwnTask) -> str | OwnTask:
     return found
 
 
-def _sentences(
+def sentences_of(
     phrasing: str | Callable[[Goal], Sequence[str]],
 ) -> tuple[Callable[[Goal], Sequence[str]] | None, str]:
-    """A user's own sentences, if it is them that the phrasing means, and its name."""
+    """A user's own sentences, if it is them that the phrasing means, and its name.
+
+    Raises ValueError where there is no such phrasing, file or function.
+    """
     if isinstance(phrasing, str) and not is_own(phrasing):
         return None, _known("phrasing", phrasing, PHRASINGS)
     found = load_own(phrasing) if isinstance(phrasing, str) else phrasing
     if not callable(found):
         raise ValueError(f"phrasing {phrasing}: a function is needed, got {type(found).__name__}")
     return found, "own"
+
+
+def own_ways(sentences: Callable[[Goal], Sequence[str]], goal: Goal) -> Sequence[str]:
+    """A user's own ways to ask for a goal. Raises ValueError where the function fails or there is none."""
+    ways: Sequence[str] = call_own(_saying(goal), sentences, goal)
+    if isinstance(ways, str) or not ways:
+        raise ValueError(f"the sentences for {goal.key!r} must be a list of one at least, got {ways!r}")
+    return ways
+
+
+def _saying(goal: Goal) -> str:
+    return f"the function of the sentences for {goal.key!r}"
 
 
 def _plain(text: str) -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.own import call_own
 from envs.table import scene, tasks
 from envs.table.env import TableEnv
+from envs.table.tasks import OwnTask
 from envs.table.world import HIGHEST, LOWEST, STEP_LENGTH, Array
 
 TRAVEL = 0.115
@@ -22,6 +24,18 @@ _TOUCHING = -0.012
 """Metres of air between a paddle and what it touches, at the least."""
 
 
+_LACKS = (
+    "task {!r} has no scripted expert: give its OwnTask an `act`, or record by hand (tandem data record --teleop)"
+)
+
+
+def require_experts(env: TableEnv) -> None:
+    """Raises ValueError where a task that the environment draws from has no scripted expert."""
+    for task in env.own_tasks:
+        if task.act is None:
+            raise ValueError(_LACKS.format(task.name))
+
+
 class Expert:
     """Acts in an environment that it can look into."""
 
@@ -29,12 +43,14 @@ class Expert:
         self.env = env
 
     def act(self) -> NDArray[np.float32]:
-        """[4] in [-1, 1]: the action for the present state. ValueError for a user's own task without an expert."""
+        """[4] in [-1, 1]: the action for the present state.
+
+        Raises ValueError for a user's own task without an expert, with one that fails, or with one whose answer is
+        no action of 4 finite numbers; those beyond -1 and 1 are cut off there.
+        """
         env = self.env
         if env.own_task is not None:
-            if env.own_task.act is None:
-                raise ValueError(f"task {env.own_task.name!r} has no scripted expert: give its OwnTask an `act`")
-            return env.own_task.act(self)
+            return self._own(env.own_task)
         match env.goal.task:
             case "reach":
                 return self.reach()
@@ -44,6 +60,19 @@ class Expert:
                 return self.pick()
             case _:
                 return self.put()
+
+    def _own(self, task: OwnTask) -> NDArray[np.float32]:
+        if task.act is None:
+            raise ValueError(_LACKS.format(task.name))
+        answer = call_own(f"task {task.name!r}: its `act`", task.act, self)
+        try:
+            action = np.asarray(answer, np.float32)
+        except (TypeError, ValueError):
+            action = np.full(1, np.nan)  # no numbers at all
+        if action.shape != (4,) or not np.isfinite(action).all():
+            told = " ".join(str(answer).split())
+            raise ValueError(f"task {task.name!r}: its `act` must return an action of 4 finite numbers, got {told}")
+        return np.clip(action, -1.0, 1.0)
 
     def go(self, target: Array, grip: float) -> NDArray[np.float32]:
         """Straight towards a point, slowing down within the last step."""

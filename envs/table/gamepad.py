@@ -1,7 +1,8 @@
 """A gamepad by Linux's joystick interface, without further packages.
 
 The kernel writes an event of 8 bytes for every change, and the state of every axis and button when the device is
-opened (https://docs.kernel.org/input/joydev/joystick-api.html).
+opened (https://docs.kernel.org/input/joydev/joystick-api.html). The numbers of axes and buttons are those of pads
+with Xbox's layout (driver xpad) and of those of PlayStation 4 and 5 (driver hid-playstation).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ PAD_HELP: tuple[tuple[str, str], ...] = (
     ("left shoulder", "slow or fast"),
     ("Y or square", "save the episode"),
     ("B or circle", "forget it, same scene again"),
-    ("Esc", "end"),
+    ("N, on the keyboard", "forget it, another scene"),
+    ("Esc, on the keyboard", "end"),
 )
 
 _EVENT = struct.Struct("=IhBB")  # milliseconds, value, type, number
@@ -62,7 +64,7 @@ class Gamepad:
         except FileNotFoundError as error:
             raise ValueError(
                 f"there is no gamepad at {path}: plug one in (on Linux it appears there; elsewhere Tandem reads "
-                "none), or steer by --device keyboard"
+                "none; pads of Xbox's layout and of PlayStation 4 and 5 are known), or steer by --device keyboard"
             ) from error
         except OSError as error:
             raise ValueError(f"cannot read the gamepad {path}: {error.strerror}; may your user read it?") from error

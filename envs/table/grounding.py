@@ -19,7 +19,7 @@ from envs.table import scene, tasks
 from envs.table.camera import Image
 from envs.table.env import TableEnv
 from envs.table.expert import Expert
-from envs.table.language import TASKS, Goal, Thing, instruct
+from envs.table.language import TASKS, Goal, Thing
 from envs.table.layout import TRAINING_SEEDS, goals
 from envs.table.observations import PERCEPT, state
 from envs.table.world import HIGHEST, LOWEST, STEP_LENGTH, Array, TableWorld
@@ -61,9 +61,11 @@ def looks(
     images: Sequence[str] = ("image",),
     combinations: Literal["train", "all"] = "train",
 ) -> list[Look]:
-    """Draw a scene, play in it and look LOOKS times; all draws come from `rng`. The environment needs a reset
-    before other uses."""
+    """Draw a scene, play in it and look LOOKS times; all draws come from `rng`. Sentences are of the five tasks, in
+    the environment's phrasing. The environment needs a reset before other uses."""
     while True:
+        if env.randomizer is not None:
+            env.randomizer.forget_start()  # a scene must not depend on those before it
         env.reset(seed=int(rng.integers(TRAINING_SEEDS)))
         due = set(rng.permutation(LONGEST_PLAY)[:LOOKS].tolist())
         seen: list[Look] = []
@@ -84,7 +86,7 @@ def _look(
     return Look(
         images={name: seen[name] for name in images},
         proprio=seen["proprio"],
-        sentences=tuple(instruct(goal, rng, phrasing="train") for goal in asked),
+        sentences=tuple(env.say(goal, rng) for goal in asked),
         percepts=np.stack([percept(goal, env.world) for goal in asked]),
     )
 

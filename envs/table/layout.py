@@ -17,7 +17,8 @@ from envs.table.world import Array, Layout
 Combinations = Literal["train", "held_out", "all"]
 
 TRAINING_SEEDS = 9_999_991
-"""Scenes that are learnt from have smaller seeds; evaluation's begin at 10 million."""
+"""Demonstrations and grounding are reset with smaller seeds; play and evaluation with hashes of theirs, which meet
+these or each other about once in a thousand million pairs."""
 APART = 0.10
 """Metres between two objects, and between an object and a pad."""
 PADS_APART = 0.14

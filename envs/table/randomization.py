@@ -103,7 +103,7 @@ def specs_of(
         return ()
     if not isinstance(randomization, str):
         return parse_specs(randomization)
-    if randomization.endswith((".yaml", ".yml")):
+    if is_file(randomization):
         return _read(Path(randomization))
     if randomization not in PRESETS:
         nearest = difflib.get_close_matches(randomization, PRESETS, n=1, cutoff=0.0)[0]
@@ -112,6 +112,11 @@ def specs_of(
             f"did you mean {nearest!r}?"
         )
     return PRESETS[randomization]
+
+
+def is_file(randomization: str) -> bool:
+    """Whether it names a file and no preset."""
+    return randomization.endswith((".yaml", ".yml"))
 
 
 def _read(path: Path) -> tuple[Randomization, ...]:

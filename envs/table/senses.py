@@ -15,7 +15,11 @@ from envs.table.world import TableWorld
 
 
 class Senses:
-    """Looks at a world. Late pictures are drawn only when they are asked for, from the poses of back then."""
+    """Looks at a world. Late pictures are drawn only when they are asked for, from the poses of back then.
+
+    Poses alone are late: colours, textures, the strength of the light and the field of view are those of now. They
+    differ from those of back then only where a randomization draws them anew within an episode (`when: interval`).
+    """
 
     def __init__(self, world: TableWorld, randomizer: Randomizer | None) -> None:
         self.world, self.randomizer = world, randomizer
@@ -47,7 +51,8 @@ class Senses:
         return seen if self.randomizer is None else self.randomizer.image(seen)
 
     def clear_picture(self, name: str, size: int, late: dict[str, Any] | None = None) -> camera.Image:
-        """The same without lateness and noise, for people."""
+        """The scene as it is now, or with the poses of back then in `late`; nothing is done to the picture's
+        contrast, brightness and noise."""
         model, data = self.world.model, self.world.data
         if late is None:
             return camera.picture(model, data, name, size, size)

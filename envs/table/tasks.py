@@ -230,6 +230,7 @@ def put_progress(world: TableWorld, slots: Slots) -> float:
 
 
 HALF_SECOND = round(0.5 / scene.CONTROL_STEP)
+"""Five control steps in a row at whose ends a goal is met, so that it was met for 0.4 to 0.5 s."""
 
 TASK: dict[str, Task] = {
     "reach": Task(reach_done, reach_progress, hold=1),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fnmatch
 import os
 import re
 import runpy
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +19,12 @@ from embodied.evaluate_vla import EvaluateVLAConfig, evaluate_policy
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
 from embodied.recording.record import RecordConfig, record_expert
-from embodied.vla.chunk_workers import TableConfig, make_table
+from embodied.vla.seats import TableConfig, make_table
+from envs.randomization import KINDS
+from envs.randomization.randomizer import WRITERS
 from envs.table.language import TRAINING_WORDS
 from envs.table.observations import PROPRIO, STATE
+from envs.table.world import TableWorld
 from experiment.config import build, read_tree
 from tandem.cli import VERBS
 from tandem.recipes import read_plan
@@ -74,6 +79,33 @@ def test_the_code_of_a_page_is_short_and_runs(
             assert "pick red cube judged" in printed
         case _:
             assert printed.count("masses x") == 3
+
+
+def test_the_code_of_the_robots_page_runs() -> None:
+    page = (ROOT / "docs" / "robots.md").read_text()
+    (code,) = [block["text"] for block in FENCE.finditer(page) if block["kind"] == "python"]
+    scope: dict[str, Any] = {}
+    exec(compile(code, "robots.md", "exec"), scope)
+    assert set(scope["observation"]) == {"image", "proprio"}
+    assert scope["env"].spec.max_episode_steps == 64
+    assert (scope["terminated"], scope["truncated"], scope["info"]["success"]) == (False, False, False)
+    scope["env"].close()
+
+
+def test_the_names_of_the_fields_are_those_of_the_table() -> None:
+    """The page's table: every field that has names, and only names that the model has."""
+    model, told = TableWorld().model, set()
+    for line in (ROOT / "docs" / "new_randomization.md").read_text().splitlines():
+        if not re.match(r"\| .*`\w+`.* \| an? \w+ \|", line):
+            continue
+        _, fields, owner, names, _ = line.split("|")
+        for field in re.findall(r"`(\w+)`", fields):
+            told.add(field)
+            assert owner.split()[-1] == KINDS[field].names_of
+            there = WRITERS[field].candidates(model)
+            for name in re.findall(r"`([\w*]+)`", names) if there else ():
+                assert fnmatch.filter(there, name), (field, name)
+    assert told == {field for field, kind in KINDS.items() if kind.names_of}
 
 
 def test_the_printed_files_serve_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,18 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+
+from tests.embodied.datasets.conftest import fill
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(900)  # imports are slow on a busy machine
 
 DRIVER = """
 import json, os, sys
-import embodied.train_bc, embodied.train_ppo, llm_rlhf.train_ppo
+import embodied.train_bc, embodied.train_ppo, embodied.train_vla_bc, llm_rlhf.train_ppo
 from tandem.cli import main
 
 results = {}
@@ -62,6 +66,12 @@ demonstrations: demonstrations.hdf5
 updates: 1
 episodes: 0
 """
+TABLE = """\
+recipe: embodied/vla_bc
+run: {folder: run, wandb: disabled}
+dataset: demos
+grounding: {scenes: 0}
+"""
 LANGUAGE = """\
 recipe: llm/ppo
 run: {folder: run, wandb: disabled}
@@ -87,6 +97,23 @@ def demonstrations(*, observation: int = 3, action: int = 1, keep: float = 1.0) 
         path.write_bytes(content[: int(keep * len(content))])
 
     return write
+
+
+def table_demonstrations(spoil: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Three episodes in LeRobot's layout, a file each, of which one is spoiled."""
+
+    def write(folder: Path) -> None:
+        fill(folder / "demos", size=(16, 16))
+        spoil(folder / "demos" / "data" / "chunk-000" / "file-001.parquet")
+
+    return write
+
+
+def other_actions(path: Path, *, value: float, size: int) -> None:
+    """Write the actions anew: `size` numbers each, all `value`."""
+    table = pq.read_table(path)
+    actions = pa.array([[value] * size] * len(table), pa.list_(pa.float32(), size))
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", actions), path)
 
 
 def folder_with(*files: str) -> Callable[[Path], None]:
@@ -155,6 +182,31 @@ CASES = {
     "discrete_cloning": Case(BC, ("discrete",), ("environment.id=CartPole-v1",), demonstrations()),
     "term_without_file": Case(PPO, ("none.hdf5: no such file",), ("demonstrations.path=none.hdf5",)),
     "kl_to_nothing": Case(PPO, ("kl.coef needs init",), ("kl.coef=0.1",)),
+    "no_table_demonstrations": Case(TABLE, ("demos", "no such folder")),
+    "a_file_of_them_is_missing": Case(
+        TABLE, ("file-001.parquet",), (), table_demonstrations(lambda path: path.unlink())
+    ),
+    "one_is_half_written": Case(
+        TABLE,
+        ("file-001.parquet", "damaged or not finished"),
+        (),
+        table_demonstrations(lambda path: path.write_bytes(path.read_bytes()[:200])),
+    ),
+    "their_actions_are_nan": Case(
+        TABLE,
+        ("action", "not finite"),
+        (),
+        table_demonstrations(lambda path: other_actions(path, value=float("nan"), size=2)),
+    ),
+    "their_actions_have_another_shape": Case(
+        TABLE, ("action",), (), table_demonstrations(lambda path: other_actions(path, value=0.0, size=3))
+    ),
+    "no_such_camera": Case(
+        TABLE,
+        ("demos", "no camera 'wrist'", "front"),
+        ("cameras=[wrist]",),
+        table_demonstrations(lambda path: None),
+    ),
     "no_model": Case(LANGUAGE, ("model.path: ", "model does not exist")),
     "model_without_config": Case(
         LANGUAGE, ("model.path: model holds no config.json",), (), folder_with("model/model.safetensors")

@@ -65,6 +65,26 @@ def test_an_environment_of_a_package_in_the_path(tmp_path: Path, monkeypatch: py
     assert (spec.env_id, spec.max_episode_steps) == ("Mine-v0", 5)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "import no_such_driver.low",
+            r"No module named 'no_such_driver'\); install 'no_such_driver', which it imports",
+        ),
+        ("import no_such_driver.low", r"which it imports, with `pip install no_such_driver`$"),
+        ("from math import no_such_name", r"which cannot be imported \(cannot import name .*\)$"),
+    ],
+)
+def test_what_a_package_imports_may_be_missing(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_other_robots.py").write_text(f"{text}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        make_environment("my_other_robots:Mine-v0")
+
+
 def test_gymnasium_robotics_is_registered_when_needed() -> None:
     assert describe(make_environment("AdroitHandPen-v1")).action_dim == 24
 

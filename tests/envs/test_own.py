@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from envs.own import is_own, load_own
+from envs.own import call_own, is_own, load_own
 
 
 def test_a_name_is_found_in_its_file(tmp_path: Path) -> None:
@@ -20,6 +21,29 @@ def test_a_name_is_found_in_its_file(tmp_path: Path) -> None:
     assert load_own(f"{file}:answer") == 4
     assert is_own("mine.py:answer")
     assert not is_own("reach")
+
+
+def test_a_file_may_import_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "neighbour_of_mine.py").write_text("answer = 5\n")
+    (tmp_path / "mine.py").write_text("from neighbour_of_mine import answer\n")
+    path = list(sys.path)
+    try:
+        assert load_own(f"{tmp_path}/mine.py:answer") == 5
+    finally:
+        sys.modules.pop("neighbour_of_mine", None)
+    assert sys.path == path
+
+
+def test_a_call_that_fails_is_told_in_one_line_with_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("import json\ndef twice(text):\n    return 2 * json.loads(\n        text)\n")
+    twice = load_own(f"{file}:twice")
+    assert call_own("twice", twice, "3") == 6
+    with pytest.raises(ValueError, match=r"^twice failed: JSONDecodeError: .* \(.*mine\.py, line 3\)$") as caught:
+        call_own("twice", twice, "three")  # the place is the user's, not that of json
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"^twice failed: TypeError: twice\(\) missing 1 .*text'$"):
+        call_own("twice", twice)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import gymnasium
 import numpy as np
 import pytest
 
-from envs.rendering import choose_backend, draw, render_episode_frames
+from envs.graphics import choose_backend
+from envs.rendering import draw, render_episode_frames
 from envs.stepper import Stepper
 
 
@@ -97,10 +98,15 @@ def test_an_environment_without_pictures() -> None:
 
 
 def test_a_backend_is_chosen_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    libraries = {"OSMesa": "libOSMesa.so.8"}
+    libraries: dict[str, str] = {}
     monkeypatch.setattr("ctypes.util.find_library", libraries.get)
+    monkeypatch.setattr(sys, "platform", "linux")
     for name in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.setenv(name, "")
+    choose_backend()
+    assert os.environ["MUJOCO_GL"] == "egl"  # found or not, it is the one that may work, and is told of if not
+    libraries["OSMesa"] = "libOSMesa.so.8"
+    monkeypatch.setenv("MUJOCO_GL", "")
     choose_backend()
     assert os.environ["MUJOCO_GL"] == "osmesa"
     libraries["EGL"] = "libEGL.so.1"
@@ -112,6 +118,10 @@ def test_a_backend_is_chosen_only_where_it_is_needed(monkeypatch: pytest.MonkeyP
     assert os.environ["MUJOCO_GL"] == "glfw"
     monkeypatch.setenv("MUJOCO_GL", "")
     monkeypatch.setenv("DISPLAY", ":0")
+    choose_backend()
+    assert os.environ["MUJOCO_GL"] == ""
+    monkeypatch.setenv("DISPLAY", "")
+    monkeypatch.setattr(sys, "platform", "darwin")  # draws by CGL, which needs no such variable
     choose_backend()
     assert os.environ["MUJOCO_GL"] == ""
 

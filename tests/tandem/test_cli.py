@@ -113,12 +113,31 @@ def test_options_may_stand_between_overrides(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("display", "before", "after"),
-    [("", None, "egl"), (":0", None, None), ("", "osmesa", "osmesa")],
+    ("display", "before", "libraries", "after"),
+    [
+        ("", None, ("EGL", "OSMesa"), "egl"),
+        ("", None, ("OSMesa",), "osmesa"),
+        ("", None, (), "egl"),
+        (":0", None, ("EGL",), None),
+        ("", "osmesa", ("EGL",), "osmesa"),
+    ],
 )
 def test_rendering_without_a_screen(
-    display: str, before: str | None, after: str | None, monkeypatch: pytest.MonkeyPatch
+    display: str,
+    before: str | None,
+    libraries: tuple[str, ...],
+    after: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A verb begins with the back end that may work; what only prints does not look for libraries."""
+    found: list[str | None] = []
+
+    def examine() -> int:
+        found.append(os.environ.get("MUJOCO_GL"))
+        return 0
+
+    monkeypatch.setattr("tandem.doctor.examine", examine)
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: name if name in libraries else None)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("DISPLAY", display)
     monkeypatch.setenv("WAYLAND_DISPLAY", "")
@@ -127,7 +146,9 @@ def test_rendering_without_a_screen(
     if before is None:
         del os.environ["MUJOCO_GL"]
     cli.main(["--version"])
-    assert os.environ.get("MUJOCO_GL") == after
+    assert os.environ.get("MUJOCO_GL") == before
+    assert cli.main(["doctor"]) == 0
+    assert found == [after]
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

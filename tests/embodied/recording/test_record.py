@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from dataclasses import replace
@@ -13,13 +14,15 @@ import pytest
 from embodied.datasets.lerobot import LeRobotDataset
 from embodied.datasets.lerobot_check import problems
 from embodied.datasets.lerobot_episode import EncodedEpisode
-from embodied.evaluate import VALIDATION_SEEDS
+from embodied.evaluate import TEST_SEEDS, VALIDATION_SEEDS
 from embodied.recording import record
 from embodied.recording.record import Player, RecordConfig, RecordReport, record_expert, table_features
+from envs.stepper import episode_seed
 from envs.table.env import TIME_LIMIT
 from envs.table.language import parse
 from envs.table.layout import TRAINING_SEEDS
 from experiment.errors import UserError
+from tandem.cli import main
 
 SMALL = RecordConfig(tasks=("reach", "pick"), episodes=4, image_size=16, workers=0, noise=0.3)
 
@@ -135,6 +138,82 @@ def test_an_expert_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert played.episode.numbers["next.truncated"].tolist() == [False] * (TIME_LIMIT - 1) + [True]
 
 
+OWN = """
+from envs.table.tasks import TASK, OwnTask
+
+def act(expert):
+    {body}
+
+def sentences(goal):
+    return [f"go to the {{goal.thing}}"]
+
+MINE = OwnTask(TASK["reach"].done, TASK["reach"].progress, hold=1, name="mine", sentences=sentences, act={act})
+"""
+
+
+@pytest.mark.parametrize(
+    ("act", "body", "message"),
+    [
+        ("None", "pass", "error: task 'mine' has no scripted expert: give its OwnTask an `act`, or record by hand"),
+        (
+            "act",
+            "return [0.0, 0.0, 1.0]",
+            "must return an action of 4 finite numbers, got [0.0, 0.0, 1.0]",
+        ),
+        ("act", "return [0.0, float('nan'), 0.0, 1.0]", "must return an action of 4 finite numbers, got [0.0, nan"),
+        ("act", "return {}['way']", "error: task 'mine': its `act` failed: KeyError: 'way' ("),
+    ],
+)
+def test_an_expert_of_ones_own_that_is_missing_or_faulty(
+    act: str, body: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(OWN.format(act=act, body=body))
+    words = ["data", "record", "--expert", "--out", str(tmp_path / "set"), "--tasks", f"reach,{file}:MINE"]
+    assert main([*words, "--episodes", "2", "--image-size", "16", "--workers", "0"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert message in told[-1]
+    assert not any("Traceback" in line for line in told)
+    assert (tmp_path / "set").exists() == (act == "act")  # what is missing is known before anything is recorded
+
+
+def test_an_episode_depends_on_none_before_it(tmp_path: Path) -> None:
+    """Nor does what a randomization draws once an environment."""
+    file = tmp_path / "once.yaml"
+    file.write_text(
+        "- {field: proprio_noise, operation: set, range: [0.001, 0.1], when: start}\n"
+        "- {field: kp, operation: scale, range: [0.5, 1.0], names: 'joint*'}\n"
+    )
+    config = replace(SMALL, tasks=("reach",), randomization=str(file))
+    features = table_features(config)
+    fresh, used = Player(config, features), Player(config, features)
+    used.play(0)
+    one, other = fresh.play(1).episode.numbers, used.play(1).episode.numbers
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, other[name], err_msg=name)
+
+
+def test_a_file_of_ones_own_that_was_changed(tmp_path: Path) -> None:
+    file, folder = tmp_path / "words.py", tmp_path / "set"
+    config = replace(SMALL, tasks=("reach",), episodes=1, phrasing=f"{file}:words")
+    text = "def words(goal):\n    return [f'go to the {goal.thing}']\n"
+    file.write_text(text)
+    record_expert(folder, config)
+    more = replace(config, episodes=2)
+    file.write_text(text.replace("go to", "find"))
+    with pytest.raises(UserError, match=r"words\.py was changed since its 1 episodes were recorded: put it back"):
+        record_expert(folder, more)
+    file.write_text(text)
+    assert record_expert(folder, more).written == 1
+    told = json.loads((folder / record.HOW).read_text())
+    assert list(told["files"]) == [str(file)]
+    del told["files"]  # as recordings were that did not tell
+    (folder / record.HOW).write_text(json.dumps(told))
+    file.write_text(text.replace("go to", "find"))
+    assert record_expert(folder, replace(config, episodes=3)).written == 1
+
+
 def test_a_worker_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(*_: object) -> None:
         from concurrent.futures.process import BrokenProcessPool
@@ -178,8 +257,27 @@ def test_wrong_settings(tmp_path: Path, changed: dict[str, object], message: str
     assert not (tmp_path / "set").exists()
 
 
-def test_scenes_are_not_those_of_evaluation() -> None:
-    assert TRAINING_SEEDS < VALIDATION_SEEDS
+def test_scenes_are_not_those_of_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 slots ask for 200 different scenes, and none is among 4,000 that policies are judged on."""
+
+    class Asked(Exception):
+        pass
+
+    player = Player(SMALL, table_features(SMALL))
+    recorded: list[int] = []
+
+    def reset(*, seed: int, options: dict[str, str]) -> None:
+        recorded.append(seed)
+        raise Asked
+
+    monkeypatch.setattr(player.env, "reset", reset)
+    for slot in range(200):
+        with pytest.raises(Asked):
+            player.play(slot)
+    assert 0 <= min(recorded) < max(recorded) < TRAINING_SEEDS
+    assert len(set(recorded)) == 200
+    judged = {episode_seed(first + index, 0) for first in (VALIDATION_SEEDS, TEST_SEEDS) for index in range(2000)}
+    assert judged.isdisjoint(recorded)
 
 
 def test_nothing_is_left_behind(recorded: tuple[Path, RecordReport]) -> None:

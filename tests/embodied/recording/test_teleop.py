@@ -221,6 +221,34 @@ def test_a_second_sitting_goes_on_with_new_scenes(play: Callable[..., Any]) -> N
     assert not np.array_equal(data.read(0).state[0], data.read(1).state[0])
 
 
+def test_skipped_scenes_are_not_shown_again(play: Callable[..., Any]) -> None:
+    _, told, _ = play({0: [NEXT], 1: [ESCAPE]})  # nothing is saved at all
+    assert any(line.startswith("scene 1:") for line in told)
+    _, told, data = play({0: [NEXT], 1: [RIGHT], 4: [ENTER], 5: [ESCAPE]})
+    assert len(data) == 1
+    scenes = [line for line in told if line.startswith("scene")]
+    assert [line.partition(":")[0] for line in scenes] == ["scene 1", "scene 2", "scene 3"]
+    _, told, _ = play({0: [ESCAPE]})
+    assert scenes[-1] in told  # the one that was on the screen when the user left
+
+
+@pytest.mark.parametrize("method", ["reset", "step"])
+def test_what_the_table_refuses_is_one_line(
+    play: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    real, calls = getattr(TableEnv, method), []
+
+    def refuse(self: TableEnv, *given: Any, **named: Any) -> Any:
+        calls.append(method)
+        if len(calls) > 1:
+            raise ValueError("the sentences must be a list of one at least")
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(TableEnv, method, refuse)
+    with pytest.raises(UserError, match="the sentences must be a list of one at least"):
+        play({0: [RIGHT]})
+
+
 def test_an_interrupt_loses_the_episode_in_progress_only(tmp_path: Path) -> None:
     class Interrupted(Script):
         def events(self) -> list[KeyEvent]:

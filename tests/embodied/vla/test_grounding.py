@@ -17,7 +17,7 @@ from embodied.datasets.lerobot_layout import ACTION, CAMERA, PROPRIO, STATE, dem
 from embodied.datasets.lerobot_writer import LeRobotWriter
 from embodied.policies.augment import AugmentConfig
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
-from embodied.policies.words import Words
+from embodied.policies.words import UNKNOWN, Words
 from embodied.train_vla_bc import PartConfig, TrainVLABCConfig
 from embodied.vla.control_steps import disturb
 from embodied.vla.grounding import DRY_SCENES, GroundingConfig, GroundingScenes
@@ -25,7 +25,7 @@ from embodied.vla.perceiving import percept_loss
 from envs.table import observations
 from envs.table.env import TableEnv
 from envs.table.grounding import looks
-from envs.table.language import TRAINING_WORDS
+from envs.table.language import COLOURS, TASKS, TRAINING_WORDS
 from experiment.errors import UserError
 from experiment.run import RunConfig
 from tests.embodied.tables import tiny_policy
@@ -171,6 +171,37 @@ def test_judging_by_hand(scenes: GroundingScenes, monkeypatch: pytest.MonkeyPatc
     assert judged == {"grounding_within_3cm": 0.5, "grounding_error_cm": pytest.approx(2.8, abs=1e-3)}
 
 
+def own_words(folder: Path, body: str = "return [f'{goal.task} that {goal.thing.colour} one']") -> str:
+    (folder / "words.py").write_text(f"def sentences(goal):\n    {body}\n")
+    return f"{folder / 'words.py'}:sentences"
+
+
+def test_scenes_speak_words_of_ones_own(tmp_path: Path, scenes: GroundingScenes) -> None:
+    config = replace(CONFIG, scenes=2, phrasing=own_words(tmp_path))
+    words = Words.of(config.texts())
+    assert set(words.vocabulary) == {*TASKS, *COLOURS, "that", "one"}
+    policy = tiny_policy()
+    policy.words = words
+    own = GroundingScenes.collect(config, policy, seed=3)
+    assert own.images["image"][0].equal(scenes.images["image"][0])  # the same scene
+    told = [sentence.split() for four in own.sentences for sentence in four]
+    assert all(first in TASKS and rest[0::2] == ["that", "one"] for first, *rest in told)
+    assert not (own.words == UNKNOWN).any()
+
+
+def test_the_words_of_the_scenes(tmp_path: Path) -> None:
+    assert GroundingConfig().texts() == ()
+    assert GroundingConfig(scenes=2).texts() == TRAINING_WORDS
+    assert {"hoist", "brick"} <= set(Words.of(GroundingConfig(scenes=2, phrasing="synonyms").texts()).vocabulary)
+    phrasing = own_words(tmp_path, "return {'push': ['shove it']}[goal.task]")
+    with pytest.raises(
+        UserError, match=r"^grounding: the function of .* 'reach .*' failed: KeyError: 'reach' \(.*2\)$"
+    ):
+        GroundingConfig(scenes=2, phrasing=phrasing).texts()
+    with pytest.raises(UserError, match=r"there is no file nowhere\.py"):
+        GroundingConfig(scenes=2, phrasing="nowhere.py:sentences").texts()
+
+
 def test_a_dry_run_draws_few() -> None:
     many = replace(CONFIG, scenes=40_000)
     assert len(GroundingScenes.collect(many, tiny_policy(), seed=3, dry_run=True).words) == 4 * DRY_SCENES
@@ -205,6 +236,10 @@ def test_policies_that_are_not_for_the_table(spaces: VLASpaces, percept: int, me
         ({"workers": -1}, "workers at least 0"),
         ({"held_out": 0.0}, "held_out"),
         ({"randomization": "ful"}, "did you mean 'full'"),
+        (
+            {"phrasing": "trian"},
+            r"grounding\.phrasing must be train or synonyms, or file.* got 'trian'",
+        ),
     ],
 )
 def test_impossible_numbers(wrong: dict[str, Any], message: str) -> None:
@@ -270,6 +305,13 @@ def test_cloning_reports_what_is_found_and_knows_the_words(
     assert [row["global_step"] for row in rows if "train/grounding_loss" in row] == [6]
     words = VLAPolicy.from_pretrained(folder / "checkpoints/best/policy").words
     assert set(words.vocabulary) == set(TRAINING_WORDS)
+
+
+def test_a_policy_learns_the_words_of_its_scenes(config: TrainVLABCConfig, tmp_path: Path) -> None:
+    grounding = replace(config.grounding, phrasing=own_words(tmp_path))
+    policy, *_ = train_vla_bc.prepare(replace(config, grounding=grounding), None, train_vla_bc.read(config), [])
+    demonstrated = {"pick", "up", "the", "red", "cube"}
+    assert set(policy.words.vocabulary) == {*demonstrated, *TASKS, *COLOURS, "that", "one"}
 
 
 def test_the_eyes_loss_is_of_the_demonstrations_and_the_scenes(

@@ -88,6 +88,34 @@ def test_the_first_reset_starts(model: mujoco.MjModel) -> None:
     assert box_mass(model) == mass
 
 
+def test_what_is_drawn_at_the_start_does_not_move_the_other_draws(model: mujoco.MjModel) -> None:
+    start = Randomization("mass", "scale", (0.5, 2.0), when="start", names=("box",))
+    each = Randomization("kp", "scale", (0.5, 2.0), names=("elbow",))
+    gains = []
+    for specs in ([start, each], [each]):
+        randomizer = Randomizer(model, specs, np.random.default_rng(0))
+        for seed in (5, 6, 5):
+            randomizer.seed(np.random.default_rng(seed))
+            randomizer.reset()
+            gains.append(model.actuator_gainprm[1, 0])
+        randomizer.restore()
+    assert gains[0] == gains[2] != gains[1]
+    assert gains[:3] == gains[3:]
+
+
+def test_the_start_that_is_forgotten_is_drawn_again(model: mujoco.MjModel) -> None:
+    start = Randomization("mass", "scale", (0.5, 2.0), when="start", names=("box",))
+    randomizer = Randomizer(model, [start], np.random.default_rng(0))
+    masses = []
+    for seed, forgotten in ((5, False), (6, False), (6, True), (5, True)):
+        if forgotten:
+            randomizer.forget_start()
+        randomizer.seed(np.random.default_rng(seed))
+        randomizer.reset()
+        masses.append(box_mass(model))
+    assert masses[0] == masses[1] == masses[3] != masses[2]
+
+
 def test_specs_of_one_field_apply_one_after_the_other(model: mujoco.MjModel) -> None:
     scale = Randomization("mass", "scale", (3, 3), names=("box",))
     add = Randomization("mass", "add", (1, 1), names=("b*",))

@@ -33,6 +33,13 @@ def test_specs_pass_through() -> None:
     assert parse_specs([spec, {"field": "mass", "operation": "scale", "range": (0.8, 1.2)}]) == (spec, spec)
 
 
+def test_one_name_may_stand_alone() -> None:
+    spec = Randomization("mass", "scale", (0.8, 1.2), names="object*")
+    assert spec == Randomization("mass", "scale", (0.8, 1.2), names=("object*",))
+    assert select(spec, {"object0": 0, "object1": 1, "link": 2}).tolist() == [0, 1]
+    assert str(spec) == "mass scale (0.8, 1.2) of object*"
+
+
 GOOD = {"field": "mass", "operation": "scale", "range": [0.5, 2]}
 
 

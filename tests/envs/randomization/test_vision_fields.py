@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from envs.capture import model_fields
+from envs.graphics import choose_backend
 from envs.randomization import Randomization, Randomizer, upload_textures
 from envs.randomization.textures import pattern, texture_pixels
 from envs.randomization.vision import VISION
-from envs.rendering import choose_backend
 
 FRONT = ("front",)
 COLOURED = ("lower", "box", "upper")
@@ -66,7 +66,7 @@ def draw(model: mujoco.MjModel) -> Iterator[Draw]:
 
     def render(randomizer: Randomizer | None) -> np.ndarray:
         if randomizer is not None:
-            randomizer.upload_textures(renderer)
+            upload_textures(renderer, model)
         mujoco.mj_camlight(model, data)
         renderer.update_scene(data, "front")
         return renderer.render().astype(np.int32)
@@ -202,20 +202,19 @@ def test_only_changed_textures_are_sent(model: mujoco.MjModel) -> None:
     renderer = mujoco.Renderer(model, 8, 8)
     try:
         randomizer = Randomizer(model, [SPECS["texture"]], RNG)
-        assert randomizer.textures == (0,)
-        assert randomizer.upload_textures(renderer) == (0,)  # not known what the card holds
-        assert randomizer.upload_textures(renderer) == ()
+        assert upload_textures(renderer, model) == (0,)  # not known what the card holds
+        assert upload_textures(renderer, model) == ()
         randomizer.reset()
-        assert randomizer.upload_textures(renderer) == (0,)
-        assert randomizer.upload_textures(renderer) == ()
+        assert upload_textures(renderer, model) == (0,)
+        assert upload_textures(renderer, model) == ()
         randomizer.restore()
-        assert randomizer.upload_textures(renderer) == (0,)
-        other = Randomizer(model, [SPECS["rgb"]], RNG)
-        assert other.textures == other.upload_textures(renderer) == ()
+        assert upload_textures(renderer, model) == (0,)
+        randomizer.reset()
+        assert upload_textures(renderer, model, []) == ()  # none was named
     finally:
         renderer.close()
     with pytest.raises(ValueError, match="the renderer is closed"):
-        randomizer.upload_textures(renderer)
+        upload_textures(renderer, model)
 
 
 def test_models_that_share_a_renderer_keep_their_own_textures(model: mujoco.MjModel, draw: Draw) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from envs.table.gamepad import Gamepad, PadEvent, beyond_dead_zone, parse_events
-from envs.table.steering import Command, Pace, Steering
+from envs.table.gamepad import PAD_HELP, Gamepad, PadEvent, beyond_dead_zone, parse_events
+from envs.table.steering import KEYBOARD_HELP, Command, Pace, Steering
 
 BUTTON, AXIS, INITIAL = 1, 2, 0x80
 
@@ -66,6 +66,10 @@ def test_waiting_for_events_does_not_block(tmp_path: Path) -> None:
     assert not steering.idle
     os.close(writer)
     pad.close()
+
+
+def test_the_help_names_all_that_can_be_asked_for() -> None:
+    assert [meaning for _, meaning in PAD_HELP] == [meaning for _, meaning in KEYBOARD_HELP]
 
 
 def test_no_gamepad(tmp_path: Path) -> None:

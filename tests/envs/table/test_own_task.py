@@ -12,7 +12,7 @@ import pytest
 
 from envs import capture
 from envs.table.env import TableEnv
-from envs.table.expert import Expert
+from envs.table.expert import Expert, require_experts
 from envs.table.language import TASKS, Goal, Thing, held_out
 from envs.table.layout import goals
 from envs.table.tasks import OwnTask, Slots
@@ -101,6 +101,34 @@ def test_the_experts_motions_serve_a_task_of_ones_own() -> None:
     silent.reset(seed=0)
     with pytest.raises(ValueError, match="'home' has no scripted expert"):
         Expert(silent).act()
+
+
+def test_an_expert_of_ones_own_is_held_to_four_finite_numbers() -> None:
+    def acting(answer: Any) -> Expert:
+        env = TableEnv(tasks=replace(HOME, act=lambda expert: answer), observe=())
+        env.reset(seed=0)
+        return Expert(env)
+
+    action = acting([2.0, 0.5, 0, -3]).act()
+    assert action.tolist() == [1.0, 0.5, 0.0, -1.0]
+    assert action.dtype == np.float32
+    for wrong in (None, [0.0, 0.0, 0.0], [0.0, np.nan, 0.0, 1.0], "left", [[1.0], 2.0]):
+        with pytest.raises(
+            ValueError, match="task 'home': its `act` must return an action of 4 finite numbers, got"
+        ):
+            acting(wrong).act()
+    failing = TableEnv(tasks=replace(HOME, act=lambda expert: expert.fly()), observe=())  # type: ignore[attr-defined]
+    failing.reset(seed=0)
+    with pytest.raises(ValueError, match=r"task 'home': its `act` failed: AttributeError: .*fly.*line \d+\)$"):
+        Expert(failing).act()
+
+
+def test_every_task_needs_an_expert_where_one_is_asked_for() -> None:
+    require_experts(TableEnv(tasks=(HOME, "reach"), observe=()))
+    with pytest.raises(
+        ValueError, match="task 'still' has no scripted expert: give its OwnTask an `act`, or record"
+    ):
+        require_experts(TableEnv(tasks=("reach", HOME, replace(HOME, act=None, name="still", place=1)), observe=()))
 
 
 def test_its_sentences_are_understood_and_its_combinations_divided() -> None:

@@ -11,20 +11,14 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from envs import capture
-from envs.make import make_environment
 from envs.table import camera
 from envs.table.env import ENTRIES, TIME_LIMIT, TableEnv, TableStateEnv
 from envs.table.language import TASKS, Goal, held_out, parse
 from envs.table.tasks import TASK, destination
 from tests.envs.table.scenes import BAR, CUBE, REST, above, asked, bring, teleport
 
-STATE_ID, TABLE_ID = "tandem/TableState-v0", "tandem/Table-v0"
+STATE_ID, TABLE_ID = "envs.make:tandem/TableState-v0", "envs.make:tandem/Table-v0"
 HELD, ELAPSED = 37, 38  # of the privileged state: shares of the time to hold and of the time limit
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _registered() -> None:
-    make_environment(STATE_ID).close()
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:

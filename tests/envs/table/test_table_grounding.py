@@ -196,8 +196,14 @@ def test_without_noise_the_hand_goes_where_it_is_sent_and_over_what_is_there(env
     assert len(list(hand.go(np.array([0.1, 0.1, 0.1]), -1.0, steps=2))) == 2
 
 
-@pytest.mark.parametrize("randomization", [None, "full"])
-def test_looks_follow_from_their_generator(env: TableEnv, randomization: str | None) -> None:
+ONCE = [
+    {"field": "proprio_noise", "operation": "set", "range": (0.001, 0.1), "when": "start"},
+    {"field": "light_diffuse", "operation": "scale", "range": (0.5, 1.0)},
+]
+
+
+@pytest.mark.parametrize("randomization", [None, "full", ONCE])
+def test_looks_follow_from_their_generator(env: TableEnv, randomization: Any) -> None:
     fresh, used = (TableEnv(observe=(), image_size=32, randomization=randomization) for _ in range(2))
     for number in range(3):
         looks(used, np.random.default_rng(number))
@@ -207,6 +213,18 @@ def test_looks_follow_from_their_generator(env: TableEnv, randomization: str | N
             np.testing.assert_array_equal(mine, its)
         np.testing.assert_array_equal(one.proprio, two.proprio)
     assert looks(used, np.random.default_rng(10))[-1].sentences != one.sentences
+
+
+def test_looks_speak_the_words_of_their_table() -> None:
+    def words(goal: Goal) -> list[str]:
+        return [f"{goal.task} that {goal.thing.colour} one"]
+
+    own = TableEnv(observe=(), image_size=32, phrasing=words)
+    first, *_ = looks(own, np.random.default_rng(9), images=())
+    for thing, sentence in zip(own.world.things, first.sentences, strict=True):
+        task, *rest = sentence.split()
+        assert task in TASKS
+        assert rest == ["that", thing.colour, "one"]
 
 
 def test_a_scene_with_something_lost_is_drawn_again(env: TableEnv, monkeypatch: pytest.MonkeyPatch) -> None:
