@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -21,6 +22,7 @@ from tandem.failures import explain
 from tandem.recipes import suggest
 
 USER_ERROR, INTERRUPTED = 2, 130
+_PYTHONS = warnings.formatwarning
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,6 +53,7 @@ class Verb:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    warnings.formatwarning = _one_line
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
@@ -66,6 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {line}", file=sys.stderr)
         return USER_ERROR
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning for users without the place in the program; others (of deprecated calls) with it."""
+    if category is UserWarning:
+        return f"warning: {' '.join(str(message).split())}\n"
+    return _PYTHONS(message, category, filename, lineno, line)
 
 
 def _dispatch(words: list[str]) -> int:

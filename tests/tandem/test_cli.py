@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -157,3 +158,14 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", reader], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() in ("0", "141")
     assert done.stderr == ""
+
+
+def test_warnings_for_users_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a recording whose last episode was not finished; a deprecated call still names its place."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert cli.main(["--version"]) == 0
+    told = warnings.formatwarning("demos: the last\nepisode is left out", UserWarning, "lerobot.py", 173)
+    assert told == "warning: demos: the last episode is left out\n"
+    assert "old.py:3: DeprecationWarning" in warnings.formatwarning(
+        "call it so", DeprecationWarning, "old.py", 3, "f()"
+    )
