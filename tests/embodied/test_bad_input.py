@@ -99,7 +99,7 @@ def demonstrations(*, observation: int = 3, action: int = 1, keep: float = 1.0) 
     return write
 
 
-def table_demonstrations(spoil: Callable[[Path], None]) -> Callable[[Path], None]:
+def table_demonstrations(spoil: Callable[[Path], object]) -> Callable[[Path], None]:
     """Three episodes in LeRobot's layout, a file each, of which one is spoiled."""
 
     def write(folder: Path) -> None:

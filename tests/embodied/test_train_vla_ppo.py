@@ -274,9 +274,10 @@ def test_eyes_may_begin_to_learn_when_a_run_goes_on(clone: Path, tmp_path: Path)
 def test_another_number_of_tables_or_workers_is_told(clone: Path, tmp_path: Path) -> None:
     config = ppo_config(clone, tmp_path / "run", total_steps=STEPS)
     train_vla_ppo.train(config)
-    for change, setting in (({"workers": 2}, "environment.workers"), ({"count": 4}, "environment.count")):
-        other = replace(config, total_steps=9 * STEPS, environment=replace(config.environment, **change))
-        with pytest.raises(UserError, match=setting):
+    table = config.environment
+    for environment, setting in ((replace(table, workers=2), "workers"), (replace(table, count=4), "count")):
+        other = replace(config, total_steps=9 * STEPS, environment=environment)
+        with pytest.raises(UserError, match=f"environment.{setting}"):
             train_vla_ppo.train(other, resume=tmp_path / "run")
 
 
