@@ -94,10 +94,10 @@ class PlainGPT2:
 
     def __init__(self, model: GPT2LMHeadModel, precision: Precision) -> None:
         """Use `PlainGPT2.of`, which refuses what this cannot do."""
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         body: Any = model.transformer
         config = model.config
         self.words: Tensor = body.wte.weight
+        self.dtype = torch.bfloat16 if precision == "bf16" else self.words.dtype
         self.places: Tensor = body.wpe.weight
         self.heads, self.epsilon = config.n_head, config.layer_norm_epsilon
         self.activation = ACTIVATIONS[config.activation_function]
@@ -142,7 +142,7 @@ class PlainGPT2:
     def step(self, tokens: Tensor, attention_mask: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
         """One more token of each row, [B], where attention_mask [B, past + 1] covers it; the cache is written to.
 
-        Returns logits [B, 1, V] and hidden states [B, 1, D], in float32.
+        Returns logits [B, 1, V] and hidden states [B, 1, D], as wide as the weights.
         """
         rows, width = len(tokens), self.words.shape[1]
         padded = not bool(attention_mask[:, 0].all())
@@ -162,7 +162,7 @@ class PlainGPT2:
             normed = F.layer_norm(hidden, (width,), norm_2, shift_2, self.epsilon).to(self.dtype)
             hidden = hidden + torch.addmm(down_bias, self.activation(torch.addmm(up_bias, normed, up)), down)
         hidden = F.layer_norm(hidden, (width,), *self.last, self.epsilon).unsqueeze(1)
-        return F.linear(hidden.to(self.dtype), self.head).float(), hidden
+        return F.linear(hidden.to(self.dtype), self.head).to(hidden.dtype), hidden
 
 
 def _tanh_gelu(numbers: Tensor) -> Tensor:
