@@ -119,7 +119,8 @@ def main(
         add_arguments(parser)
     options = parser.parse_args()
     if options.table:
-        print(table(read_results(study)))
+        results = read_results(study)
+        print(table(results) if results else f"{study}: no cell has a result yet")
     elif options.cell:
         started = time.perf_counter()
         figures = run(options.cell, options)

@@ -109,7 +109,7 @@ def loss_of(
     slow = heads.slow_q_values(columns.hidden)
     values = heads.values(columns.hidden)
     return ilql.loss(
-        log_probs=torch.log_softmax(columns.logits / policy.temperature, dim=-1).gather(-1, taken).squeeze(-1),
+        log_probs=torch.log_softmax(policy.tempered(columns.logits), dim=-1).gather(-1, taken).squeeze(-1),
         values=values,
         next_values=next_values_of(
             values=values.detach(),

@@ -123,8 +123,12 @@ class LanguagePolicy(nn.Module):
         return self.evaluate(observations, actions)
 
     def decoding_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
-        """What tokens are drawn from, before the temperature: the model's logits [..., V], steered where it is."""
-        return logits if self.steering is None else self.steering(logits, hidden)
+        """What tokens are drawn from: the model's logits [..., V], steered where it is, over the temperature."""
+        return self.tempered(logits if self.steering is None else self.steering(logits, hidden))
+
+    def tempered(self, logits: Tensor) -> Tensor:
+        """Logits [..., V] over the temperature, as they are at 1: a copy of the vocabulary is not for nothing."""
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
     def columns(self, observations: Nested) -> Columns | None:
         """Logits and hidden states of the columns that hold decisions; None where there is no decision.
@@ -179,7 +183,7 @@ class LanguagePolicy(nn.Module):
     def _judged(self, columns: Columns, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs [B, N] of the tokens in these columns, and of the whole vocabulary [B, N, V]."""
         logits = self.decoding_logits(columns.logits, columns.hidden)
-        log_softmax = torch.log_softmax(logits / self.temperature, dim=-1)
+        log_softmax = torch.log_softmax(logits, dim=-1)
         taken = actions[:, columns.first : columns.last].unsqueeze(-1).to(self.device)
         return log_softmax.gather(-1, taken).squeeze(-1), log_softmax
 
@@ -200,7 +204,7 @@ class LanguagePolicy(nn.Module):
                 logits = self.model.get_output_embeddings()(self.model.base_model(**arguments)[0][before])
             else:
                 logits = self.model(**arguments).logits[before]
-        log_softmax = torch.log_softmax(widened(logits) / self.temperature, dim=-1)
+        log_softmax = torch.log_softmax(self.tempered(widened(logits)), dim=-1)
         taken = log_softmax.gather(-1, input_ids[decisions].unsqueeze(-1)).squeeze(-1)
         return taken.new_zeros(decisions.shape).masked_scatter(decisions, taken).to(home)
 

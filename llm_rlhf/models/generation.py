@@ -173,7 +173,7 @@ def _decode(
             offered = policy.decoding_logits(logits[:, -1], hidden[:, -1])
             if values is not None and policy.value_head is not None:
                 values[alive, column] = policy.value_head(hidden[:, -1]).squeeze(-1)
-        token, token_log_probs, token_entropy = _draw(offered / policy.temperature, generator)
+        token, token_log_probs, token_entropy = _draw(offered, generator)
         new_ids[alive, column] = token
         drawn[alive, column] = True
         log_probs[alive, column] = token_log_probs

@@ -104,7 +104,7 @@ def completion_log_probs(
     if columns is None:
         return torch.zeros(len(texts))
     window = slice(columns.first, columns.last)
-    logits = columns.logits.float() / policy.temperature
+    logits = policy.tempered(columns.logits.float())
     tokens, mask = (tensor[:, window].to(logits.device) for tensor in (texts.input_ids, texts.mask))
     taken = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return torch.where(mask, taken - logits.logsumexp(-1), 0.0).sum(1).to(texts.mask.device)

@@ -222,7 +222,7 @@ class _Table:
         """One token a row, [A, 1]: drawn from its logits [A, V], or the next of the answer that it is reading."""
         seats = [self.seats[row] for row in alive.tolist()]
         drawn = torch.tensor([not seat.pending for seat in seats], device=alive.device)
-        scores = self.policy.decoding_logits(logits, hidden) / self.policy.temperature
+        scores = self.policy.decoding_logits(logits, hidden)
         tokens, log_probs, entropy = draw(scores, chance)
         given = torch.tensor([seat.pending.popleft() if seat.pending else 0 for seat in seats], device=alive.device)
         tokens = torch.where(drawn, tokens, given)
