@@ -187,11 +187,11 @@ def test_ppo_goes_on_from_iql_where_it_stopped(tmp_path: Path, pendulum_demonstr
         environment=config.environment,
         ppo=PPOConfig(epochs=1, minibatch_size=16, critic_warmup=2),
         init=str(folder),
-        total_steps=2 * 2 * 16,
+        total_steps=3 * 2 * 16,
         horizon=16,
     )
     train_ppo.train(ppo)
-    warmed = StatePolicy.from_pretrained(tmp_path / "ppo" / "checkpoints" / "last" / "policy")
+    warmed = StatePolicy.from_pretrained(tmp_path / "ppo" / "checkpoints" / "000000002" / "policy")
     observations = torch.randn(20, 3)
     torch.testing.assert_close(warmed(observations)[0].mode(), start(observations)[0].mode())  # the critic alone
     assert not torch.equal(warmed(observations)[1], start(observations)[1])
