@@ -18,7 +18,7 @@ from envs.rendering import render_episode_frames
 from envs.stepper import EpisodeRecord
 from experiment.checkpoint import write_atomically
 from experiment.config import build_from_dict, read_tree
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 from experiment.statistics import bootstrap_interval, wilson_interval
 from experiment.video import write_mp4
 
@@ -110,7 +110,7 @@ def film(policy: StatePolicy, environment: EnvironmentConfig, path: Path, *, see
         chosen: np.ndarray = actor.act(observation[None], None)[0]
         return chosen
 
-    try:
+    with user_errors("videos"):
         episode = render_episode_frames(
             environment.id,
             act,
@@ -118,8 +118,6 @@ def film(policy: StatePolicy, environment: EnvironmentConfig, path: Path, *, see
             max_episode_steps=environment.max_episode_steps,
             options=environment.options,
         )
-    except ValueError as error:
-        raise UserError(f"videos: {error}") from error
     return write_mp4(episode.frames, path, fps=episode.fps)
 
 

@@ -28,6 +28,18 @@ class NonFiniteMetric(UserError):
 
 
 @contextmanager
+def user_errors(what: str = "") -> Iterator[None]:
+    """Turn a ValueError below this line into a `UserError`, with what was asked for before its text.
+
+    For calls whose ValueErrors say what their caller did wrong, where the caller is the user.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{what}: {error}" if what else str(error)) from error
+
+
+@contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn "no space left", "read-only" and "permission denied" below this line into a `StorageError`.
 

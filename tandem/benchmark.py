@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 from tandem.recipes import suggest
 
 
@@ -96,10 +96,8 @@ def _config(arguments: argparse.Namespace) -> Any:
     from llm_rlhf.evaluation.suites import SuiteConfig
 
     given = vars(arguments) | {"rules": tuple(arguments.rule)}
-    try:
+    with user_errors():
         return SuiteConfig(**{field.name: given[field.name] for field in dataclasses.fields(SuiteConfig)})
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def find_model(name: str) -> Path | str:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import torch
 
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 from llm_rlhf.data.chat import Message, render
 from llm_rlhf.data.texts import encode_prompts
 from llm_rlhf.evaluation.subject import Subject, load_subject
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def chat(arguments: argparse.Namespace) -> int:
     """Load the model and talk until the input ends. Raises UserError where there is no such model."""
-    try:
+    with user_errors():
         config = ChatConfig(
             temperature=arguments.temperature,
             max_new_tokens=arguments.max_new_tokens,
@@ -80,8 +80,6 @@ def chat(arguments: argparse.Namespace) -> int:
             system=arguments.system,
             plain=arguments.plain,
         )
-    except ValueError as error:
-        raise UserError(str(error)) from error
     subject = load_subject(find_model(arguments.model), checkpoint=arguments.checkpoint)
     talk(Conversation(subject, config), source=sys.stdin, out=sys.stdout)
     return 0

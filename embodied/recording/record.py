@@ -44,7 +44,7 @@ from envs.table.language import TASKS
 from envs.table.layout import TRAINING_SEEDS
 from envs.table.randomization import is_file
 from experiment.checkpoint import write_atomically
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 
 FPS = 10
 """Control steps a second at the table."""
@@ -145,7 +145,7 @@ def record_expert(
 def table_features(config: RecordConfig) -> dict[str, Feature]:
     """Of the data set. Raises UserError when the table does not take the settings, or a task has no expert."""
     env = table(config)
-    with table_errors():
+    with user_errors():
         require_experts(env)
     env.close()
     return demonstration_features(
@@ -161,7 +161,7 @@ def table_features(config: RecordConfig) -> dict[str, Feature]:
 def table(config: RecordConfig) -> TableEnv:
     """The environment. Raises UserError when it does not take the settings."""
     pictures = [entry for entry, camera in CAMERA_OF.items() if camera in config.cameras]
-    with table_errors():
+    with user_errors():
         return TableEnv(
             tasks=config.tasks,
             combinations=config.combinations,
@@ -170,15 +170,6 @@ def table(config: RecordConfig) -> TableEnv:
             image_size=config.image_size,
             randomization=config.randomization,
         )
-
-
-@contextmanager
-def table_errors() -> Iterator[None]:
-    """As UserError what the table or its expert refuses: settings, own tasks, a machine that cannot draw."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 class Player:
@@ -209,11 +200,11 @@ class Player:
         level = rng.uniform(0.0, self.config.noise)
         if self.env.randomizer is not None:
             self.env.randomizer.forget_start()  # an episode must not depend on those before it
-        with table_errors():
+        with user_errors():
             seen, _ = self.env.reset(seed=int(rng.integers(TRAINING_SEEDS)), options={"task": task})
         ended = False
         while not ended:
-            with table_errors():
+            with user_errors():
                 clean = self.expert.act()
                 action = np.clip(clean + level * rng.normal(size=clean.shape), -1.0, 1.0).astype(np.float32)
                 after, reward, terminated, _, info = self.env.step(action)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -42,7 +41,7 @@ from envs.table.scene import CONTROL_STEP
 from envs.table.steering import KEYBOARD_HELP, Command, Steering
 from envs.table.window import KeyEvent, Lines, Window, require_screen
 from experiment.checkpoint import write_atomically
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 
 _NEXT_SCENE = "next_scene"
 DRAWINGS = 3
@@ -125,14 +124,14 @@ def record_by_hand(
         raise UserError("the time limit and the number of episodes must be at least 1")
     pad, screen = None, None
     try:
-        with _mistakes():
+        with user_errors():
             pad = Gamepad() if config.device == "gamepad" else None
             if open_screen is None:
                 require_screen()
             env = _table(config)
             env.reset(seed=0)  # draws a picture, which must come before the window
         with LeRobotWriter(config.out, fps=FPS, features=_features(config), robot_type=ROBOT) as writer:
-            with _mistakes():
+            with user_errors():
                 screen = (open_screen or Window)(env.world.model, env.world.data)
             return _Session(config, env, screen, writer, pad, clock, say).run()
     finally:
@@ -166,15 +165,6 @@ def _features(config: TeleopConfig) -> dict[str, Feature]:
         state=observations.STATE,
         expert=False,
     )
-
-
-@contextmanager
-def _mistakes() -> Iterator[None]:
-    """What the surroundings lack is the user's to mend."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 class _Session:
@@ -232,7 +222,7 @@ class _Session:
         env, steering = self._env, self._steering
         seed = int(np.random.default_rng([self._seed, scene]).integers(TRAINING_SEEDS))
         task = self._config.tasks[scene % len(self._config.tasks)]
-        with _mistakes():
+        with user_errors():
             observation, _ = env.reset(seed=seed, options={"task": task})
         self._screen.show(env.world.data)
         steering.begin()
@@ -261,7 +251,7 @@ class _Session:
             if row:
                 episode.add(row)
             action = self._steering.action(self._clock.monotonic(), self._screen.azimuth)
-            with _mistakes():
+            with user_errors():
                 following, reward, terminated, _, info = env.step(action)
             told = outcome(reward=reward, terminated=terminated, truncated=False, success=info["success"])
             row, observation = _frame(observation, action) | told, following
@@ -304,7 +294,7 @@ class _Session:
             else:
                 self._steering.release(event.key)
         if self._pad is not None:
-            with _mistakes():
+            with user_errors():
                 self._pad.poll(self._steering)
         return self._steering.take()
 

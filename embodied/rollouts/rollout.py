@@ -15,7 +15,7 @@ from embodied.rollouts.processes import SharedArrays, Workers
 from embodied.rollouts.workers import Collected, EnvironmentConfig, RolloutWorker, layout_of
 from envs.make import EnvironmentSpec
 from envs.stepper import EpisodeRecord
-from experiment.errors import UserError
+from experiment.errors import user_errors
 from policy_core.returns import next_values_of
 from policy_core.rollout import Rollout
 
@@ -32,10 +32,8 @@ def fresh_policy(spec: EnvironmentSpec, config: StatePolicyConfig) -> StatePolic
     """
     policy = StatePolicy(spaces_of(spec), config)
     if spec.action_low is not None and spec.action_high is not None:
-        try:
+        with user_errors(spec.env_id):
             policy.set_action_bounds(torch.from_numpy(spec.action_low), torch.from_numpy(spec.action_high))
-        except ValueError as error:
-            raise UserError(f"{spec.env_id}: {error}") from error
     return policy
 
 

@@ -18,7 +18,7 @@ from embodied.policies.numpy_actor import NumpyActor, Spaces, StatePolicyConfig
 from embodied.rollouts.processes import Layout, SharedArrays
 from envs.make import EnvironmentSpec, describe, make_environment
 from envs.stepper import EpisodeRecord, Stepper
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,10 @@ class EnvironmentConfig:
 
 def environment_spec(config: EnvironmentConfig) -> EnvironmentSpec:
     """Of the environment that `config` names; UserError if it cannot be made."""
-    try:
+    with user_errors("environment.id"):
         environment = make_environment(
             config.id, max_episode_steps=config.max_episode_steps, options=config.options
         )
-    except ValueError as error:
-        raise UserError(f"environment.id: {error}") from error
     spec = describe(environment)
     environment.close()
     return spec

@@ -9,11 +9,10 @@ milliseconds each, and the policy's eyes learn from them beside whatever else it
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -33,7 +32,7 @@ from envs.table.layout import goals
 from envs.table.observations import PERCEPT, PROPRIO
 from envs.table.randomization import specs_of
 from envs.table.scene import OBJECTS
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 
 METRES = 0.1
 """In the unit of positions."""
@@ -86,7 +85,7 @@ class GroundingConfig:
         """
         if not self.scenes:
             return ()
-        with _for_the_user():
+        with user_errors("grounding"):
             own, name = sentences_of(self.phrasing)
             if name == "train":
                 return TRAINING_WORDS
@@ -109,7 +108,7 @@ class SceneWorker:
         self._rows, self._entries, self._seed = iter(rows), entries, seed
         self._images = {entry: arrays.view(entry) for entry in entries}
         self._percepts, self._proprio = arrays.view("percepts"), arrays.view("proprio")
-        with _for_the_user():
+        with user_errors("grounding"):
             self._env = TableEnv(
                 observe=(), image_size=size, randomization=config.randomization, phrasing=config.phrasing
             )
@@ -119,7 +118,7 @@ class SceneWorker:
         cannot draw."""
         sentences = []
         for number in itertools.islice(self._rows, count):
-            with _for_the_user():
+            with user_errors("grounding"):
                 seen = looks(self._env, np.random.default_rng([self._seed, number]), images=self._entries)
             for row, one in enumerate(seen, LOOKS * number):
                 for entry in self._entries:
@@ -249,14 +248,6 @@ def check_grounding(policy: VLAPolicy, source: object) -> None:
             f"policy.percept is {policy.config.percept}: with grounding.scenes it must be 2 to {PERCEPT}, what the"
             " scenes tell"
         )
-
-
-@contextlib.contextmanager
-def _for_the_user() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"grounding: {error}") from error
 
 
 def _drawn(workers: Workers, pictures: int) -> list[tuple[str, ...]]:

@@ -21,11 +21,11 @@ from embodied.vla.chunk_rollout import ChunkCollector, ChunkExperience, log_prob
 from embodied.vla.grounding import GroundingScenes
 from embodied.vla.judge import check_policy, unknown_words
 from embodied.vla.perceiving import PerceptionConfig, fit_perception
-from embodied.vla.seats import Play, TableConfig, TableEpisode, make_table, table_errors
+from embodied.vla.seats import Play, TableConfig, TableEpisode, make_table
 from envs.stepper import EpisodeRecord
 from experiment.checkpoint import Checkpoint
 from experiment.device import find_device
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 from experiment.run import Run
 from policy_core.kl import KLConfig, KLController
 from policy_core.schedules import set_learning_rate
@@ -186,7 +186,7 @@ def read_clone(
         raise UserError("there is no policy to start from: give init=CLONE_RUN/checkpoints/best/policy")
     clone = VLAPolicy.from_pretrained(source)
     check_policy(clone, f"init: {source}")
-    with contextlib.closing(make_table(environment, clone.spaces.image_size)) as table, table_errors():
+    with contextlib.closing(make_table(environment, clone.spaces.image_size)) as table, user_errors("environment"):
         table.reset(seed=0)
         table.observe(tuple(map(image_key, clone.spaces.cameras)))
     limits = clone.config

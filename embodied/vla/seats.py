@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +14,7 @@ from embodied.policies.vla import VLAPolicy, image_key
 from envs.stepper import EpisodeRecord
 from envs.table.env import TIME_LIMIT, TableEnv
 from envs.table.language import TASKS
-from experiment.errors import UserError
+from experiment.errors import user_errors
 
 Array = NDArray[np.float32]
 Play = tuple[int, Mapping[str, Any] | None]
@@ -48,7 +47,7 @@ class TableConfig:
 
 def make_table(config: TableConfig, image_size: int, kind: type[TableEnv] = TableEnv) -> TableEnv:
     """A table that draws nothing unless asked. UserError if the configuration names what is not there."""
-    with table_errors():
+    with user_errors("environment"):
         return kind(
             tasks=config.tasks,
             combinations=config.combinations,
@@ -59,16 +58,6 @@ def make_table(config: TableConfig, image_size: int, kind: type[TableEnv] = Tabl
             observe=(),
             image_size=image_size,
         )
-
-
-@contextlib.contextmanager
-def table_errors() -> Iterator[None]:
-    """What a table complains of in one line: nothing can be drawn here, an action is not finite, a sentence of the
-    user's own is none. Raises UserError for its ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"environment: {error}") from error
 
 
 class TableEpisode(NamedTuple):
@@ -111,7 +100,7 @@ class Seat:
             self.number = -1
             if self.env.randomizer is not None:
                 self.env.randomizer.forget_start()
-        with table_errors():
+        with user_errors("environment"):
             self.env.reset(seed=seed, options=options)
         self.seed, self.number = seed, self.number + 1
         self.length, self.episode_return = 0, 0.0
@@ -129,7 +118,7 @@ class Seat:
         for action in chunk:
             if states is not None:
                 states[executed] = self.env.observe(("state",))["state"]
-            with table_errors():
+            with user_errors("environment"):
                 _, reward, terminated, truncated, info = step(action)
             rewards[executed] = reward
             executed += 1
@@ -194,7 +183,7 @@ class Seats:
 
     def look(self, index: int) -> None:
         """At one seat, now."""
-        with table_errors():
+        with user_errors("environment"):
             seen = self.seats[index].env.observe(self._names)
         for name, value in seen.items():
             self.seen[name][index] = value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from envs.own import is_own, load_own
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 
 Rule = Callable[[str, str], bool | None]
 
@@ -17,10 +17,8 @@ def load_rule(name: str, setting: str) -> Rule:
     """
     if not is_own(name):
         raise UserError(f"{setting}: {name!r} is no rule; give it as path/to/file.py:function")
-    try:
+    with user_errors(setting):
         rule: Rule = load_own(name)
-    except ValueError as error:
-        raise UserError(f"{setting}: {error}") from error
     if not callable(rule):
         raise UserError(f"{setting}: {name}: a function is needed, got {type(rule).__name__}")
     return rule

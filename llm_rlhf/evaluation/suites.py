@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 from llm_rlhf.data.files import SUFFIXES
 from llm_rlhf.evaluation import perplexity as text_perplexity
 from llm_rlhf.evaluation import red_team
@@ -75,10 +75,8 @@ class SuiteConfig:
 
     def decoding(self, stop: tuple[str, ...] = ()) -> Decoding:
         """How completions are drawn. Raises UserError for numbers that do not fit."""
-        try:
+        with user_errors():
             return Decoding(self.max_new_tokens, self.temperature, self.samples, stop, self.seed)
-        except ValueError as error:
-            raise UserError(str(error)) from error
 
     def some(self, items: Sequence[Item]) -> list[Item]:
         """The first `limit` items."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from envs.own import is_own, load_own
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 from llm_rlhf.data.files import read_rows
 from llm_rlhf.evaluation.results import Measure, Result
 from llm_rlhf.rewards.functions import RewardFunction
@@ -50,10 +50,8 @@ def load_judge(name: str, *, margin: float = 0.0) -> Judge:
     Raises UserError where there is no such thing.
     """
     if is_own(name):
-        try:
+        with user_errors("judge"):
             function: PairJudge = load_own(name)
-        except ValueError as error:
-            raise UserError(f"judge: {error}") from error
         if not callable(function):
             raise UserError(f"judge: {name}: a function is needed, got {type(function).__name__}")
         return one_by_one(function, name)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from envs.own import is_own, load_own
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 from llm_rlhf.rewards.functions import RewardSet, Scores
 
 Rule = Callable[[str], bool]
@@ -90,10 +90,8 @@ def load_rules(names: tuple[str, ...]) -> dict[str, Rule]:
     for name in names:
         if not is_own(name):
             raise UserError(f"safety.rules: {name!r} must be named as path/to/file.py:rule")
-        try:
+        with user_errors("safety.rules"):
             rule = load_own(name)
-        except ValueError as error:
-            raise UserError(f"safety.rules: {error}") from error
         if not callable(rule):
             raise UserError(f"safety.rules: {name}: a function is needed, got {type(rule).__name__}")
         short = name.rpartition(":")[2]
