@@ -175,6 +175,16 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def regret(curve: Sequence[Sequence[float]]) -> float | None:
+    """Mean shortfall from success in every episode over the evaluations made on the way; None without practice.
+
+    curve: (environment steps, share of successes), equally spaced from the first step after 0 on. It is the
+    cumulative regret of Nakamoto et al. 2023 (Cal-QL, arXiv:2303.05479), as a mean: the area above the curve.
+    """
+    shortfalls = [1.0 - success for steps, success in curve if steps > 0]
+    return sum(shortfalls) / len(shortfalls) if shortfalls else None
+
+
 def difference(values: Sequence[float], *, scale: float = 1.0, digits: int = 1) -> str:
     """Mean of paired differences and its `interval`, for a table; empty without values."""
     if not values:

@@ -21,7 +21,7 @@ from itertools import pairwise
 
 from embodied.evaluate import EvaluateConfig, evaluate_run
 from experiment.metrics import read_metrics
-from studies.cells import RUNS, Figures, main, read_results, require
+from studies.cells import RUNS, Figures, main, read_results, regret, require
 from tandem.recipes import find_config, read_plan
 
 WATCHED = ("episodes=50", "evaluate_every=100")
@@ -55,8 +55,9 @@ GOOD = 0.9
 READ = (
     "Last and best: 500 test episodes. Steps: the environment steps of training at the first of two validations in"
     " a row with success in at least nine episodes of ten; 0 is a policy that never practised, '-' that there are"
-    " none. A validation has 50 episodes online, 20 offline, 40 of bc and bc_ppo; online they are 12,800 steps"
-    " apart, of bc_ppo 128,000."
+    " none. Regret: how far validations on the way fell short of success in every episode, on average. A validation"
+    " has 50 episodes online, 20 offline, 40 of bc and bc_ppo; online they are 12,800 steps apart, of bc_ppo"
+    " 128,000."
 )
 
 
@@ -92,8 +93,9 @@ def steps_to_good(curve: Sequence[Sequence[float]]) -> int | None:
 
 
 def table(results: Mapping[str, Figures]) -> str:
-    """Success of last and best policy, and the environment steps to nine successes in ten."""
-    lines = ["| method and seed | last | best | environment steps to 90% (validation) |", "|---|---|---|---|"]
+    """Success of last and best policy, the environment steps to nine successes in ten, and regret."""
+    columns = ["method and seed", "last", "best", "environment steps to 90% (validation)", "regret"]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     shown = {cell: results[cell] for cell in CELLS if cell in results}
     for cell, figures in read_results("adroit_door").items():
         judged = {which: figures[which]["published reward, 200 steps"] for which in ("last", "best")}
@@ -101,8 +103,9 @@ def table(results: Mapping[str, Figures]) -> str:
         shown[f"bc_ppo-{seed}"] = {**judged, "validation_curve": figures["validation_curve"]}
     for cell, figures in shown.items():
         columns = [_success(figures[which]) for which in ("last", "best")]
-        steps = steps_to_good(figures["validation_curve"])
-        lines.append(f"| {cell} | {' | '.join(columns)} | {'-' if steps is None else f'{steps:,}'} |")
+        steps, short = steps_to_good(figures["validation_curve"]), regret(figures["validation_curve"])
+        columns += ["-" if steps is None else f"{steps:,}", "" if short is None else f"{short:.1%}"]
+        lines.append(f"| {cell} | {' | '.join(columns)} |")
     return "\n".join([*lines, "", READ])
 
 
