@@ -391,7 +391,7 @@ VERBS: dict[str, Verb] = {
         "record demonstrations at the table: a scripted expert, or you",
         "Every finished episode is on the disk at once; the same command goes on where it was interrupted.\n"
         "--teleop opens a window, prints which key does what, and needs a screen (on macOS type\n"
-        "`mjpython -m tandem.cli` instead of `tandem`). --device gamepad reads, on Linux, pads of Xbox's layout\n"
+        "`mjpython -m tandem` instead of `tandem`). --device gamepad reads, on Linux, pads of Xbox's layout\n"
         "and those of PlayStation 4 and 5.",
         _data_arguments("record"),
         _data("record"),
@@ -404,7 +404,3 @@ VERBS: dict[str, Verb] = {
         _config,
     ),
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -167,7 +167,7 @@ class Window:
 
 
 _ON_MACOS = (
-    "on macOS the viewer needs MuJoCo's own launcher: type `mjpython -m tandem.cli` where you typed `tandem`"
+    "on macOS the viewer needs MuJoCo's own launcher: type `mjpython -m tandem` where you typed `tandem`"
 )
 
 

@@ -279,7 +279,7 @@ def test_good_input_is_taken(tmp_path: Path) -> None:
     """The same configuration without a mistake trains, in a process of its own: the cases above fail rightly."""
     (tmp_path / "config.yaml").write_text(PPO)
     done = subprocess.run(
-        [sys.executable, "-m", "tandem.cli", "train", "config.yaml"],
+        [sys.executable, "-m", "tandem", "train", "config.yaml"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -293,7 +293,7 @@ def test_good_input_is_taken(tmp_path: Path) -> None:
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(PPO)
     done = subprocess.run(
-        [sys.executable, "-m", "tandem.cli", "train", "config.yaml", "environment.id=Pendulum-v9"],
+        [sys.executable, "-m", "tandem", "train", "config.yaml", "environment.id=Pendulum-v9"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,

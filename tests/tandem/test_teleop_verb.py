@@ -58,7 +58,7 @@ class User:
         }
         words = ["data", "record", "--teleop", "--out", str(folder), "--tasks", "reach", "--image-size", "32"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tandem.cli", *words, *options],
+            [sys.executable, "-m", "tandem", *words, *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=self.environment,
