@@ -26,7 +26,8 @@ class CQLConfig:
     samples          actions a state of each source: uniform, the policy here, the policy at the next observation
     max_backup       the target value is the best of `samples` actions instead of the policy's own
     rows             states whose sampled actions the critics judge at a time, the gradient adding up: what lies
-                     between forward and backward then stays in a CPU's cache. None: all at once
+                     between forward and backward then stays in a CPU's cache; twice as many under bfloat16
+                     autocast, which fill the same bytes. None: all at once
     sac              its entropy and slow critics; the target has no entropy bonus unless sac.soft_backup
     """
 
@@ -188,7 +189,7 @@ def update(
     """
     sampled = _sample(networks, temperature, batch, config, returns=returns, noise=noise, generator=generator)
     count = len(batch)
-    step = config.rows or count
+    step = count if config.rows is None else config.rows * (2 if torch.is_autocast_enabled("cpu") else 1)
     denominator = max(1.0, float(batch.mask.sum()))
     new = sampled.targets.new_zeros
     factor = new(()) + 1.0 if multiplier is None else multiplier.value()

@@ -64,22 +64,21 @@ class EnsembleCritic(nn.Module):
             if self.layer_norm:
                 hidden = _scaled(hidden, self.gains[layer], self.shifts[layer])
             hidden = torch.relu_(hidden)
-        values = (hidden * last_weight.mT).sum(-1) + last_bias[:, 0]  # a batched product of one column is slow
-        return values.view(self.members, *leading)
+        return _values(hidden, last_weight, last_bias).view(self.members, *leading)
 
     def _one_by_one(self, rows: Tensor) -> list[Tensor]:
-        """Every member's [R, 1]."""
+        """Every member's [R]."""
         hidden = [rows] * self.members
-        last = len(self.weights) - 1
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+        *inner, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
+        for layer, (weight, bias) in enumerate(inner):
             layers = zip(hidden, weight.unbind(0), bias.unbind(0), strict=True)
             hidden = [torch.addmm(b, h, w) for h, w, b in layers]
-            if layer < last:
-                if self.layer_norm:
-                    norms = zip(hidden, self.gains[layer].unbind(0), self.shifts[layer].unbind(0), strict=True)
-                    hidden = [_scaled(h, gain, shift) for h, gain, shift in norms]
-                hidden = [torch.relu_(h) for h in hidden]
-        return hidden
+            if self.layer_norm:
+                norms = zip(hidden, self.gains[layer].unbind(0), self.shifts[layer].unbind(0), strict=True)
+                hidden = [_scaled(h, gain, shift) for h, gain, shift in norms]
+            hidden = [torch.relu_(h) for h in hidden]
+        lasts = zip(hidden, last_weight.unbind(0), last_bias.unbind(0), strict=True)
+        return [_values(h, w, b) for h, w, b in lasts]
 
 
 @dataclass
@@ -130,6 +129,23 @@ def of_decisions(log_probs: Tensor, batch: Transitions) -> Tensor:
 
 def _scaled(hidden: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(hidden, hidden.shape[-1:]), gain)
+
+
+def _values(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """hidden [R, D] or [M, R, D], weight [(M), D, 1], bias [(M), 1, 1] -> [(M), R], in the weights' precision.
+
+    A product in bfloat16 rounds values of hundreds to eight bits. A second one, which begins with the first one's
+    negative, is what was rounded away.
+    """
+    one_member = hidden.dim() == 2
+    if hidden.dtype == weight.dtype and not one_member:
+        return (hidden * weight.mT).sum(-1) + bias[..., 0]  # a batched product of one column is slow
+    values = torch.matmul(hidden, weight)
+    if values.dtype != weight.dtype:
+        with torch.no_grad():
+            rest = (torch.addmm if one_member else torch.baddbmm)(-values, hidden, weight)
+        values = values.to(weight.dtype) + rest
+    return values.squeeze(-1) + bias[..., 0]
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int) -> Parameter:

@@ -166,9 +166,7 @@ class Window:
         self._closing = True
 
 
-_ON_MACOS = (
-    "on macOS the viewer needs MuJoCo's own launcher: type `mjpython -m tandem` where you typed `tandem`"
-)
+_ON_MACOS = "on macOS the viewer needs MuJoCo's own launcher: type `mjpython -m tandem` where you typed `tandem`"
 
 
 def require_screen() -> None:

@@ -53,6 +53,50 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("rows", [5, MANY + 3])
+def test_values_are_not_rounded_to_the_precision_of_products(layer_norm: bool, rows: int) -> None:
+    torch.set_default_dtype(torch.float32)  # float64 is left alone by autocast
+    torch.manual_seed(0)
+    critic = EnsembleCritic(2, 4, 2, (64, 64), layer_norm=layer_norm)
+    critic.weights[-1].data *= 1000.0
+    observations, actions = torch.randn(rows, 4), torch.randn(rows, 2)
+    hidden: list[Tensor] = []
+    relu = torch.relu_
+
+    def watched(layer: Tensor) -> Tensor:
+        hidden.append(relu(layer))
+        return hidden[-1]
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "relu_", watched)
+        values = critic(observations, actions)
+    assert values.dtype == torch.float32
+    last = torch.stack(hidden[-2:]) if hidden[-1].dim() == 2 else hidden[-1]  # of two members, or of both at once
+    exact = last.bfloat16().double() @ critic.weights[-1].data.bfloat16().double()
+    exact = exact.squeeze(-1) + critic.biases[-1].data[:, 0].double()
+    assert values.abs().max() > 100
+    # layer_norm leaves a float32 layer, which a batch of members multiplies as it is
+    tolerance = 5e-3 if layer_norm else 2e-5
+    assert torch.allclose(values.double(), exact, rtol=0, atol=tolerance * float(exact.abs().max()))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("rows", [5, MANY + 3])
+def test_the_gradient_of_rounded_products_is_theirs(rows: int) -> None:
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    critic = EnsembleCritic(2, 4, 2, (64, 64))
+    observations, actions, weights = torch.randn(rows, 4), torch.randn(rows, 2), torch.rand(2, rows)
+    parameters = list(critic.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad((critic(observations, actions) * weights).sum(), parameters)
+    exact = torch.autograd.grad((critic(observations, actions) * weights).sum(), parameters)
+    for mine, right in zip(found, exact, strict=True):
+        assert torch.linalg.vector_norm(mine - right) < 0.05 * torch.linalg.vector_norm(right)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("rows", [5, MANY + 3])
 def test_every_member_is_a_network_of_its_own(layer_norm: bool, rows: int) -> None:
     critic = EnsembleCritic(3, 4, 2, (7, 6), layer_norm=layer_norm)
     if layer_norm:
