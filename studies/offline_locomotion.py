@@ -24,7 +24,7 @@ from typing import Any
 
 from embodied.datasets.writing import write_dataset
 from embodied.evaluate import VALIDATION_SEEDS, seeds
-from embodied.logged.played import PlayedSource, play_policies, run_to_play
+from embodied.logged.played import PlayedSource, play_policies, run_to_play, told_of
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector
 from embodied.rollouts.workers import EnvironmentConfig
@@ -94,7 +94,7 @@ def make_data(name: str) -> Figures:
     figures: Figures = {"returns": returns, "medium": medium}
     for kind, chosen in (("medium", policies[medium : medium + 1]), ("replay", policies[: medium + 1])):
         episodes = play_policies(chosen, environment, steps=LOGGED, seed=7)
-        write_dataset(PlayedSource(episodes, folder, {}), data / kind, "minari")
+        write_dataset(PlayedSource(episodes, folder, told_of(environment)), data / kind, "minari")
         logged = [float(episode.rewards.sum()) for episode in episodes if not _cut_short(episode)]
         figures[kind] = {
             "episodes": len(episodes),

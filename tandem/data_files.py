@@ -115,7 +115,7 @@ def merge(arguments: argparse.Namespace) -> int:
 
 def play(arguments: argparse.Namespace) -> int:
     """Log what a run's policy does, or what every checkpoint of it did."""
-    from embodied.logged.played import PlayedSource, play_policies, run_to_play
+    from embodied.logged.played import PlayedSource, play_policies, run_to_play, told_of
 
     if arguments.steps < 1 or arguments.seed < 0:
         raise UserError("tandem data play: --steps must be at least 1, --seed not negative")
@@ -127,7 +127,9 @@ def play(arguments: argparse.Namespace) -> int:
     )
     returns = [float(episode.rewards.sum()) for episode in episodes]
     print(f"{len(episodes)} episodes by {len(folders)} policies, mean return {sum(returns) / len(returns):.1f}")
-    _write(PlayedSource(episodes, run, {}), arguments.out, arguments.to or "minari", arguments.fps)
+    _write(
+        PlayedSource(episodes, run, told_of(environment)), arguments.out, arguments.to or "minari", arguments.fps
+    )
     return 0
 
 

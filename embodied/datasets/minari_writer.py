@@ -40,6 +40,9 @@ _KEPT = (
 )
 """Of the metadata of a Minari source, what remains true of its episodes."""
 
+_TELLING = ("minari", "played")
+"""Kinds of sources whose details are Minari's metadata."""
+
 
 class MinariTarget:
     """A folder that is assembled from staged episodes."""
@@ -98,7 +101,7 @@ class MinariTarget:
 
         data = self._folder / "data"
         self._staged.assemble(data / "main_data.hdf5", lambda file: None)
-        kept = self._source.details if self._source.kind == "minari" else {}
+        kept = self._source.details if self._source.kind in _TELLING else {}
         metadata = {name: kept[name] for name in _KEPT if name in kept} | {
             "dataset_id": self._id,
             "minari_version": minari.__version__,
@@ -138,13 +141,13 @@ def _observation_space(example: RecordedEpisode, plain: bool) -> Space:
 
 
 def _action_space(example: RecordedEpisode, source: Source) -> Space:
-    """The source's, where it is Minari's and the actions are as they were; bounds are not known otherwise."""
+    """The source's, where it tells and the actions are as they were; bounds are not known otherwise."""
     from gymnasium.spaces import Box, Discrete
     from minari.serialization import deserialize_space
 
     if source.choices is not None:
         return Discrete(source.choices)
     shape = example.actions.shape[1:]
-    told = source.details.get("action_space") if source.kind == "minari" else None
+    told = source.details.get("action_space") if source.kind in _TELLING else None
     known = None if told is None else deserialize_space(told)
     return known if isinstance(known, Box) and known.shape == shape else Box(-np.inf, np.inf, shape, np.float32)

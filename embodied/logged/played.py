@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from embodied.datasets.episode import Episode
 from embodied.datasets.recorded import RecordedEpisode
 from embodied.datasets.source import Source, recorded
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector, Experience
-from embodied.rollouts.workers import EnvironmentConfig
+from embodied.rollouts.workers import EnvironmentConfig, environment_spec
+from envs.make import EnvironmentSpec, make_environment
 from experiment.config import build_from_dict, read_tree
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 
 HORIZON = 500
 """Steps of every environment between two exchanges with the workers, at most."""
 
 
 class PlayedSource(Source):
-    """Episodes in memory, for `write_dataset`."""
+    """Episodes in memory, for `write_dataset`. details: as Minari's metadata name them (`told_of`)."""
 
     kind = "played"
 
@@ -71,12 +73,16 @@ def play_policies(
     folders: Sequence[Path], environment: EnvironmentConfig, *, steps: int, seed: int, deterministic: bool = False
 ) -> list[Episode]:
     """At least `steps` steps, the same number by every policy, at most one more a round and environment than its
-    share; the last episodes are cut where the steps are used up.
+    share; the last episodes are cut where the steps are used up. Actions are what the environment was given: within
+    its bounds.
 
     deterministic: the policies' modes instead of samples.
     """
-    environment = replace(environment, count=8, workers=min(2, environment.workers))
-    share = -(-steps // (len(folders) * environment.count))
+    spec = environment_spec(environment)
+    # no more environments side by side than whole episodes fit into a policy's share
+    count = min(8, max(1, steps // (len(folders) * (spec.max_episode_steps or 1))))
+    environment = replace(environment, count=count, workers=min(2, count, environment.workers))
+    share = -(-steps // (len(folders) * count))
     rounds = -(-share // HORIZON)
     horizon = -(-share // rounds)  # rounds of HORIZON would play up to HORIZON - 1 steps too many
     episodes: list[Episode] = []
@@ -85,9 +91,32 @@ def play_policies(
         if deterministic:
             _freeze(policy)
         with Collector(environment, policy, steps=horizon, seed=seed + number) as collector:
-            seen = [collector.collect(policy) for _ in range(rounds)]
+            seen = [_as_taken(collector.collect(policy), spec) for _ in range(rounds)]
         episodes += cut(seen, name=folder.parent.name)
     return episodes
+
+
+def told_of(environment: EnvironmentConfig) -> dict[str, str]:
+    """An environment's action space and how to make it, as Minari's metadata hold them."""
+    from minari.serialization import serialize_space
+
+    with user_errors("environment.id"):
+        made = make_environment(
+            environment.id, max_episode_steps=environment.max_episode_steps, options=environment.options
+        )
+    told = {"action_space": serialize_space(made.action_space)}
+    if made.spec is not None:
+        told["env_spec"] = made.spec.to_json()
+    made.close()
+    return told
+
+
+def _as_taken(experience: Experience, spec: EnvironmentSpec) -> Experience:
+    """With actions as the environment took them, who clips them to its bounds."""
+    if spec.action_low is None or spec.action_high is None:
+        return experience
+    low, high = torch.from_numpy(spec.action_low), torch.from_numpy(spec.action_high)
+    return replace(experience, actions=torch.clamp(experience.actions, low, high))
 
 
 def _freeze(policy: StatePolicy) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
+import minari
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from embodied.datasets.formats import read_dataset
 from embodied.logged import played
 from embodied.logged.played import cut, play_policies, run_to_play
 from embodied.policies.numpy_actor import StatePolicyConfig
+from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Experience
 from embodied.rollouts.workers import EnvironmentConfig
 from embodied.train_ppo import TrainPPOConfig
@@ -82,8 +85,7 @@ def test_what_was_played_is_what_the_environment_does(run: Path) -> None:
         seen = np.concatenate([episode.observations, episode.final_observation[None]])  # type: ignore[index]
         for step in range(len(episode)):
             made.unwrapped.set_state(seen[step, :2].astype(float), seen[step, 2:].astype(float))  # type: ignore[attr-defined]
-            action = np.clip(episode.actions[step], -3.0, 3.0)
-            following, reward, terminated, _, _ = made.step(action)
+            following, reward, terminated, _, _ = made.step(episode.actions[step])
             np.testing.assert_allclose(following, seen[step + 1], atol=2e-3)
             assert reward == pytest.approx(float(episode.rewards[step]))
             assert terminated == (episode.terminated and step == len(episode) - 1)
@@ -92,15 +94,36 @@ def test_what_was_played_is_what_the_environment_does(run: Path) -> None:
 def test_no_more_is_played_than_the_steps_that_were_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(played, "HORIZON", 10)
     environment, folders = run_to_play(run, "last")
-    for asked, expected in ((12, 12), (21, 21), (11, 12)):  # of each of 8; two, three and two rounds of one length
+    for asked, expected in (
+        (12, 12),
+        (21, 21),
+        (23, 24),
+    ):  # of each of 8; two, three and three rounds of one length
         episodes = play_policies(folders, environment, steps=8 * asked, seed=0)
         assert sum(map(len, episodes)) == 8 * expected
 
 
+def test_a_few_steps_are_whole_episodes_of_fewer_environments(run: Path) -> None:
+    environment, folders = run_to_play(run, "last")
+    episodes = play_policies(folders, replace(environment, max_episode_steps=3), steps=13, seed=0)
+    lengths = [len(episode) for episode in episodes]
+    assert lengths == [3, 1] * 4  # not two steps each of eight
+
+
+def test_actions_are_what_the_environment_took(run: Path, tmp_path: Path) -> None:
+    environment, folders = run_to_play(run, "last")
+    policy = StatePolicy.from_pretrained(folders[0])
+    policy.log_std.data.fill_(2.0)
+    policy.save_pretrained(tmp_path / "wild")
+    actions = np.concatenate(
+        [one.actions for one in play_policies([tmp_path / "wild"], environment, steps=96, seed=0)]
+    )
+    assert (np.abs(actions) == 3.0).mean() > 0.5
+    assert np.abs(actions).max() == 3.0  # InvertedPendulum's bounds
+
+
 def test_the_mode_has_no_noise(run: Path) -> None:
     environment, folders = run_to_play(run, "last")
-    from embodied.policies.state_mlp import StatePolicy
-
     policy = StatePolicy.from_pretrained(folders[0])
     episode = play_policies(folders, environment, steps=8, seed=0, deterministic=True)[0]
     expected = policy(torch.from_numpy(episode.observations))[0].mode().detach().numpy()
@@ -111,12 +134,12 @@ def test_the_verb_writes_what_every_checkpoint_played(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["data", "play", str(run), "--steps", "160", "--checkpoint", "all", "--to", "d3rlpy", "--out", "logged"]
+    words = ["data", "play", str(run), "--steps", "192", "--checkpoint", "all", "--to", "d3rlpy", "--out", "logged"]
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert "by 4 policies" in out  # one before the first update
     episodes = read_dataset("logged")
-    assert sum(map(len, episodes)) == 160
+    assert sum(map(len, episodes)) == 192
     assert any(episode.terminated for episode in episodes)
     assert cli.main(words) == 2  # the name is taken
     assert "logged: exists already" in capsys.readouterr().err
@@ -128,3 +151,17 @@ def test_what_cannot_be_played(run: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("recipe: llm/sft\n")
     with pytest.raises(UserError, match="names no environment"):
         run_to_play(tmp_path, "last")
+
+
+def test_minari_is_told_of_the_environment(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "play", str(run), "--steps", "48", "--out", "logged"]) == 0
+    capsys.readouterr()
+    told = minari.MinariDataset("logged/data")
+    assert isinstance(told.action_space, gymnasium.spaces.Box)
+    assert told.action_space.low.tolist() == [-3.0]
+    again = told.recover_environment()
+    assert again.spec is not None
+    assert (again.spec.id, again.spec.max_episode_steps) == ("InvertedPendulum-v5", 12)
