@@ -4,7 +4,8 @@
 
 Limit and reward are those of studies.adroit_door, whose PPO from a clone stands beside (`bc_ppo`). A cell is a
 method of a seed: `bc`, `iql`, `cql` and `cal_ql` offline, `rlpd` online from nothing but the data, `cal_ql_online`
-from that seed's Cal-QL. Every run has one thread, so that two go on at once on two cores.
+from that seed's Cal-QL, `iql_ppo` PPO from that seed's IQL as the other study does from a clone. Every run has one
+thread, so that two go on at once on two cores.
 
 A cell has 40 minutes, so the online methods get less than the papers and the shipped configuration give them: RLPD
 4 critics instead of 10 and 150,000 environment steps instead of 300,000, Cal-QL 4 sampled actions of each source
@@ -47,7 +48,13 @@ METHODS: Mapping[str, tuple[str, tuple[str, ...]]] = {
             "updates_per_step=0.25",
         ),
     ),
+    "iql_ppo": (
+        "ppo",
+        (f"init={RUNS / 'offline_door-iql-SEED' / 'checkpoints' / 'last' / 'policy'}", "demonstrations.path=DATA"),
+    ),
 }
+STARTS = {"cal_ql_online": "cal_ql", "iql_ppo": "iql"}
+"""Methods that go on from another one's run."""
 """The configuration that each begins with, and what it changes there (DATA, SEED: those of the cell)."""
 CELLS = [f"{method}-{seed}" for seed in range(2) for method in METHODS]
 GOOD = 0.9
@@ -56,16 +63,16 @@ READ = (
     "Last and best: 500 test episodes. Steps: the environment steps of training at the first of two validations in"
     " a row with success in at least nine episodes of ten; 0 is a policy that never practised, '-' that there are"
     " none. Regret: how far validations on the way fell short of success in every episode, on average. A validation"
-    " has 50 episodes online, 20 offline, 40 of bc and bc_ppo; online they are 12,800 steps apart, of bc_ppo"
-    " 128,000."
+    " has 50 episodes online, 20 offline, 40 of bc, bc_ppo and iql_ppo; online they are 12,800 steps apart, of"
+    " bc_ppo and iql_ppo 128,000."
 )
 
 
 def run(cell: str, options: argparse.Namespace) -> Figures:
     """Train with one method and seed, judge the last policy on 500 test episodes."""
     method, _, seed = cell.partition("-")
-    if method == "cal_ql_online":
-        require("offline_door", f"cal_ql-{seed}")
+    if method in STARTS:
+        require("offline_door", f"{STARTS[method]}-{seed}")
     folder = RUNS / f"offline_door-{cell}"
     shutil.rmtree(folder, ignore_errors=True)
     common = [f"run.folder={folder}", f"run.seed={seed}", "run.wandb=disabled", "run.threads=1"]
