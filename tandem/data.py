@@ -88,11 +88,19 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def _inspect_lerobot(dataset: LeRobotDataset) -> int:
     """From `meta/` alone."""
+    from embodied.datasets.lerobot_layout import DONE, REWARD, TRUNCATED
+
     lengths = [entry.length for entry in dataset.episodes]
     minutes = sum(lengths) / dataset.fps / 60
     spread = f"; {min(lengths)} to {max(lengths)} frames" if lengths else ""
     print(f"data set   {dataset.folder}" + (f" (robot {dataset.robot_type})" if dataset.robot_type else ""))
     print(f"episodes   {len(lengths):,} ({sum(lengths):,} frames, {minutes:.1f} min at {dataset.fps} fps{spread})")
+    ended, cut = (dataset.statistic(name, "max") for name in (DONE, TRUNCATED))
+    if None not in ended:
+        truncated = sum(bool(one) for one in cut)
+        print(f"ends       {sum(map(bool, ended)) - truncated:,} terminated, {truncated:,} truncated")
+    means = dataset.statistic(REWARD, "mean")
+    _print_returns([mean * length for mean, length in zip(means, lengths, strict=True) if mean is not None])
     print(f"success    {_success(dataset.successes())}")
     features = [(name, one.dtype, one.shape) for name, one in dataset.features.items()]
     _print_features(features, dataset.stats)
@@ -111,14 +119,18 @@ def _inspect_any(source: Source) -> int:
     print(f"ends       {found.terminated:,} terminated, {found.truncated:,} truncated")
     if found.truncated:
         print(f"           {found.final:,} of these say what was seen after the last action")
-    if found.returns:
-        low, high = min(found.returns), max(found.returns)
-        print(f"returns    {sum(found.returns) / len(found.returns):.4g} on average, {low:.4g} to {high:.4g}")
+    _print_returns(found.returns)
     print(f"success    {_success(found.successes)}")
     _print_features(found.features, found.stats)
     if any(found.instructions):
         _print_tasks(found.instructions)
     return 0
+
+
+def _print_returns(returns: Sequence[float]) -> None:
+    if returns:
+        low, high = min(returns), max(returns)
+        print(f"returns    {sum(returns) / len(returns):.4g} on average, {low:.4g} to {high:.4g}")
 
 
 def validate(arguments: argparse.Namespace) -> int:

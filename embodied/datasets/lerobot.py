@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -88,13 +89,17 @@ class LeRobotDataset:
 
     def successes(self) -> list[bool | None]:
         """Whether each episode succeeded, from the statistics in `meta/` alone; None where they do not say."""
-        column = f"stats/{SUCCESS}/max"
-        found: list[bool | None] = []
+        return [None if most is None else bool(most) for most in self.statistic(SUCCESS, "max")]
+
+    def statistic(self, feature: str, which: Literal["max", "mean"]) -> list[float | None]:
+        """Of a feature of one number, in every episode, from `meta/` alone; None where it does not say."""
+        column = f"stats/{feature}/{which}"
+        found: list[float | None] = []
         for path in episode_files(self.folder):
             with open_parquet(path) as file:
                 known = column in file.schema_arrow.names
                 rows = file.read(columns=[column])[column].to_pylist() if known else [None] * file.metadata.num_rows
-            found += [None if row is None else bool(row[0]) for row in rows]
+            found += [None if row is None else float(row[0]) for row in rows]
         return found[: len(self)]
 
     def read(self, index: int, *, images: bool = True) -> RecordedEpisode:

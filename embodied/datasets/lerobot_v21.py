@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from embodied.datasets.lerobot import LeRobotDataset
-from embodied.datasets.lerobot_layout import INFO, STATS, SUCCESS, Info, info_of, read_told
+from embodied.datasets.lerobot_layout import INFO, STATS, Info, info_of, read_told
 from embodied.datasets.lerobot_stats import Stats, fold, read_stats
 from embodied.datasets.lerobot_tables import EpisodeEntry, VideoSpan
 from experiment.errors import UserError
@@ -48,9 +48,9 @@ class LeRobotV21Dataset(LeRobotDataset):
             stats = together or {}
         return info, stats, tuple(str(task["task"]) for task in tasks), self._entries(info, rows)
 
-    def successes(self) -> list[bool | None]:
-        """Whether each episode succeeded, from the statistics in `meta/` alone; None where they do not say."""
-        known = [bool(one[SUCCESS]["max"].any()) if SUCCESS in one else None for one in self._episode_stats]
+    def statistic(self, feature: str, which: Literal["max", "mean"]) -> list[float | None]:
+        """As in version 3, from the lines of `meta/episodes_stats.jsonl`."""
+        known = [float(one[feature][which].flat[0]) if feature in one else None for one in self._episode_stats]
         return (known + [None] * len(self))[: len(self)]
 
     def _entries(self, info: Info, rows: list[dict[str, Any]]) -> list[EpisodeEntry]:

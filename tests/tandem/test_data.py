@@ -43,6 +43,8 @@ def test_inspect(demonstrations: Path, capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     assert "episodes   3 (12 frames, 0.0 min at 10 fps; 4 to 4 frames)" in out
     assert "success    2 of 3 (66.7%, 95% interval 20.8% to 93.9%)" in out
+    assert "ends       3 terminated, 0 truncated" in out
+    assert "returns    2 on average, 2 to 2" in out
     lines = [line.split() for line in out.splitlines()]
     assert ["observation.images.front", "image", "8x8x3", "0", "to", "0.118"] in lines
     assert ["action", "float32", "2", "-0.5", "to", "0.75"] in lines

@@ -49,6 +49,10 @@ def test_the_older_lerobot_holds_what_the_newer_one_does(kind: str) -> None:
     assert isinstance(newer, LeRobotSource)
     assert (older.lengths, older.fps, older.robot_type) == (newer.lengths, newer.fps, newer.robot_type)
     assert older.dataset.successes() == [True, False, True]
+    for dataset in (older.dataset, newer.dataset):
+        assert dataset.statistic("next.reward", "mean") == pytest.approx([1 / 6] * 3)
+        assert dataset.statistic("next.done", "max") == [1.0] * 3
+    assert older.dataset.statistic("next.truncated", "max") == [None] * 3
     assert older.names["observation.state"] == ["x", "y", "z"]
     for one, other in zip(older, newer, strict=True):
         assert (one.instruction, one.terminated, one.success) == (
