@@ -286,8 +286,9 @@ VERBS: dict[str, Verb] = {
     ),
     "demo": Verb(
         "[--dry-run]",
-        "train two small language policies in a few minutes",
-        "Supervised start, then PPO, on two tasks; ends with before and after, and what to type next.",
+        "train a robot and two small language models in about ten minutes",
+        "Imitation, then PPO; the robot sees pictures and is told in words. Ends with before and after, and what to\n"
+        "type next.",
         _demo_arguments,
         _demo,
     ),

@@ -1,4 +1,4 @@
-"""`tandem demo`: imitation, then PPO, for a robot and for a language model, in a few minutes.
+"""`tandem demo`: imitation, then PPO, for a robot and for language models, in about ten minutes.
 
 Robot: told in words to reach, push or pick up one of four objects that it sees in pictures (`demo_robot`).
 Walks: find the shortest way through a graph that is known only from aimless walks, failures kept. Slip: learn
