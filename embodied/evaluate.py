@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from embodied.rollouts.rollout import Collector, spaces_of
 from embodied.rollouts.workers import EnvironmentConfig, environment_spec
 from envs.rendering import render_episode_frames
 from envs.stepper import EpisodeRecord
-from experiment.checkpoint import write_atomically
+from experiment.checkpoint import Which, find_checkpoint, write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError, user_errors
 from experiment.statistics import bootstrap_interval, wilson_interval
@@ -32,7 +32,7 @@ TEST_SEEDS = 20_000_000
 class EvaluateConfig:
     """What `tandem eval RUN` plays.
 
-    checkpoint          "best" or "last"
+    checkpoint          "best", "last" or "auto": the best, or the last where the run judged none of its own
     episodes            from consecutive test seeds, disjoint from training's and validation's
     deterministic       the mode of the policy instead of samples
     environment_id      another environment than the run's (the stock version of a wrapped one, say)
@@ -42,7 +42,7 @@ class EvaluateConfig:
     workers             processes
     """
 
-    checkpoint: Literal["best", "last"] = "best"
+    checkpoint: Which = "auto"
     episodes: int = 200
     deterministic: bool = True
     environment_id: str | None = None
@@ -136,7 +136,7 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
         max_episode_steps=config.max_episode_steps or environment.max_episode_steps,
         options={**environment.options, **config.options} if config.environment_id is None else config.options,
     )
-    folder = checkpoint_to_evaluate(run_folder, config)
+    folder = find_checkpoint(run_folder, config.checkpoint)
     policy = StatePolicy.from_pretrained(folder / "policy")
     figures = evaluate_policy(policy, environment, config)
     write_report(run_folder, folder, environment, config, figures)
@@ -161,11 +161,3 @@ def write_report(
         "figures": dict(figures),
     }
     write_atomically(run_folder / "eval.json", json.dumps(report, indent=2) + "\n")
-
-
-def checkpoint_to_evaluate(run_folder: Path, config: EvaluateConfig) -> Path:
-    """The checkpoint's folder. UserError if there is none yet."""
-    folder = run_folder / "checkpoints" / config.checkpoint
-    if not folder.exists():
-        raise UserError(f"{run_folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
-    return folder

@@ -10,12 +10,12 @@ from embodied.backends.backend import Backend, Units, play
 from embodied.evaluate import (
     TEST_SEEDS,
     EvaluateConfig,
-    checkpoint_to_evaluate,
     seeds,
     summarize,
     write_report,
 )
 from embodied.train_backend import UNITS, TrainBackendConfig
+from experiment.checkpoint import find_checkpoint
 from experiment.config import build, read_tree
 from experiment.errors import UserError
 
@@ -32,7 +32,7 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
     tree = read_tree(run_folder / "config.yaml")
     tree.pop("recipe", None)
     trained = build(tree, TrainBackendConfig)
-    checkpoint = checkpoint_to_evaluate(run_folder, config)
+    checkpoint = find_checkpoint(run_folder, config.checkpoint)
     folder = checkpoint / "policy"
     units = Units.from_json(json.loads((folder / UNITS).read_text()))
     backend: Backend

@@ -9,13 +9,13 @@ import numpy as np
 from embodied.evaluate import (
     TEST_SEEDS,
     EvaluateConfig,
-    checkpoint_to_evaluate,
     seeds,
     summarize,
     write_report,
 )
 from embodied.policies.decision_transformer import DecisionTransformer
 from embodied.train_dt import TrainDTConfig, play
+from experiment.checkpoint import find_checkpoint
 from experiment.config import build, read_tree
 from experiment.errors import UserError
 from experiment.metrics import read_metrics
@@ -35,7 +35,7 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
     tree = read_tree(run_folder / "config.yaml")
     tree.pop("recipe", None)
     trained = build(tree, TrainDTConfig)
-    checkpoint = checkpoint_to_evaluate(run_folder, config)
+    checkpoint = find_checkpoint(run_folder, config.checkpoint)
     policy = DecisionTransformer.from_pretrained(checkpoint / "policy")
     asked = [
         row["eval/target_return"]

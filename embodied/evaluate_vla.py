@@ -23,9 +23,8 @@ from embodied.vla.report import describe, suite_figures
 from embodied.vla.seats import Play, TableConfig, make_table
 from embodied.vla.video import Film, Studio, contact_sheet, write_film
 from envs.table.language import TASKS
-from experiment.checkpoint import write_atomically
+from experiment.checkpoint import Which, find_checkpoint, write_atomically
 from experiment.config import read_tree
-from experiment.errors import UserError
 
 REPORT = "eval_info.json"
 
@@ -37,7 +36,7 @@ SUITES: tuple[Suite, ...] = get_args(Suite)
 class EvaluateVLAConfig:
     """What `tandem eval RUN` plays.
 
-    checkpoint          "best" or "last"
+    checkpoint          "best", "last" or "auto": the best, or the last where the run judged none of its own
     episodes            of each task, in each suite
     suites              normal: combinations and phrasings of training; held_out: combinations that training never
                         asks for; synonyms: words that it never uses; randomized: another look and other physics;
@@ -52,7 +51,7 @@ class EvaluateVLAConfig:
     workers, count      processes (0 = this one), and tables that are played together
     """
 
-    checkpoint: Literal["best", "last"] = "best"
+    checkpoint: Which = "auto"
     episodes: int = 200
     suites: tuple[Suite, ...] = ("normal", "held_out", "synonyms", "swapped")
     tasks: tuple[str, ...] | None = None
@@ -139,11 +138,7 @@ def evaluate_vla_run(run_folder: Path, config: EvaluateVLAConfig) -> dict[str, A
     UserError if the run holds no such checkpoint, and as `evaluate_policy`.
     """
     run_folder = Path(run_folder)
-    folder = run_folder / "checkpoints" / config.checkpoint
-    if not folder.exists():
-        last = config.checkpoint == "best" and folder.with_name("last").exists()
-        hint = "; the run judged none of its own yet: say checkpoint=last" if last else ""
-        raise UserError(f"{run_folder}: there is no checkpoint {config.checkpoint!r} to evaluate{hint}")
+    folder = find_checkpoint(run_folder, config.checkpoint)
     described = read_tree(run_folder / "config.yaml").values
     tasks, phrasing = tasks_of(described), phrasing_of(described)
     policy = VLAPolicy.from_pretrained(folder / "policy")

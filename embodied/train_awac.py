@@ -1,6 +1,6 @@
 """Advantage-weighted actor-critic from logged data.
 
-tandem train embodied/half_cheetah_iql recipe=embodied/awac data.path=FILE
+tandem train configs/embodied/half_cheetah_awac.yaml data.path=FILE
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ RLPD (Ball 2023, 2302.02948): soft actor-critic with many normalised critics; pr
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector, Experience
 from envs.stepper import EpisodeRecord
 from experiment.checkpoint import load_checkpoint
+from experiment.config import read_tree
 from experiment.errors import UserError
 from experiment.run import Run, RunResult
 from policy_core import cql, sac
@@ -107,7 +109,7 @@ class Learner:
         networks = new_networks(config, policy)
         temperature = Coefficient(config.sac.initial_temperature)
         if config.init is not None:
-            begin_from(Path(config.init), policy, networks, temperature)
+            begin_from(Path(config.init), config, policy, networks, temperature)
         movers = {
             "policy": adam(policy.parameters(), config.policy_learning_rate),
             "critic": adam(networks.critic.parameters(), config.critic_learning_rate),
@@ -170,7 +172,9 @@ class Learner:
         self.episodes = state["episodes"]
 
 
-def begin_from(run: Path, policy: StatePolicy, networks: ActorCritic, temperature: Coefficient) -> None:
+def begin_from(
+    run: Path, config: TrainRLPDConfig, policy: StatePolicy, networks: ActorCritic, temperature: Coefficient
+) -> None:
     """Take over what an offline run learned. UserError if the run is not one of embodied/cql or has other sizes."""
     state = load_checkpoint(run / "checkpoints" / "last").state
     modules = state.get("parts", {}).get("modules", {})
@@ -183,8 +187,21 @@ def begin_from(run: Path, policy: StatePolicy, networks: ActorCritic, temperatur
             module.load_state_dict(modules[name])
         policy.normalizer.refresh()
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        theirs = read_tree(run / "config.yaml").values
+        ours = {"policy": asdict(config.policy), "critic": asdict(config.critic)}
+        said = [
+            f"{part}.{name}={json.dumps(theirs[part][name], separators=(',', ':'))}"
+            for part, fields in ours.items()
+            for name, value in fields.items()
+            if name in theirs.get(part, {}) and _listed(theirs[part][name]) != _listed(value)
+        ]
+        reason = f"it has {' '.join(said)}; say so here" if said else " ".join(str(error).split())
         raise UserError(f"init: {run} does not fit policy and critic of this configuration: {reason}") from error
+
+
+def _listed(value: Any) -> Any:
+    """YAML has no tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def train(config: TrainRLPDConfig, *, resume: Path | None = None) -> RunResult:

@@ -19,12 +19,15 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiment.errors import UserError, storage_errors
 from experiment.state import load_state, save_state
 
-__all__ = ["Checkpoint", "Checkpoints", "load_checkpoint", "load_state", "save_state"]
+__all__ = ["Checkpoint", "Checkpoints", "Which", "find_checkpoint", "load_checkpoint", "load_state", "save_state"]
+
+Which = Literal["auto", "best", "last"]
+"""A checkpoint of a run: auto is the best one, or the last where the run judged none of its own."""
 
 _META, _RNG = "checkpoint.json", "rng"
 
@@ -46,6 +49,19 @@ class Checkpoint:
     folder: Path
     rng: dict[str, Any]
     meta: dict[str, Any]
+
+
+def find_checkpoint(run_folder: str | Path, which: Which) -> Path:
+    """RUN/checkpoints/best or last. UserError, in one line, if it is not there."""
+    folder = Path(run_folder) / "checkpoints"
+    if which != "auto" and (folder / which).exists():
+        return folder / which
+    found = [folder / name for name in ("best", "last") if (folder / name).exists()]
+    if which == "auto" and found:
+        return found[0]
+    wanted = "checkpoint" if which == "auto" else f"checkpoint {which!r}"
+    hint = "; the run judged none of its own: say checkpoint=last" if which == "best" and found else ""
+    raise UserError(f"{run_folder}: there is no {wanted} to evaluate{hint}")
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

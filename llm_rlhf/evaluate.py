@@ -11,13 +11,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from experiment.checkpoint import write_atomically
+from experiment.checkpoint import Which, find_checkpoint, write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.device import find_device
 from experiment.errors import UserError
@@ -60,7 +60,7 @@ class EvaluateConfig:
     temperature: float = 1.0
     batch_size: int = 256
     seed: int = 10_000
-    checkpoint: Literal["last", "best"] = "last"
+    checkpoint: Which = "last"
     reference: str | None = None
     beta: float | None = None
     own_rewards: bool = True
@@ -217,9 +217,7 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     folder = Path(run_folder)
     values = read_tree(folder / "config.yaml").values
     task = build_task(build_from_dict(values.get("task") or {}, TaskConfig, str(folder / "config.yaml")))
-    source = folder / "checkpoints" / config.checkpoint / "policy"
-    if not source.is_dir():
-        raise UserError(f"{folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
+    source = find_checkpoint(folder, config.checkpoint) / "policy"
     tokenizer = load_tokenizer(source)
     device = find_device(config.device, setting="evaluation.device")
     policy = LanguagePolicy.from_pretrained(source).eval().to(device)
@@ -251,6 +249,6 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
             reference=reference,
             rewards=values.get("rewards") if config.own_rewards else None,
         )
-    written = {"checkpoint": config.checkpoint, "seed": config.seed, "splits": results}
+    written = {"checkpoint": source.parent.name, "seed": config.seed, "splits": results}
     write_atomically(folder / "eval.json", json.dumps(written, indent=2) + "\n")
     return results

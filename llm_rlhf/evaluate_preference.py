@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from experiment.checkpoint import Checkpoint, load_checkpoint, write_atomically
+from experiment.checkpoint import Checkpoint, Which, find_checkpoint, load_checkpoint, write_atomically
 from experiment.config import build, read_tree
 from experiment.errors import UserError
 from experiment.yaml_tree import ConfigTree
@@ -29,7 +29,7 @@ class EvaluateConfig:
     """splits: which held-out rows, "validation" or "test"; checkpoint: which one of the run."""
 
     splits: tuple[Literal["validation", "test"], ...] = ("test",)
-    checkpoint: Literal["last", "best"] = "last"
+    checkpoint: Which = "last"
 
     def __post_init__(self) -> None:
         if not self.splits:
@@ -45,12 +45,11 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     folder = Path(run_folder)
     tree = read_tree(folder / "config.yaml")
     judge = _judge_thumbs if tree.pop("recipe") == train_kto.RECIPE else _judge_pairs
-    if not (folder / "checkpoints" / config.checkpoint / "policy").is_dir():
-        raise UserError(f"{folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
-    checkpoint = load_checkpoint(folder / "checkpoints" / config.checkpoint)
+    chosen = find_checkpoint(folder, config.checkpoint)
+    checkpoint = load_checkpoint(chosen)
     policy = LanguagePolicy.from_pretrained(checkpoint.folder / "policy").eval()
     results = judge(folder, tree, checkpoint, policy, config.splits)
-    written = {"checkpoint": config.checkpoint, "splits": results}
+    written = {"checkpoint": chosen.name, "splits": results}
     write_atomically(folder / "eval.json", json.dumps(written, indent=2) + "\n")
     return results
 

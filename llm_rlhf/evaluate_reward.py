@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from experiment.checkpoint import write_atomically
+from experiment.checkpoint import Which, find_checkpoint, write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.device import find_device
 from experiment.errors import UserError
@@ -52,7 +52,7 @@ class EvaluateConfig:
     """
 
     splits: tuple[Literal["train", "validation", "test"], ...] = ("test",)
-    checkpoint: Literal["last", "best"] = "best"
+    checkpoint: Which = "auto"
     data: str | None = None
     bins: int = 10
     bag_of_words: bool = False
@@ -92,9 +92,7 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     values = read_tree(folder / "config.yaml").values
     pairs_config = build_from_dict(values.get("pairs") or {}, PairsConfig, place)
     settings = build_from_dict(values.get("reward") or {}, RewardConfig, place)
-    source = folder / "checkpoints" / config.checkpoint / FOLDER
-    if not source.is_dir():
-        raise UserError(f"{folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
+    source = find_checkpoint(folder, config.checkpoint) / FOLDER
     model = RewardModel.from_pretrained(source).requires_grad_(False).eval()
     model.place(find_device("auto", setting="device"))
     pairs = read_pairs(pairs_config)
@@ -107,7 +105,7 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
         for name, split in splits.items()
     }
     write_atomically(
-        folder / "eval.json", json.dumps({"checkpoint": config.checkpoint, "splits": results}, indent=2) + "\n"
+        folder / "eval.json", json.dumps({"checkpoint": source.parent.name, "splits": results}, indent=2) + "\n"
     )
     return results
 

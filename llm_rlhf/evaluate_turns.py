@@ -9,12 +9,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiment.checkpoint import write_atomically
+from experiment.checkpoint import Which, find_checkpoint, write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
 from llm_rlhf.evaluate import Result, numbers, scores
@@ -44,7 +44,7 @@ class EvaluateConfig:
     temperature: float = 1.0
     batch_size: int = 256
     seed: int = 10_000
-    checkpoint: Literal["last", "best"] = "last"
+    checkpoint: Which = "last"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch_size < 1:
@@ -118,9 +118,7 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     values: dict[str, Any] = read_tree(folder / "config.yaml").values
     task = build_task(build_from_dict(values.get("task") or {}, TaskConfig, place))
     turns = build_from_dict(values.get("turns") or {}, TurnsConfig, place)
-    source = folder / "checkpoints" / config.checkpoint / "policy"
-    if not source.is_dir():
-        raise UserError(f"{folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
+    source = find_checkpoint(folder, config.checkpoint) / "policy"
     policy = LanguagePolicy.from_pretrained(source).eval()
     limit = (values.get("generation") or {}).get("max_new_tokens")
     player = build_player(policy, load_tokenizer(source), task, turns, rewards={}, max_new_tokens=limit)
@@ -129,6 +127,6 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
         if split not in task.splits:
             raise UserError(f"evaluation.splits: this task has no {split!r}; it has {', '.join(task.splits)}")
         results[split] = evaluate_player(player, task.splits[split], config)
-    written = {"checkpoint": config.checkpoint, "seed": config.seed, "splits": results}
+    written = {"checkpoint": source.parent.name, "seed": config.seed, "splits": results}
     write_atomically(folder / "eval.json", json.dumps(written, indent=2) + "\n")
     return results

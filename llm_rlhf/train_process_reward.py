@@ -17,10 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from experiment.checkpoint import write_atomically
+from experiment.checkpoint import Which, find_checkpoint, write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.device import find_device
-from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from experiment.statistics import wilson_interval
 from llm_rlhf.data.texts import Batches
@@ -242,7 +241,7 @@ class EvaluateConfig:
     """split: validation or test; checkpoint: which one of a run."""
 
     split: Literal["validation", "test"] = "test"
-    checkpoint: Literal["last", "best"] = "best"
+    checkpoint: Which = "auto"
 
 
 def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig()) -> dict[str, dict[str, float]]:
@@ -253,13 +252,11 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     folder = Path(run_folder)
     values = read_tree(folder / "config.yaml").values
     settings = build_from_dict(values.get("steps") or {}, StepsConfig, str(folder / "config.yaml"))
-    source = folder / "checkpoints" / config.checkpoint / FOLDER
-    if not source.is_dir():
-        raise UserError(f"{folder}: there is no checkpoint {config.checkpoint!r} to evaluate")
+    source = find_checkpoint(folder, config.checkpoint) / FOLDER
     steps = StepScorer.from_pretrained(source)
     data = tokenize_steps(getattr(read_solutions(settings), config.split), steps.scorer, steps.separator)
     results: dict[str, dict[str, float]] = {config.split: judge(steps, data)}
     write_atomically(
-        folder / "eval.json", json.dumps({"checkpoint": config.checkpoint, "splits": results}, indent=2) + "\n"
+        folder / "eval.json", json.dumps({"checkpoint": source.parent.name, "splits": results}, indent=2) + "\n"
     )
     return results

@@ -287,8 +287,8 @@ VERBS: dict[str, Verb] = {
     "demo": Verb(
         "[--dry-run]",
         "train a robot and two small language models in about ten minutes",
-        "Imitation, then PPO; the robot sees pictures and is told in words. Ends with before and after, and what to\n"
-        "type next.",
+        "Imitation, then PPO; the robot sees pictures and is told in words. Ends with before and after, and\n"
+        "what to type next.",
         _demo_arguments,
         _demo,
     ),

@@ -100,6 +100,9 @@ def split(arguments: argparse.Namespace) -> int:
         _absent(target)
     for target, indices in zip(arguments.out, parts, strict=True):
         _write(Selection(source, indices), target, arguments.to or _own(source), arguments.fps)
+    left = len(source) - sum(map(len, parts))
+    if left:
+        print(f"{left} of {len(source)} episodes are in no part: the fractions say so")
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from embodied.datasets.finite import first_not_finite, shown
 from experiment.errors import UserError
 
 
@@ -54,10 +55,9 @@ def array(group: h5py.Group, key: str, where: str, *, columns: bool, rows: slice
 
 def finite(values: np.ndarray, where: str) -> np.ndarray:
     """The same [T, ...] values. Raises UserError naming the first row that is NaN or infinite."""
-    if values.dtype.kind == "f":
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
-        if len(bad):
-            raise UserError(f"{where} row {bad[0]} is not finite: {values[bad[0]].tolist()}")
+    bad = first_not_finite(values)
+    if bad is not None:
+        raise UserError(f"{where} row {bad} is not finite: {shown(values[bad])}")
     return values
 
 

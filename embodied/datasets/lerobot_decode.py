@@ -10,6 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from embodied.datasets.finite import first_not_finite, shown
 from embodied.datasets.lerobot_layout import INFO, Feature
 from embodied.datasets.lerobot_tables import VideoSpan
 from experiment.errors import UserError
@@ -44,11 +45,9 @@ def number_column(column: pa.ChunkedArray, feature: Feature, where: str) -> NDAr
 
 def check_finite(values: NDArray, where: str) -> None:
     """Raise UserError naming the first frame that is NaN or infinite."""
-    if values.dtype.kind != "f":
-        return
-    bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
-    if len(bad):
-        raise UserError(f"{where} is not finite in frame {bad[0]}: {values[bad[0]].tolist()}")
+    bad = first_not_finite(values)
+    if bad is not None:
+        raise UserError(f"{where} is not finite in frame {bad}: {shown(values[bad])}")
 
 
 def decode_pictures(column: pa.ChunkedArray, feature: Feature, where: str) -> NDArray[np.uint8]:

@@ -18,6 +18,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from embodied.datasets.finite import shown
 from embodied.datasets.lerobot_layout import INDEX_FEATURES, Feature
 from embodied.datasets.lerobot_stats import PictureStats, Stats, vector_stats
 from experiment.errors import UserError
@@ -136,7 +137,7 @@ def _checked(value: Any, feature: Feature, where: str) -> Any:
         )
     array = array.astype(feature.dtype)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise UserError(f"{where} is not finite: {array.tolist()}")
+        raise UserError(f"{where} is not finite: {shown(array)}")
     return array.reshape(()) if one else array
 
 

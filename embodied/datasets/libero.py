@@ -44,7 +44,8 @@ class LiberoSource(RobomimicSource):
     def _recorded(self, demo: h5py.Group, where: str, images: bool) -> RecordedEpisode:
         episode = super()._recorded(demo, where, images)
         dones = array(demo, "dones", where, columns=False)
-        assert episode.rewards is not None
+        if episode.rewards is None:
+            raise UserError(f"{where}: has no rewards")
         others = dict(episode.others)
         rows = {name: array(demo, name, where, columns=True) for name in ("states", "robot_states") if name in demo}
         for name, values in {"dones": dones, **rows}.items():

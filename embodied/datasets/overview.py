@@ -9,6 +9,7 @@ import numpy as np
 from embodied.datasets.lerobot_layout import ACTION, CAMERA, REWARD
 from embodied.datasets.lerobot_stats import Stats, fold, vector_stats
 from embodied.datasets.source import Source
+from embodied.datasets.writing import check_alike
 
 
 @dataclass
@@ -44,6 +45,8 @@ def overview(source: Source) -> Overview:
         if not index:
             cameras = [(CAMERA + name, "image", one.shape[1:]) for name, one in episode.images.items()]
             found.features = cameras + [(name, str(one.dtype), one.shape[1:]) for name, one in columns.items()]
+            first = episode
+        check_alike(first, episode, images=False)
         together = fold(together, {name: vector_stats(values) for name, values in columns.items()})
         found.terminated += episode.terminated
         found.truncated += episode.truncated

@@ -52,8 +52,8 @@ class RobomimicSource(Source):
         actions = array(demo, "actions", where, columns=True)
         if not len(actions):
             raise UserError(f"{where}: has no steps")
-        rewards = array(demo, "rewards", where, columns=False)
-        if len(rewards) != len(actions):
+        rewards = array(demo, "rewards", where, columns=False) if "rewards" in demo else None
+        if rewards is not None and len(rewards) != len(actions):
             raise UserError(f"{where}: {len(actions)} actions but {len(rewards)} rewards")
         pictures, vectors, final = _observations(demo, where, len(actions), images)
         return recorded(

@@ -100,10 +100,12 @@ def write_dataset(
 
 
 def check_alike(first: RecordedEpisode, other: RecordedEpisode, *, images: bool = True) -> None:
-    """Raise UserError when two episodes do not have the same observations, of the same shapes, and actions."""
+    """Raise UserError where two episodes differ in observations, their shapes, actions or in having rewards."""
 
     def shapes(episode: RecordedEpisode) -> dict[str, tuple[int, ...]]:
         found = {"the action": episode.actions.shape[1:]}
+        if episode.rewards is not None:
+            found["the reward"] = ()
         found |= {name.removeprefix(OBSERVATION): one.shape[1:] for name, one in episode.vectors.items()}
         return found | ({name: one.shape[1:] for name, one in episode.images.items()} if images else {})
 

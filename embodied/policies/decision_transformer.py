@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from embodied.policies.folder import read_description, read_weights, reading_policy, write_policy
+from embodied.policies.folder import policy_folder, read_description, read_weights, reading_policy, write_policy
 from embodied.policies.normalization import ObservationNormalizer
 from embodied.policies.numpy_actor import Spaces
 from policy_core.distributions import DiagonalGaussian
@@ -113,8 +113,8 @@ class DecisionTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> DecisionTransformer:
-        """Read a folder written by `save_pretrained`, to act; UserError if it is none."""
-        folder = Path(folder)
+        """Read a folder written by `save_pretrained`, or a run's best policy, to act; UserError if it is none."""
+        folder = policy_folder(folder)
         with reading_policy(folder, "a decision transformer"):
             description = read_description(folder)
             policy = cls(Spaces(**description["spaces"]), DecisionTransformerConfig(**description["config"]))

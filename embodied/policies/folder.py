@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from experiment.checkpoint import find_checkpoint
 from experiment.errors import UserError
 
 DESCRIPTION, WEIGHTS = "policy.json", "policy.safetensors"
@@ -23,6 +24,15 @@ def write_policy(folder: Path | str, description: Mapping[str, Any], policy: tor
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     save_file({name: tensor.contiguous() for name, tensor in policy.state_dict().items()}, folder / WEIGHTS)
+
+
+def policy_folder(path: Path | str) -> Path:
+    """A policy's folder as it is; of a run, its best policy, or the last where it judged none.
+
+    UserError if a run has none.
+    """
+    path = Path(path)
+    return find_checkpoint(path, "auto") / "policy" if (path / "checkpoints").is_dir() else path
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from embodied.policies import numpy_actor
-from embodied.policies.folder import read_description, read_weights, reading_policy, write_policy
+from embodied.policies.folder import policy_folder, read_description, read_weights, reading_policy, write_policy
 from embodied.policies.normalization import ObservationNormalizer
 from embodied.policies.numpy_actor import LOG_STD_BOUNDS, Array, Spaces, StatePolicyConfig
 from policy_core.distributions import Categorical, DiagonalGaussian, TanhGaussian
@@ -161,8 +161,8 @@ class StatePolicy(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> StatePolicy:
-        """Read a folder written by `save_pretrained`; UserError if it is none."""
-        folder = Path(folder)
+        """Read a folder written by `save_pretrained`, or a run's best policy; UserError if it is none."""
+        folder = policy_folder(folder)
         with reading_policy(folder, "a state policy"):
             description = read_description(folder)
             config = dict(description["config"], hidden=tuple(description["config"]["hidden"]))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from embodied.policies.encoders import HEADS, Perception
-from embodied.policies.folder import read_description, read_weights, reading_policy, write_policy
+from embodied.policies.folder import policy_folder, read_description, read_weights, reading_policy, write_policy
 from embodied.policies.normalization import ObservationNormalizer
 from embodied.policies.words import Words
 from experiment.errors import UserError
@@ -219,8 +219,8 @@ class VLAPolicy(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> VLAPolicy:
-        """Read a folder written by `save_pretrained`; UserError if it is none."""
-        folder = Path(folder)
+        """Read a folder written by `save_pretrained`, or a run's best policy; UserError if it is none."""
+        folder = policy_folder(folder)
         with reading_policy(folder, "a vision-language-action policy"):
             description = read_description(folder)
             if description["policy"] != "vla":

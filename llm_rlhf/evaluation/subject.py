@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from experiment.checkpoint import Which, find_checkpoint
 from experiment.errors import UserError
 from llm_rlhf.data.chat import Chat, render
 from llm_rlhf.data.texts import encode_prompts
@@ -176,7 +177,7 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
 
 
 def load_subject(
-    path: str | Path, *, checkpoint: Literal["last", "best"] = "last", chat: bool = False, batch_size: int = 16
+    path: str | Path, *, checkpoint: Which = "last", chat: bool = False, batch_size: int = 16
 ) -> Subject:
     """A run folder's checkpoint, a model's folder or a hub name.
 
@@ -184,10 +185,8 @@ def load_subject(
 
     Raises UserError where there is no such model.
     """
-    inner = Path(path) / "checkpoints" / checkpoint / "policy"
-    if (Path(path) / "checkpoints").is_dir() and not inner.is_dir():
-        raise UserError(f"{path}: there is no checkpoint {checkpoint!r}")
-    source = model_folder(inner if inner.is_dir() else path)
+    is_run = (Path(path) / "checkpoints").is_dir()
+    source = model_folder(find_checkpoint(path, checkpoint) / "policy" if is_run else path)
     policy, tokenizer = build_policy(ModelConfig(path=source), alphabet="")
     policy.eval().steering = AdvantageSteering.load(Path(source), policy)
     return Subject(policy, tokenizer, chat=chat, batch_size=batch_size)

@@ -310,6 +310,24 @@ def test_another_runs_critics_are_refused(tmp_path: Path, pendulum_demonstration
     assert not (tmp_path / "online").exists()
 
 
+def test_critics_of_other_sizes_are_named(tmp_path: Path, pendulum_demonstrations: Path) -> None:
+    run = train_cql.train(
+        TrainCQLConfig(**common(tmp_path, pendulum_demonstrations, updates=1), cql=CQLConfig(samples=3))
+    ).folder
+    other = CriticConfig(members=3, hidden=(16, 16), layer_norm=True)
+    settings = common(tmp_path, pendulum_demonstrations, init=str(run), critic=other)
+    with pytest.raises(UserError, match=r"it has critic.members=2 critic.layer_norm=false; say so here$"):
+        train_rlpd.train(rlpd(**settings | {"run": RunConfig(folder=str(tmp_path / "online"), wandb="disabled")}))
+
+
+def test_a_run_is_as_good_as_its_policys_folder(tmp_path: Path, pendulum_demonstrations: Path) -> None:
+    """And one that judged none of its checkpoints is evaluated by its last."""
+    run = train_iql.train(TrainIQLConfig(**common(tmp_path, pendulum_demonstrations, updates=2, episodes=0))).folder
+    assert evaluate_run(run, EvaluateConfig(episodes=2))["eval/episodes"] == 2.0
+    named, whole = StatePolicy.from_pretrained(run), StatePolicy.from_pretrained(run / "checkpoints/last/policy")
+    assert all(torch.equal(one, other) for one, other in zip(named.parameters(), whole.parameters(), strict=True))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, pendulum_demonstrations: Path) -> None:
     config = TrainIQLConfig(**common(tmp_path, pendulum_demonstrations, learning_rate=1e30, log_every=1))
     with pytest.raises(UserError, match="lower the learning rates"):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from experiment import checkpoint as checkpoint_module
-from experiment.checkpoint import Checkpoints, load_checkpoint, write_atomically
+from experiment.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, write_atomically
 from experiment.errors import UserError
 from experiment.seeding import rng_state
 
@@ -175,6 +175,17 @@ def test_write_atomically_replaces(tmp_path: Path) -> None:
     write_atomically(path, "two ü")
     assert path.read_text(encoding="utf-8") == "two ü"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_auto_is_the_best_checkpoint_or_else_the_last(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no checkpoint to evaluate$"):
+        find_checkpoint(tmp_path, "auto")
+    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
+    assert find_checkpoint(tmp_path, "auto").name == "last"
+    with pytest.raises(UserError, match=r"there is no checkpoint 'best' to evaluate; .*checkpoint=last"):
+        find_checkpoint(tmp_path, "best")
+    (tmp_path / "checkpoints" / "best").mkdir()
+    assert [find_checkpoint(tmp_path, which).name for which in ("auto", "best", "last")] == ["best", "best", "last"]
 
 
 def test_damage_and_absence_are_user_errors(tmp_path: Path) -> None:

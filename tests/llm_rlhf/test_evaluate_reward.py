@@ -246,7 +246,7 @@ def test_what_cannot_be_judged_says_why(tmp_path: Path) -> None:
     path = rows(tmp_path / "rows.jsonl", objectives=False)
     folder = trained(tmp_path / "run", path, validation={"every": 0}, learning={"steps": 1})
     with pytest.raises(UserError, match="there is no checkpoint 'best' to evaluate"):
-        evaluate_run(folder, EvaluateConfig())
+        evaluate_run(folder, EvaluateConfig(checkpoint="best"))
     tied = tmp_path / "tied.jsonl"
     tied.write_text(
         "".join(

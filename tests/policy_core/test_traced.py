@@ -14,6 +14,7 @@ from policy_core.policy import Evaluation
 from policy_core.ppo import PPOConfig, traced_gradient, update
 from policy_core.returns import gae
 from policy_core.rollout import Rollout
+from policy_core.traced import agree
 from tests.policy_core.helpers import TinyPolicy, clone, close, sampled_rollout, weights_of
 
 # minibatches of 4 and 2 rows: two shapes, so two graphs
@@ -161,3 +162,14 @@ def test_a_policy_that_cannot_be_replayed_is_refused() -> None:
             traced=traced_gradient(policy),
         )
     assert torch.equal(weights_of(policy), before)
+
+
+def test_rounding_is_measured_by_the_largest_number() -> None:
+    expected = torch.tensor([1.0, 3e-6, 0.0])
+    assert agree(expected, expected + torch.tensor([3e-6, -3e-6, 3e-6]))  # what a replay of a cancelling sum does
+    assert not agree(expected, expected + torch.tensor([0.0, 1e-3, 0.0]))
+    assert not agree(expected * 1e-3, expected * 1.01e-3)
+    undefined = torch.tensor([float("nan"), 1.0])
+    assert agree(undefined, undefined)
+    assert not agree(undefined, torch.tensor([0.0, 1.0]))
+    assert agree(torch.zeros(0), torch.zeros(0))

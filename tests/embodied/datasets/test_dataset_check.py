@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from embodied.datasets.check import problems
-from embodied.datasets.formats import open_dataset
+from embodied.datasets.finite import shown
+from embodied.datasets.formats import open_dataset, read_dataset
 from embodied.datasets.overview import overview
+from experiment.errors import UserError
 
 Make = Callable[..., Path]
 V21 = Path(__file__).parents[2] / "fixtures" / "lerobot_v21"
@@ -25,6 +27,37 @@ def test_good_sets_are_well(make: Make, kind: str) -> None:
     assert seen == [0, 1, 2]
 
 
+def test_an_overview_refuses_shapes_that_change(make: Make) -> None:
+    path = make("robomimic")
+    with h5py.File(path, "a") as file:
+        steps = len(file["data/demo_1/actions"])
+        del file["data/demo_1/actions"]
+        file["data/demo_1/actions"] = np.zeros((steps, 5))
+    with pytest.raises(UserError, match=r"data/demo_1: the action is \[5\], that of .*data/demo_0 \[2\]$"):
+        overview(open_dataset(path))
+
+
+def test_demonstrations_without_rewards_can_be_looked_at_and_cloned(make: Make) -> None:
+    path = make("robomimic")
+    with h5py.File(path, "a") as file:
+        for demo in file["data"].values():
+            del demo["rewards"]
+    assert list(problems(path)) == []
+    assert overview(open_dataset(path)).returns == []
+    assert not read_dataset(path, need_rewards=False)[0].rewards.any()
+    with pytest.raises(UserError, match="has no rewards, which learning from values needs"):
+        read_dataset(path)
+
+
+def test_a_long_row_is_told_by_what_is_not_finite(make: Make) -> None:
+    assert shown(np.array([1.0, np.nan])) == "[1.0, nan]"
+    row = np.zeros(39, np.float32)
+    row[7] = np.inf
+    assert shown(row) == "inf at 7, of 39 numbers"
+    row[[9, 11]] = np.nan
+    assert shown(row) == "inf at 7 and 2 more, of 39 numbers"
+
+
 @pytest.mark.parametrize("kind", ["images", "videos"])
 def test_an_older_lerobot_is_well(kind: str) -> None:
     assert list(problems(V21 / kind)) == []
@@ -33,11 +66,11 @@ def test_an_older_lerobot_is_well(kind: str) -> None:
 def test_every_problem_has_its_line(make: Make) -> None:
     path = make("robomimic")
     with h5py.File(path, "a") as file:
-        file["data/demo_0/actions"][1, 1] = np.inf
+        file["data/demo_1/actions"][1, 1] = np.inf
         del file["data/demo_2/rewards"]
     assert list(problems(path)) == [
-        f"{path}: data/demo_0: actions row 1 is not finite: [0.125, inf]",
-        f"{path}: data/demo_2: has no rewards; the demonstration has {sorted(['actions', 'dones', 'next_obs', 'obs', 'states'])}",  # noqa: E501
+        f"{path}: data/demo_1: actions row 1 is not finite: [0.125, inf]",
+        f"{path}: data/demo_2: the reward is absent, that of {path}: data/demo_0 []",
     ]
 
 

@@ -154,7 +154,7 @@ def test_resumed_to_the_bit_and_evaluated(
     assert figures["eval/episodes"] == 3
     (tmp_path / "a" / "checkpoints" / "best").unlink()
     with pytest.raises(UserError, match="there is no checkpoint 'best'"):
-        evaluate_run(tmp_path / "a", EvaluateConfig(episodes=1))
+        evaluate_run(tmp_path / "a", EvaluateConfig(checkpoint="best", episodes=1))
 
 
 def test_impossible_settings() -> None:
