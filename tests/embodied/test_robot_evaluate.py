@@ -158,7 +158,8 @@ def test_evaluate_run_writes_what_it_returns(run: Path) -> None:
 
 def test_a_checkpoint_that_is_not_there(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint 'best' to evaluate"):
-        evaluate_run(run, EvaluateConfig(episodes=1))  # nothing was evaluated in training
+        evaluate_run(run, EvaluateConfig(checkpoint="best", episodes=1))  # nothing was evaluated in training
+    assert evaluate_run(run, EvaluateConfig(episodes=1))["eval/episodes"] == 1.0  # so the last is taken
     with pytest.raises(UserError):
         evaluate_run(tmp_path, EvaluateConfig(episodes=1))
 
