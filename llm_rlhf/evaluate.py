@@ -81,21 +81,26 @@ def evaluate_policy(
     max_new_tokens: int | None = None,
     reference: LanguagePolicy | None = None,
     rewards: Mapping[str, float] | None = None,
+    rewards_timeout: float | None = None,
 ) -> Result:
     """Measure one split with the task's own reward.
 
-    rewards     name -> weight, of what the policy was trained on; they score the same completions, where they are
-                not the task's own
+    rewards             name -> weight, of what the policy was trained on; they score the same completions, where
+                        they are not the task's own
+    rewards_timeout     seconds that one call of a reward function may take; None = any
 
     Returns greedy, greedy_solved, sampled, pass@K (each with NAME_interval), entropy (nats a token), mean_length
     (tokens), finished (share with EOS), prompts, kl (nats a completion) where there is a reference, and `rewards`:
     greedy and sampled by the given rewards, with intervals.
     """
     examples = task.splits[split]
-    gold = {task.default_reward: 1.0}
+    gold = dict(task.gold)
     judges = {"gold": gold} if not rewards or dict(rewards) == gold else {"gold": gold, "own": dict(rewards)}
     columns = list(columns_of(examples))
-    judging = {name: resolve(weights, own=task.rewards, columns=columns) for name, weights in judges.items()}
+    judging = {
+        name: resolve(weights, own=task.rewards, columns=columns, timeout=rewards_timeout)
+        for name, weights in judges.items()
+    }
     limit = max_new_tokens or task.max_new_tokens
     temperature, policy.temperature = policy.temperature, config.temperature
     generator = torch.Generator().manual_seed(config.seed)
@@ -216,7 +221,10 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     """
     folder = Path(run_folder)
     values = read_tree(folder / "config.yaml").values
-    task = build_task(build_from_dict(values.get("task") or {}, TaskConfig, str(folder / "config.yaml")))
+    rewards: dict[str, float] = (values.get("rewards") or {}) if config.own_rewards else {}
+    task = build_task(
+        build_from_dict(values.get("task") or {}, TaskConfig, str(folder / "config.yaml")), rewards=rewards
+    )
     source = find_checkpoint(folder, config.checkpoint) / "policy"
     tokenizer = load_tokenizer(source)
     device = find_device(config.device, setting="evaluation.device")
@@ -247,7 +255,8 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
             config=config,
             max_new_tokens=limit,
             reference=reference,
-            rewards=values.get("rewards") if config.own_rewards else None,
+            rewards=rewards,
+            rewards_timeout=values.get("rewards_timeout"),
         )
     written = {"checkpoint": source.parent.name, "seed": config.seed, "splits": results}
     write_atomically(folder / "eval.json", json.dumps(written, indent=2) + "\n")

@@ -138,7 +138,7 @@ def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
     """Improve a trained model on the task's prompts. Raises UserError if model.path names none."""
     require_trained(config.model)
     require_precision(config.precision, setting="precision")
-    task = build_task(config.task)
+    task = build_task(config.task, rewards=config.rewards)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
         learner = build_learner(

@@ -209,6 +209,7 @@ def train(config: TrainIterativeDPOConfig, *, resume: Path | None = None) -> Run
                 config.validation,
                 due=last or step % max(config.validation.every, 1) == 0,
                 max_new_tokens=learner.sampler.max_new_tokens,
+                rewards_timeout=config.rewards_timeout,
             )
             log_and_save(
                 run,
@@ -231,7 +232,7 @@ def build_learner(run: Run, config: TrainIterativeDPOConfig) -> Learner:
     The policy as it is at the start is kept in RUN/reference, for the KL of every round and of the evaluation; it
     is read when it is needed and does not stay in memory.
     """
-    task = build_task(config.task)
+    task = build_task(config.task, rewards=config.rewards)
     announce(task)
     policy, tokenizer = build_policy(
         checkpoint_policy(run, config.model), alphabet=task.alphabet, temperature=config.generation.temperature

@@ -129,7 +129,7 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
     require_precision(config.sft.precision, setting="sft.precision")
     if chosen.source == "samples":
         require_trained(config.model)
-    task = build_task(config.task)
+    task = build_task(config.task, rewards=config.rewards)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
         policy, tokenizer = build_policy(

@@ -290,7 +290,7 @@ def train_peer(cell: Cell, arm: str, python: str, *, answer_length: float) -> Fi
     if trainer == "rloo":
         settings["max_grad_norm"] *= answer_length
     columns = columns_of(train)
-    rewards = resolve({cell.task.default_reward: 1.0}, own=cell.task.rewards, columns=list(columns))
+    rewards = resolve(cell.task.gold, own=cell.task.rewards, columns=list(columns))
     drawn = 0
     with peer_process(python, settings, folder) as (hear, tell):
         while "rows" in (message := hear()):

@@ -176,7 +176,7 @@ def task(reward: RewardFunction = even_words) -> Task:
         train=examples,
         splits={"validation": examples[:1]},
         rewards={"reward": reward},
-        default_reward="reward",
+        gold={"reward": 1.0},
         max_new_tokens=LENGTH,
         alphabet="",
     )

@@ -87,7 +87,7 @@ def logged_texts(task: Task, rewards: dict[str, float]) -> list[Sequence[Piece]]
         return list(task.logged)
     examples = list(task.demonstrations)
     columns = {**columns_of(examples), "sample_index": list(range(len(examples)))}
-    score = resolve(rewards or {task.default_reward: 1.0}, own=task.rewards, columns=list(columns))
+    score = resolve(rewards or task.gold, own=task.rewards, columns=list(columns))
     scores = score([example.prompt for example in examples], [example.completion for example in examples], columns)
     texts: list[Sequence[Piece]] = [
         (Piece(example.prompt, None), Piece(example.completion, total))

@@ -212,7 +212,7 @@ def build_sampler(
 ) -> Sampler:
     """A sampler with its own generator. Raises UserError for rewards or rules that cannot be used."""
     columns = columns_of(task.train)
-    weights = rewards or {task.default_reward: 1.0}
+    weights = rewards or task.gold
     if rewards_timeout is not None and rewards_timeout <= 0:
         raise UserError(f"rewards_timeout must be positive seconds, or null; got {rewards_timeout:g}")
     resolved = resolve(weights, own=task.rewards, columns=list(columns), timeout=rewards_timeout)

@@ -283,6 +283,7 @@ def record(
         validation,
         due=last or global_step % max(validation.every, 1) == 0,
         max_new_tokens=sampler.max_new_tokens,
+        rewards_timeout=sampler.rewards.timeout,
     )
     report = Report([], [], {})
     if looked and learner.latest is not None:
@@ -422,6 +423,7 @@ def validate(
     *,
     due: bool,
     max_new_tokens: int | None = None,
+    rewards_timeout: float | None = None,
 ) -> dict[str, float]:
     """Validation metrics when they are due, else nothing. Draws from a generator of its own."""
     if config.every == 0 or not due:
@@ -434,6 +436,7 @@ def validate(
         split="validation",
         config=EvaluateConfig(samples=config.samples),
         max_new_tokens=max_new_tokens,
+        rewards_timeout=rewards_timeout,
     )
     return numbers(result, prefix="eval")
 

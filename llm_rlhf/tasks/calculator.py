@@ -192,7 +192,7 @@ def build(config: CalculatorConfig, *, data: str | None, seed: int) -> dict[str,
         "train": _examples(train, config, set()),
         "splits": {"validation": _examples(validation, config, set()), "test": _examples(test, config, set())},
         "rewards": {"exact_match": exact_match},
-        "default_reward": "exact_match",
+        "gold": {"exact_match": 1.0},
         "max_new_tokens": 5,
         "alphabet": "0123456789+-*/= ",
         "notes": [

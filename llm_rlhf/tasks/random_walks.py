@@ -160,7 +160,7 @@ def build(config: RandomWalksConfig, *, seed: int) -> dict[str, Any]:
             "test": [Example(LETTERS[node], "") for node in held_out],
         },
         "rewards": {"optimality": optimality},
-        "default_reward": "optimality",
+        "gold": {"optimality": 1.0},
         "max_new_tokens": config.max_nodes,
         "limited_by": "task.random_walks.max_nodes",
         "alphabet": LETTERS[: config.nodes],

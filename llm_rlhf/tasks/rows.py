@@ -17,6 +17,8 @@ from llm_rlhf.data.files import read_rows
 from llm_rlhf.rewards.functions import exact_match
 from llm_rlhf.tasks.examples import Example
 
+EXACT = "exact_match"
+
 
 @dataclass(frozen=True)
 class RowsConfig:
@@ -24,8 +26,9 @@ class RowsConfig:
     answer is imitated, of labelled completions the good ones.
 
     validation, test    shares of the prompts kept out of training
-    judge       `file.py:function` that scores what is written in validation and evaluation; None = "exact_match"
-                with the completion. With a judge, rows may be prompts alone
+    judge       `file.py:function`, or a reward model's run, that scores what is written in validation and
+                evaluation; None = the run's own `rewards` or, where it has none or exact_match is among them,
+                exact_match with the completion. Unless judged by that, rows may be prompts alone
     transcripts of Anthropic's "\n\nHuman: ...\n\nAssistant: ..." comparisons: text, or chat for a conversation
     """
 
@@ -79,21 +82,24 @@ def split_prompts(
     return shuffled[held_out:], shuffled[test_count:held_out], shuffled[:test_count]
 
 
-def build(config: RowsConfig, *, data: str | None, seed: int) -> dict[str, Any]:
-    """Read the data and split them by prompt, so that no held-out prompt is trained on.
+def build(
+    config: RowsConfig, *, data: str | None, seed: int, rewards: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Read the data and split them by prompt, so that no held-out prompt is trained on. rewards: of the run.
 
     Every column of a row is offered to reward functions; `answer` is the completion where there is no such column.
     Raises UserError if the file is not given, damaged, or too small to split.
     """
     if data is None:
         raise UserError("task.data: give the file that holds your prompts and completions")
+    gold = gold_of(config, rewards or {})
     by_prompt: dict[str, list[Example]] = {}
     shown: dict[str, list[Example]] = {}
     left_out: Counter[str] = Counter()
     rows = 0
     for row in read_rows(data):
         rows += 1
-        alone = config.judge is not None and kind_of(row.columns, config.names) == "prompt-only"
+        alone = EXACT not in gold and kind_of(row.columns, config.names) == "prompt-only"
         if alone:
             example: Example | str = read_prompt(row, config.names)
         else:
@@ -120,13 +126,20 @@ def build(config: RowsConfig, *, data: str | None, seed: int) -> dict[str, Any]:
             "validation": [by_prompt[prompt][0] for prompt in validation],
             "test": [by_prompt[prompt][0] for prompt in test],
         },
-        "rewards": {"exact_match": exact_match},
-        "default_reward": config.judge or "exact_match",
+        "rewards": {EXACT: exact_match},
+        "gold": gold,
         "max_new_tokens": config.max_new_tokens,
         "limited_by": "task.rows.max_new_tokens",
         "alphabet": _alphabet(by_prompt),
         "notes": notes,
     }
+
+
+def gold_of(config: RowsConfig, rewards: Mapping[str, float]) -> dict[str, float]:
+    """What judges an answer, reward -> weight."""
+    if config.judge is not None:
+        return {config.judge: 1.0}
+    return {EXACT: 1.0} if not rewards or EXACT in rewards else dict(rewards)
 
 
 def _alphabet(by_prompt: Mapping[str, Iterable[Example]]) -> str:

@@ -74,7 +74,7 @@ def build(config: ScoredConfig, *, data: str | None, seed: int) -> dict[str, Any
             "test": [by_prompt[prompt][0][0] for prompt in test],
         },
         "rewards": {"logged": logged_reward([text for _, text in rows])},
-        "default_reward": config.judge or "logged",
+        "gold": {config.judge or "logged": 1.0},
         "max_new_tokens": config.max_new_tokens,
         "limited_by": "task.scored.max_new_tokens",
         "alphabet": "".join(sorted({character for _, text in rows for piece in text for character in piece.text})),

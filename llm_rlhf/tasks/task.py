@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ class Task:
     train               prompts for reinforcement learning, with the columns that rewards may ask for
     splits              named prompts for evaluation; recipes look at "validation" only, never at "test"
     rewards             the task's own reward functions by name
-    default_reward      the one that says whether an answer is good: evaluation reports it
+    gold                reward -> weight: what says whether an answer is good; evaluation reports it
     max_new_tokens      longest completion in tokens, EOS included
     limited_by          the setting that decides that; "" where the task's form does
     alphabet            characters of a tokenizer made for this task
@@ -60,7 +60,7 @@ class Task:
     train: Sequence[Example]
     splits: dict[str, Sequence[Example]]
     rewards: dict[str, RewardFunction]
-    default_reward: str
+    gold: Mapping[str, float]
     max_new_tokens: int
     alphabet: str
     limited_by: str = ""
@@ -68,8 +68,11 @@ class Task:
     logged: Sequence[Sequence[Piece]] = ()
 
 
-def build_task(config: TaskConfig) -> Task:
-    """Make the task of a configuration. Raises UserError for data that cannot be read."""
+def build_task(config: TaskConfig, *, rewards: Mapping[str, float] | None = None) -> Task:
+    """Make the task of a configuration. Raises UserError for data that cannot be read.
+
+    rewards     reward -> weight, of the run, if it has its own: rows that nothing else can judge are judged by them
+    """
     parts: dict[str, Any]
     if config.name == "calculator":
         parts = calculator.build(config.calculator, data=config.data, seed=config.seed)
@@ -78,7 +81,7 @@ def build_task(config: TaskConfig) -> Task:
     elif config.name == "tool_calculator":
         parts = tool_calculator.build(config.tool_calculator, data=config.data, seed=config.seed)
     elif config.name == "rows":
-        parts = rows.build(config.rows, data=config.data, seed=config.seed)
+        parts = rows.build(config.rows, data=config.data, seed=config.seed, rewards=rewards or {})
     else:
         parts = scored.build(config.scored, data=config.data, seed=config.seed)
     return Task(**parts)

@@ -167,7 +167,7 @@ def build(config: ToolCalculatorConfig, *, data: str | None, seed: int) -> dict[
             "test": _examples(short[config.validation : held_out], set()),
         },
         "rewards": {"final_answer": final_answer},
-        "default_reward": "final_answer",
+        "gold": {"final_answer": 1.0},
         "max_new_tokens": config.max_new_tokens or longest + longest // 4 + 1,
         "limited_by": "task.tool_calculator.max_new_tokens",
         "alphabet": "".join(sorted({*texts, *TOOL_CHARACTERS, "\n"})),

@@ -67,7 +67,7 @@ def build_judge(weights: Mapping[str, float], task: Task, turns: TurnsConfig) ->
     Raises UserError for rewards that cannot be used.
     """
     if not weights:
-        weights = {task.default_reward: 1.0} if turns.environment is None else {ENVIRONMENT: 1.0}
+        weights = task.gold if turns.environment is None else {ENVIRONMENT: 1.0}
     functions = {name: weight for name, weight in weights.items() if name != ENVIRONMENT}
     columns = [*columns_of(task.train), "turns", "replies"]
     resolved = resolve(functions, own=task.rewards, columns=columns) if functions else None

@@ -18,6 +18,7 @@ from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.online.experience import ShapingConfig
+from llm_rlhf.tasks.task import TaskConfig
 from llm_rlhf.train_grpo import TrainGRPOConfig
 from llm_rlhf.train_ppo import TrainPPOConfig
 from llm_rlhf.train_rejection import TrainRejectionConfig
@@ -251,6 +252,21 @@ def test_own_reward_function_and_its_failure(tmp_path: Path, base: Path) -> None
     config = replace(small_grpo(tmp_path / "bad", base, 1), rewards={f"{file}:short": 1.0})
     with pytest.raises(UserError, match=r"reward\.py:short: it returned nan"):
         train_grpo.train(config)
+
+
+def test_prompts_alone_are_judged_by_the_runs_rewards(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{c},"}) + "\n" for c in "abcdefghij"))
+    (tmp_path / "own.py").write_text("def quarter(prompts, completions):\n    return [0.25] * len(completions)\n")
+    config = small_ppo(tmp_path / "run", base, updates=2)
+    task = {"name": "rows", "data": str(tmp_path / "rows.jsonl"), "rows": {"validation": 0.2, "max_new_tokens": 4}}
+    config = replace(config, task=build_from_dict(task, TaskConfig), rewards={f"{tmp_path}/own.py:quarter": 2.0})
+    folder = train_ppo.train(config).folder
+    assert rows(folder)[-1]["eval/sampled"] == 0.5
+    found = evaluate_run(folder, EvaluateConfig(samples=2))["test"]
+    assert found["sampled"] == found["greedy"] == 0.5
+    assert "rewards" not in found
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: column 'completion' is missing"):
+        evaluate_run(folder, EvaluateConfig(own_rewards=False))
 
 
 def test_a_diverged_run_stops_with_one_line(tmp_path: Path, base: Path) -> None:

@@ -1,6 +1,7 @@
 """The task `rows` over every type of column: what is demonstrated, asked for, and left out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,25 @@ def test_prompts_alone_need_a_judge(tmp_path: Path) -> None:
     judge = f"{tmp_path}/judge.py:score"
     task = build(tmp_path / "rows.jsonl", rows, judge=judge)
     assert task.demonstrations == []
-    assert task.default_reward == judge
+    assert task.gold == {judge: 1.0}
     assert task.train[0].columns["level"] in range(20)
     assert "answer" not in task.train[0].columns
+
+
+def test_rewards_judge_what_nothing_else_can(tmp_path: Path) -> None:
+    """A run's own rewards are what its validation reports, so prompts alone will do; the completion, if asked for,
+    goes on to judge."""
+    prompts = [{"prompt": chat(i)[:1]} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    config = TaskConfig(name="rows", data=str(tmp_path / "rows.jsonl"))
+    rewards = {"mine.py:score": 0.5, "runs/reward": 2.0}
+    task = build_task(config, rewards=rewards)
+    assert task.gold == rewards
+    assert len(task.train) == 17
+    with pytest.raises(UserError, match="column 'completion' is missing"):
+        build_task(config, rewards={**rewards, "exact_match": 1.0})
+    judged = replace(config, rows=RowsConfig(judge="judge.py:score"))
+    assert build_task(judged, rewards=rewards).gold == {"judge.py:score": 1.0}
 
 
 def test_a_parquet_file_with_names_of_its_own(tmp_path: Path) -> None:

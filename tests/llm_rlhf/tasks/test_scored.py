@@ -48,10 +48,10 @@ def test_prompts_and_completions(tmp_path: Path) -> None:
 def test_the_reward_that_knows_the_file(tmp_path: Path) -> None:
     rows = [*good_rows(), {"prompt": "q3", "completion": "good3", "reward": 0.0}]
     task = read(tmp_path / "rows.jsonl", rows)
-    logged = task.rewards[task.default_reward]
+    logged = task.rewards["logged"]
     assert list(logged(prompts=["q3", "q4", "q4"], completions=["good3", "bad4", "new"])) == [0.5, -0.5, None]
     own = read(tmp_path / "rows.jsonl", rows, judge="own.py:judge")
-    assert own.default_reward == "own.py:judge"
+    assert own.gold == {"own.py:judge": 1.0}
 
 
 def test_conversations_alternate_given_and_chosen(tmp_path: Path) -> None:
