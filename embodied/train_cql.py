@@ -15,12 +15,11 @@ from embodied.logged.offline import (
     OfflineConfig,
     Parts,
     adam,
-    keep,
     new_networks,
     new_policy,
     offline_data,
     precision,
-    report,
+    record,
 )
 from embodied.rollouts.rollout import Collector
 from experiment.run import Run, RunResult
@@ -85,6 +84,5 @@ def train(config: TrainCQLConfig, *, resume: Path | None = None) -> RunResult:
                         returns=returns if config.calibrated else None,
                         generator=parts.generator,
                     )
-                report(run, metrics, config, update=update)
-                keep(run, parts, policy, collector, config, update=update)
+                record(run, metrics, parts, policy, collector, config, update=update)
         return run.finish()

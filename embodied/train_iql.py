@@ -17,12 +17,11 @@ from embodied.logged.offline import (
     OfflineConfig,
     Parts,
     adam,
-    keep,
     new_networks,
     new_policy,
     offline_data,
     precision,
-    report,
+    record,
 )
 from embodied.rollouts.rollout import Collector
 from experiment.run import Run, RunResult
@@ -62,6 +61,5 @@ def train(config: TrainIQLConfig, *, resume: Path | None = None) -> RunResult:
                     metrics = iql.update(networks, optimizer, batch, config.iql, traced=traced)
                 with torch.no_grad():
                     policy.log_std.clamp_(*config.log_std_bounds)
-                report(run, metrics, config, update=update)
-                keep(run, parts, policy, collector, config, update=update)
+                record(run, metrics, parts, policy, collector, config, update=update)
         return run.finish()

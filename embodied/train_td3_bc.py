@@ -17,12 +17,11 @@ from embodied.logged.offline import (
     OfflineConfig,
     Parts,
     adam,
-    keep,
     new_networks,
     new_policy,
     offline_data,
     precision,
-    report,
+    record,
 )
 from embodied.rollouts.rollout import Collector
 from experiment.run import Run, RunResult
@@ -78,6 +77,5 @@ def train(config: TrainTD3BCConfig, *, resume: Path | None = None) -> RunResult:
                         next_actions=next_actions,
                         generator=parts.generator,
                     )
-                report(run, metrics, config, update=update)
-                keep(run, parts, policy, collector, config, update=update)
+                record(run, metrics, parts, policy, collector, config, update=update)
         return run.finish()

@@ -175,29 +175,30 @@ def precision(config: LoggedDataConfig) -> contextlib.AbstractContextManager[Any
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
-def report(run: Run, metrics: Metrics, config: OfflineConfig, *, update: int) -> None:
-    """Log an update's metrics where a line of them is due."""
-    if update % config.log_every and update not in (1, config.updates):
+def record(
+    run: Run,
+    metrics: Metrics,
+    parts: Parts,
+    policy: StatePolicy,
+    collector: Collector,
+    config: OfflineConfig,
+    *,
+    update: int,
+) -> None:
+    """Where that is due: play the policy's mode, log an update's metrics, and write a checkpoint."""
+    last = update == config.updates or config.run.dry_run
+    judged = last or update % config.evaluate_every == 0
+    if not judged and update != 1 and update % config.log_every:
         return
     logged = {f"train/{name}": float(value) for name, value in metrics.items()}
     for name, value in logged.items():
         if not math.isfinite(value):
             raise UserError(f"update {update}: {name} is {value}; lower the learning rates, or look at the data")
-    run.log({**logged, "samples": float(update * config.batch_size)}, global_step=update)
-
-
-def keep(
-    run: Run, parts: Parts, policy: StatePolicy, collector: Collector, config: OfflineConfig, *, update: int
-) -> None:
-    """Play the policy's mode and write a checkpoint, where that is due."""
-    last = update == config.updates or config.run.dry_run
-    if not last and update % config.evaluate_every:
-        return
-    metric = float(update)
-    if config.episodes:
+    played: dict[str, float] = {}
+    if judged and config.episodes:
         played = summarize(collector.evaluate(policy, seeds(VALIDATION_SEEDS, config.episodes)))
-        run.log(played, global_step=update)
-        metric = score(played)
-    run.save(
-        {"parts": parts.state_dict()}, global_step=update, folders={"policy": policy.save_pretrained}, metric=metric
-    )
+    run.log({**logged, "samples": float(update * config.batch_size), **played}, global_step=update)
+    if judged:
+        metric = score(played) if played else float(update)
+        folders = {"policy": policy.save_pretrained}
+        run.save({"parts": parts.state_dict()}, global_step=update, folders=folders, metric=metric)
