@@ -96,10 +96,12 @@ def split(arguments: argparse.Namespace) -> int:
         raise UserError("tandem data split: the parts need different names after --out")
     source = told(lambda: open_dataset(arguments.source))
     parts = split_indices(len(source), arguments.fractions, arguments.seed)
+    to = arguments.to or _own(source)
     for target in arguments.out:
         _absent(target)
+        _fits(target, to)
     for target, indices in zip(arguments.out, parts, strict=True):
-        _write(Selection(source, indices), target, arguments.to or _own(source), arguments.fps)
+        _write(Selection(source, indices), target, to, arguments.fps)
     left = len(source) - sum(map(len, parts))
     if left:
         print(f"{left} of {len(source)} episodes are in no part: the fractions say so")
@@ -122,7 +124,9 @@ def play(arguments: argparse.Namespace) -> int:
 
     if arguments.steps < 1 or arguments.seed < 0:
         raise UserError("tandem data play: --steps must be at least 1, --seed not negative")
+    to = arguments.to or "minari"
     _absent(arguments.out)
+    _fits(arguments.out, to)
     run = Path(arguments.run)
     environment, folders = run_to_play(run, arguments.checkpoint)
     episodes = play_policies(
@@ -130,9 +134,7 @@ def play(arguments: argparse.Namespace) -> int:
     )
     returns = [float(episode.rewards.sum()) for episode in episodes]
     print(f"{len(episodes)} episodes by {len(folders)} policies, mean return {sum(returns) / len(returns):.1f}")
-    _write(
-        PlayedSource(episodes, run, told_of(environment)), arguments.out, arguments.to or "minari", arguments.fps
-    )
+    _write(PlayedSource(episodes, run, told_of(environment)), arguments.out, to, arguments.fps)
     return 0
 
 
@@ -159,12 +161,19 @@ def _absent(target: str) -> None:
         raise UserError(f"{target}: exists already; choose another name")
 
 
+def _fits(target: str, to: str) -> None:
+    """A name that says HDF5 is d3rlpy's, the one format here that is a file."""
+    if to != "d3rlpy" and Path(target).suffix in (".h5", ".hdf5"):
+        raise UserError(f"{target}: {to} is a folder; say --to d3rlpy for such a file, or choose another name")
+
+
 def _write(source: Source, target: str, to: str, fps: int | None) -> None:
     from embodied.datasets.lerobot_target import FPS
     from embodied.datasets.writing import write_dataset
 
     if fps is not None and fps < 1:
         raise UserError(f"--fps {fps}: must be at least 1")
+    _fits(target, to)
     if to == "lerobot" and fps is None and source.fps is None:
         print(f"{source.path}: does not say its steps a second; {FPS} are assumed (--fps)", file=sys.stderr)
     said = time.monotonic()

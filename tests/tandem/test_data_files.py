@@ -128,6 +128,11 @@ def test_validate_says_what_is_wrong(flat: Path, capsys: pytest.CaptureFixture[s
         ),
         (["split", "flat.hdf5", "--out", "a", "a", "--fractions", ".5", ".5"], "tandem data split: the parts need"),
         (["split", "flat.hdf5", "--out", "a", "b", "--fractions", "0.9", "0.1"], "4 episodes cannot be split"),
+        (["merge", "flat.hdf5", "--out", "a.h5"], "a.h5: lerobot is a folder; say --to d3rlpy for such a file, or"),
+        (
+            ["split", "flat.hdf5", "--out", "a", "b.hdf5", "--fractions", "0.75", "0.25", "--to", "minari"],
+            "b.hdf5: minari is a folder; say --to d3rlpy",
+        ),
         (["view", "flat.hdf5", "--episode", "4"], "flat.hdf5: has no episode 4; there are 0 to 3"),
         (["view", "flat.hdf5", "--out", "x.mp4"], "--out x.mp4: flat.hdf5: episode 0 has no pictures; its curves"),
         (["view", "flat.hdf5", "--camera", "top"], "flat.hdf5: episode 0: has no pictures to show"),
