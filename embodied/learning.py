@@ -49,11 +49,13 @@ def stopping_on_nan(update: int) -> Iterator[None]:
         raise UserError(f"update {update}: {error}; lower {rate}, or go on from the last checkpoint") from error
 
 
-def continue_environments(workers: Workers, state: Mapping[str, Any]) -> None:
-    """Put the environments of a checkpoint back, or say that new episodes begin."""
+def continue_environments(workers: Workers, state: Mapping[str, Any]) -> bool:
+    """Put the environments of a checkpoint back, or say that new episodes begin; returns whether they went back."""
     workers.set_state(state)
     if obstacle := workers.capture_obstacle():
         print(f"resuming with new episodes, not bit for bit: {obstacle}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def episode_metrics(recent: Sequence[EpisodeRecord], total: int) -> dict[str, float]:

@@ -23,6 +23,8 @@ from embodied.logged.offline import (
     precision,
     record,
 )
+from embodied.logged.transitions import reward_scale
+from embodied.policies.state_mlp import ValueUnits
 from embodied.rollouts.rollout import Collector
 from experiment.run import Run, RunResult
 from policy_core import iql
@@ -46,6 +48,7 @@ def train(config: TrainIQLConfig, *, resume: Path | None = None) -> RunResult:
     inputs = Inputs.read(config)
     with Run.start(config, recipe="embodied/iql", resume=resume) as run:
         policy = new_policy(config, inputs, "bounded")
+        policy.value_units = ValueUnits(reward_scale(inputs.episodes, config.data), config.data.shift)
         networks = new_networks(config, policy)
         optimizer = adam([*policy.parameters(), *networks.critic.parameters()], config.learning_rate)
         modules = {"policy": policy, "critic": networks.critic, "target": networks.target}

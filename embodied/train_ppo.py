@@ -23,7 +23,7 @@ from embodied.learning import charge_kl, continue_environments, episode_metrics,
 from embodied.logged.demonstrations import DemonstrationBatches, DemonstrationTerm
 from embodied.policies.normalization import RewardScaler
 from embodied.policies.numpy_actor import StatePolicyConfig
-from embodied.policies.state_mlp import StatePolicy
+from embodied.policies.state_mlp import StatePolicy, ValueUnits
 from embodied.rollouts.rollout import Collector, Experience, fresh_policy, judge, spaces_of
 from embodied.rollouts.workers import EnvironmentConfig, environment_spec
 from envs.make import EnvironmentSpec
@@ -222,6 +222,10 @@ def improve(
     policy, kl = learner.policy, config.kl
     ended = experience.terminated | experience.truncated
     rewards = learner.scaler(experience.rewards, ended) if config.normalize_rewards else experience.rewards
+    units = ValueUnits(learner.scaler.factor if config.normalize_rewards else 1.0)
+    if update == 1:
+        policy.set_value_units(units)  # an offline policy's values may be in others
+    policy.value_units = units  # which move with the rewards' spread; the critic follows by learning
     rollout = judge(experience, policy, gamma=config.ppo.gamma, rewards=rewards, reference=learner.reference)
     if update == 1:
         rollout.validate()

@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ from embodied.logged.offline import (
     precision,
 )
 from embodied.logged.transitions import OfflineData, mixed, reward_scale, to_transitions
+from embodied.policies.numpy_actor import Array
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector, Experience
 from envs.stepper import EpisodeRecord
@@ -46,6 +49,9 @@ from policy_core.critics import ActorCritic, Metrics
 from policy_core.replay import Replay
 from policy_core.rollout import Transitions
 from policy_core.sac import Coefficient, Optimizers, SACConfig
+
+SATURATED = 0.2
+"""The share of observed numbers at the normaliser's limit that only other units explain."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class TrainRLPDConfig(LoggedDataConfig):
             raise ValueError("horizon and updates_per_step must be positive, random_steps not negative")
         if self.replay_size < self.environment.count * max(self.horizon, 1_000):
             raise ValueError("replay_size must hold 1,000 steps of every environment at least")
+        if self.data.n_steps != 1:
+            raise ValueError("data.n_steps: own episodes are learned from step by step; leave it out")
 
 
 @dataclass
@@ -103,13 +111,18 @@ class Learner:
     episodes: int = 0
 
     @classmethod
-    def build(cls, config: TrainRLPDConfig, inputs: Inputs) -> Learner:
-        """Fresh, or from the run that `config.init` names. UserError if that does not fit."""
+    def build(cls, config: TrainRLPDConfig, inputs: Inputs, saved: Mapping[str, Any] | None = None) -> Learner:
+        """Fresh, from the run that `config.init` names, or from a checkpoint's state. UserError if the run does not
+        fit.
+        """
         policy = new_policy(config, inputs, "squashed")
         networks = new_networks(config, policy)
         temperature = Coefficient(config.sac.initial_temperature)
-        if config.init is not None:
+        if saved is None and config.init is not None:
             begin_from(Path(config.init), config, policy, networks, temperature)
+        if saved is not None:  # the data are kept in the units of the policy that the run began with
+            policy.load_state_dict(saved["parts"]["modules"]["policy"])
+            policy.normalizer.refresh()
         movers = {
             "policy": adam(policy.parameters(), config.policy_learning_rate),
             "critic": adam(networks.critic.parameters(), config.critic_learning_rate),
@@ -121,17 +134,24 @@ class Learner:
             "target": networks.target,
             "temperature": temperature,
         }
-        return cls(
+        prior = to_transitions(inputs.episodes, policy, inputs.environment, config.data)
+        learner = cls(
             policy=policy,
             networks=networks,
             temperature=temperature,
             optimizers=Optimizers(movers["policy"], movers["critic"], movers["temperature"]),
             parts=Parts(modules, movers, torch.Generator().manual_seed(config.run.seed)),
-            prior=to_transitions(inputs.episodes, policy, inputs.environment, config.data),
+            prior=prior,
             replay=Replay(config.replay_size),
-            open=OpenEpisodes(config.environment.count, config.data.gamma),
+            open=OpenEpisodes(config.environment.count, config.data.gamma, worst=prior.worst),
             scale=reward_scale(inputs.episodes, config.data),
         )
+        if saved is not None:
+            learner.load_state_dict(saved)
+        elif config.init is not None:
+            observations = np.concatenate([episode.observations for episode in inputs.episodes])
+            check_units(Path(config.init), config, learner, observations)
+        return learner
 
     def remember(self, experience: Experience, config: TrainRLPDConfig) -> None:
         """Into the replay, in the units of the prior data."""
@@ -139,8 +159,8 @@ class Learner:
         transitions = experienced(experience, self.policy, **settings)
         shape = experience.rewards.shape
         where = self.replay.add(transitions).view(shape)
-        ended = experience.terminated | experience.truncated
-        self.open.add(self.replay, where, transitions.rewards.view(shape), ended)
+        ends = {"terminated": experience.terminated, "truncated": experience.truncated}
+        self.open.add(self.replay, where, transitions.rewards.view(shape), **ends)
         self.recent.extend(experience.episodes)
         self.episodes += len(experience.episodes)
 
@@ -163,7 +183,7 @@ class Learner:
             "episodes": self.episodes,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.parts.load_state_dict(state["parts"])
         self.replay.load_state_dict(state["replay"])
@@ -199,6 +219,29 @@ def begin_from(
         raise UserError(f"init: {run} does not fit policy and critic of this configuration: {reason}") from error
 
 
+def check_units(run: Path, config: TrainRLPDConfig, learner: Learner, observations: Array) -> None:
+    """UserError if the run's values or its policy's observations are in other units than this run's.
+
+    observations: [N, D] of the data.
+    """
+    theirs = read_tree(run / "config.yaml").values.get("data") or {}
+    ours = asdict(config.data)
+    for name in ("gamma", "rewards", "shift"):
+        if theirs.get(name, ours[name]) != ours[name]:
+            raise UserError(
+                f"init: the values of {run} were learned with data.{name}={theirs[name]}, here it is {ours[name]}: "
+                f"say data.{name}={theirs[name]}"
+            )
+    limit = learner.policy.normalizer.limit
+    seen = learner.policy.normalizer(torch.from_numpy(observations))
+    saturated = float((seen.abs() >= limit).float().mean())
+    if saturated > SATURATED:
+        raise UserError(
+            f"init: the policy of {run} was trained in other units: {saturated:.0%} of the numbers observed in "
+            f"{config.data.path} lie more than {limit:g} of its standard deviations away"
+        )
+
+
 def _listed(value: Any) -> Any:
     """YAML has no tuples."""
     return list(value) if isinstance(value, tuple) else value
@@ -209,17 +252,18 @@ def train(config: TrainRLPDConfig, *, resume: Path | None = None) -> RunResult:
     steps = config.environment.count * config.horizon
     rounds = 1 if config.run.dry_run else max(1, -(-config.total_steps // steps))
     inputs = Inputs.read(config)
-    if config.init is not None:
+    if config.init is not None and resume is None:
         Learner.build(config, inputs)  # what does not fit is told before there is a folder
     with Run.start(config, recipe="embodied/rlpd", resume=resume) as run:
-        learner = Learner.build(config, inputs)
+        saved = None if run.checkpoint is None else run.checkpoint.state["learner"]
+        learner = Learner.build(config, inputs, saved)
         policy = learner.policy
         with Collector(config.environment, policy, steps=config.horizon, seed=config.run.seed) as collector:
             first = 1
             if run.checkpoint is not None:
                 first = run.checkpoint.step + 1
-                learner.load_state_dict(run.checkpoint.state["learner"])
-                continue_environments(collector.workers, run.checkpoint.state["environments"])
+                if not continue_environments(collector.workers, run.checkpoint.state["environments"]):
+                    learner.open.forget()
             run.begin_loop(rounds)
             for number in range(first, rounds + 1):
                 started = time.perf_counter()

@@ -16,7 +16,7 @@ from policy_core import sac
 from policy_core.critics import ActorCritic, Metrics, actions_of, bootstrap, polyak_, td_loss
 from policy_core.masking import masked_mean
 from policy_core.rollout import Transitions
-from policy_core.sac import Coefficient, SACConfig
+from policy_core.sac import Coefficient, SACConfig, lowest
 
 
 @dataclass(frozen=True)
@@ -243,12 +243,12 @@ def _sample(
     distribution = networks.policy.distribution_of(batch.next_observations)
     following, following_log_probs = distribution.from_noise(noise.following)
     if config.max_backup:
-        next_values = networks.target(batch.next_observations, following).amin(0).amax(0)
+        next_values = lowest(networks.target(batch.next_observations, following), config.sac, generator).amax(0)
     elif config.sac.soft_backup:
-        next_values = networks.target(batch.next_observations, following[0]).amin(0)
+        next_values = lowest(networks.target(batch.next_observations, following[0]), config.sac, generator)
         next_values = next_values - temperature() * following_log_probs[0].sum(-1)
     else:
-        next_values = networks.target(batch.next_observations, distribution.mode()).amin(0)
+        next_values = lowest(networks.target(batch.next_observations, distribution.mode()), config.sac, generator)
     uniform = noise.uniform.new_full(noise.uniform.shape[:-1], -math.log(2.0) * logged.shape[-1])
     return Sampled(
         batch=batch,

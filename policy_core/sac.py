@@ -106,7 +106,7 @@ def update(
 
 
 def lowest(q_values: Tensor, config: SACConfig, generator: torch.Generator | None) -> Tensor:
-    """Minimum over the target's critics, [M, N] -> [N]."""
+    """Minimum over the target's critics, [M, ...] -> [...]."""
     if config.target_critics is not None and config.target_critics < len(q_values):
         chosen = torch.randperm(len(q_values), generator=generator)[: config.target_critics]
         q_values = q_values[chosen]

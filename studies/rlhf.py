@@ -100,7 +100,7 @@ def folder_of(arm: str, seed: int) -> Path:
 def train_ppo(base: Base, arm: str, overrides: Sequence[str], *, deviations: float = 0.0) -> Figures:
     """One PPO run, what its gold did, when the monitor fired, and its figures on test prompts."""
     folder = folder_of(arm, base.seed)
-    probes = f'monitor.probes={{"{GOLD}:stammers": 0.2}}'
+    probes = f'monitor.probes={{"{GOLD}:stammers": 0.4}}'
     train("rlhf_ppo", folder, base.seed, [*base.online(), base.rewards(deviations), probes, *overrides])
     start = base.figures()["gold"]["validation"]["sampled"]
     curve = read_curve(points_of(folder, proxy=str(base.proxy)), start=start)

@@ -40,22 +40,30 @@ def experienced(
 class OpenEpisodes:
     """Remembers where the steps of unfinished episodes lie in the replay, to write their returns once they end."""
 
-    def __init__(self, environments: int, gamma: float) -> None:
-        self.gamma = gamma
+    def __init__(self, environments: int, gamma: float, *, worst: float) -> None:
+        """worst: what is left of an episode that is cut is worth this at least (`OfflineData.worst`)."""
+        self.gamma, self.worst = gamma, worst
         self.where: list[Tensor] = [torch.zeros(0, dtype=torch.long) for _ in range(environments)]
         self.rewards: list[Tensor] = [torch.zeros(0) for _ in range(environments)]
 
-    def add(self, replay: Replay, where: Tensor, rewards: Tensor, ended: Tensor) -> None:
-        """where, rewards, ended [B, T]: places in the replay, scaled rewards, whether an episode ended there."""
+    def add(self, replay: Replay, where: Tensor, rewards: Tensor, *, terminated: Tensor, truncated: Tensor) -> None:
+        """where, rewards, terminated, truncated [B, T]: places in the replay, scaled rewards, what ended there."""
+        ended = terminated | truncated
         assert replay.returns is not None
         for row in range(len(where)):
             begin = 0
             for end in (ended[row].nonzero().flatten() + 1).tolist():
                 self._grow(row, where[row, begin:end], rewards[row, begin:end])
-                replay.returns[self.where[row]] = discounted(self.rewards[row], self.gamma)
+                rest = 0.0 if bool(terminated[row, end - 1]) else self.worst
+                replay.returns[self.where[row]] = discounted(self.rewards[row], self.gamma, rest=rest)
                 self.where[row], self.rewards[row] = self.where[row][:0], self.rewards[row][:0]
                 begin = end
             self._grow(row, where[row, begin:], rewards[row, begin:])
+
+    def forget(self) -> None:
+        """New episodes begin: what was open never ends."""
+        self.where = [where[:0] for where in self.where]
+        self.rewards = [rewards[:0] for rewards in self.rewards]
 
     def _grow(self, row: int, where: Tensor, rewards: Tensor) -> None:
         self.where[row] = torch.cat([self.where[row], where])

@@ -7,6 +7,8 @@ that it takes raw observations and gives raw actions wherever it is loaded.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,6 +24,9 @@ from embodied.policies.state_mlp import StatePolicy
 from envs.make import EnvironmentSpec
 from experiment.errors import UserError
 from policy_core.rollout import Transitions
+
+CLIPPED = 0.05
+"""The share of actions' numbers beyond the bounds that is worth a line."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,16 @@ class DataConfig:
 class OfflineData:
     """Everything that was logged, in memory: transitions [N], and what some algorithms need besides.
 
-    returns         [N] discounted, from each decision to its episode's end (Cal-QL); where an episode was cut, the
-                    rest is unknown and counts as 0: a lower bound wherever rewards are not negative
-    next_actions    [N, A] done at the next observation (ReBRAC); the own action at an episode's end
+    returns         [N] discounted, from each decision to its episode's end (Cal-QL): lower bounds of what followed;
+                    where an episode was cut, the rest counts as `worst`
+    next_actions    [N, A] done at the next observation (ReBRAC); the last one at an episode's end
+    worst           what is left of a cut episode is worth this at least: the worst reward of all, or 0, for ever
     """
 
     transitions: Transitions
     returns: Tensor
     next_actions: Tensor
+    worst: float
 
     def __len__(self) -> int:
         return len(self.transitions)
@@ -113,14 +120,17 @@ def to_transitions(
     """All decisions in the policy's units.
 
     The last decision of an episode that was cut, where the recording lacks the final observation, has nothing to
-    bootstrap from and is left out. Raises UserError if that leaves nothing.
+    bootstrap from and is left out. Warns where actions lie beyond the environment's bounds, to which they are
+    clipped. Raises UserError if nothing is left.
     """
     scale = reward_scale(episodes, config)
-    pieces = [piece for episode in episodes if (piece := _pieces(episode, scale, config)) is not None]
+    worst = worst_rest(episodes, scale, config)
+    pieces = [piece for episode in episodes if (piece := _pieces(episode, scale, worst, config)) is not None]
     if not pieces:
         raise UserError(f"{config.path}: no decision has a next observation: every episode is one cut step")
     columns = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     low, high = torch.from_numpy(environment.action_low), torch.from_numpy(environment.action_high)
+    _say_what_is_clipped(columns["actions"], low, high, config.path)
 
     def learner(actions: Tensor) -> Tensor:
         return policy.to_learner(torch.clamp(actions, low, high)).contiguous()
@@ -135,10 +145,31 @@ def to_transitions(
         mask=torch.ones(len(columns["rewards"]), dtype=torch.bool),
     )
     transitions.validate()
-    return OfflineData(transitions, columns["returns"], learner(columns["next_actions"]))
+    return OfflineData(transitions, columns["returns"], learner(columns["next_actions"]), worst)
 
 
-def _pieces(episode: Episode, scale: float, config: DataConfig) -> dict[str, Tensor] | None:
+def _say_what_is_clipped(actions: Tensor, low: Tensor, high: Tensor, path: str) -> None:
+    """Noise of an exploring policy passes the bounds here and there; actions in other units do so all the time."""
+    slack = 0.01 * (high - low)
+    beyond = float(((actions < low - slack) | (actions > high + slack)).float().mean())
+    if beyond > CLIPPED:
+        print(
+            f"{path}: {beyond:.0%} of the actions' numbers lie beyond the environment's bounds and are clipped to "
+            "them; are they in other units?",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def worst_rest(episodes: Sequence[Episode], scale: float, config: DataConfig) -> float:
+    """What follows a cut is worth at least this, in learner's units; -inf without a discount."""
+    lowest = min(float(episode.rewards.min()) for episode in episodes) * scale + config.shift
+    if lowest >= 0:
+        return 0.0
+    return lowest / (1 - config.gamma) if config.gamma < 1 else -math.inf
+
+
+def _pieces(episode: Episode, scale: float, worst: float, config: DataConfig) -> dict[str, Tensor] | None:
     """One episode's columns, raw but for the rewards; None where nothing is left."""
     observations = torch.from_numpy(episode.observations)
     actions = torch.from_numpy(episode.actions)
@@ -162,8 +193,8 @@ def _pieces(episode: Episode, scale: float, config: DataConfig) -> dict[str, Ten
         "next_observations": seen[ends],
         "terminated": (ends == count) & episode.terminated,
         "discount": (config.gamma ** (ends - steps).double()).float(),
-        "returns": discounted(rewards, config.gamma),
-        "next_actions": torch.cat([actions[1:], actions[-1:]]),
+        "returns": discounted(rewards, config.gamma, rest=0.0 if episode.terminated else worst),
+        "next_actions": actions[ends.clamp(max=count - 1)],
     }
     if episode.final_observation is None and not episode.terminated:
         known = ends < count
@@ -173,10 +204,10 @@ def _pieces(episode: Episode, scale: float, config: DataConfig) -> dict[str, Ten
     return columns
 
 
-def discounted(rewards: Tensor, gamma: float) -> Tensor:
-    """Discounted sum from each step to the end, [T] -> [T]."""
+def discounted(rewards: Tensor, gamma: float, *, rest: float = 0.0) -> Tensor:
+    """Discounted sum from each step to the end, [T] -> [T]. rest: what is worth what comes after it."""
     values = rewards.double().numpy()
-    total, sums = 0.0, np.empty_like(values)
+    total, sums = rest, np.empty_like(values)
     for step in range(len(values) - 1, -1, -1):
         total = values[step] + gamma * total
         sums[step] = total

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+CONSTANT = 1e-12
+"""A variance that is rounding: a standard deviation of a millionth."""
+
 
 class RunningMoments(nn.Module):
     """Mean and variance of everything seen, merged batch by batch (Chan et al. 1979), in float64.
@@ -40,7 +43,10 @@ class RunningMoments(nn.Module):
 
 
 class ObservationNormalizer(RunningMoments):
-    """(x - mean) / sqrt(variance + epsilon), clipped to +-limit; the identity until it has seen data."""
+    """(x - mean) / sqrt(variance + epsilon), clipped to +-limit; the identity until it has seen data.
+
+    What has not varied says nothing about its scale: such a number is shifted alone.
+    """
 
     def __init__(self, size: int, *, limit: float = 10.0, epsilon: float = 1e-8) -> None:
         super().__init__((size,))
@@ -60,7 +66,7 @@ class ObservationNormalizer(RunningMoments):
     @torch.no_grad()
     def refresh(self) -> None:
         """Recompute the float32 scale and offset after the moments were changed or loaded."""
-        scale = torch.rsqrt(self.variance + self.epsilon)
+        scale = torch.where(self.variance > CONSTANT, torch.rsqrt(self.variance + self.epsilon), 1.0)
         self.scale.copy_(scale)
         self.offset.copy_(-self.mean * scale)
 
@@ -81,6 +87,11 @@ class RewardScaler(RunningMoments):
         super().__init__(())
         self.gamma, self.limit, self.epsilon = gamma, limit, epsilon
         self.register_buffer("running_return", torch.zeros(environments, dtype=torch.float64))
+
+    @property
+    def factor(self) -> float:
+        """What rewards are multiplied with, as things stand."""
+        return float(torch.rsqrt(self.variance + self.epsilon))
 
     @torch.no_grad()
     def forward(self, rewards: Tensor, ended: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +23,26 @@ from policy_core.policy import Evaluation
 Distribution = DiagonalGaussian | TanhGaussian | Categorical
 
 
+@dataclass(frozen=True)
+class ValueUnits:
+    """What the values of a policy are sums of: raw rewards times `scale`, plus `shift`."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+
 class StatePolicy(nn.Module):
     """Observations [..., D] -> actions [..., A] (or [...] int if discrete) and values [...].
 
     Its heads work in *learner's units*: normalised observations, and actions of which +-1 are the environment's
     bounds. `forward`, `evaluate` and `values` take raw ones; `distribution_of` and `values_of` the learner's, in
-    which offline learning keeps its data.
+    which offline learning keeps its data. `value_units`: of its values; None where they were never learned.
     """
 
     def __init__(self, spaces: Spaces, config: StatePolicyConfig) -> None:
         super().__init__()
         self.spaces, self.config = spaces, config
+        self.value_units: ValueUnits | None = None
         self.trunks = StackedMLP(2, (spaces.observation_size, *config.hidden), activation=config.activation)
         self.actor = head(config.hidden[-1], config.outputs(spaces), gain=0.01)
         self.critic = head(config.hidden[-1], 1, gain=1.0)
@@ -138,6 +148,18 @@ class StatePolicy(nn.Module):
         return self(observations)[1]
 
     @torch.no_grad()
+    def set_value_units(self, units: ValueUnits) -> None:
+        """Values are in `units` from now on; what was learned in others is rescaled. Where a shift differs, which is
+        worth more the longer an episode is, values begin anew at 0.
+        """
+        before, self.value_units = self.value_units, units
+        if before is None:
+            return
+        factor = units.scale / before.scale if units.shift == before.shift else 0.0
+        self.critic.weight.mul_(factor)
+        self.critic.bias.mul_(factor)
+
+    @torch.no_grad()
     def export_actor(self, weights: Array) -> None:
         """Write the actor into `weights`, the flat vector of a `NumpyActor`."""
         log_std = self.log_std if self.has_log_std else torch.zeros(self.spaces.action_size)
@@ -156,7 +178,13 @@ class StatePolicy(nn.Module):
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write policy.json and policy.safetensors."""
-        description = {"policy": "state_mlp", "spaces": asdict(self.spaces), "config": asdict(self.config)}
+        description: dict[str, Any] = {
+            "policy": "state_mlp",
+            "spaces": asdict(self.spaces),
+            "config": asdict(self.config),
+        }
+        if self.value_units is not None:
+            description["value_units"] = asdict(self.value_units)
         write_policy(folder, description, self)
 
     @classmethod
@@ -168,5 +196,7 @@ class StatePolicy(nn.Module):
             config = dict(description["config"], hidden=tuple(description["config"]["hidden"]))
             policy = cls(Spaces(**description["spaces"]), StatePolicyConfig(**config))
             read_weights(folder, policy)
+            if units := description.get("value_units"):
+                policy.value_units = ValueUnits(**units)
         policy.normalizer.refresh()
         return policy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,37 @@ def test_ppo_goes_on_from_iql_where_it_stopped(tmp_path: Path, pendulum_demonstr
     )
 
 
+def test_ppo_takes_iqls_values_over_in_its_own_units(tmp_path: Path, pendulum_demonstrations: Path) -> None:
+    unlike = tmp_path / "unlike.hdf5"
+    shutil.copy(pendulum_demonstrations, unlike)
+    with h5py.File(unlike, "r+") as file:
+        for number, demo in enumerate(file["data"].values()):
+            demo["rewards"][...] = -number
+    settings = common(tmp_path, unlike, updates=50, evaluate_every=50)
+    data = DataConfig(path=str(unlike), rewards="returns")
+    run = train_iql.train(TrainIQLConfig(**settings | {"data": data})).folder
+    start = StatePolicy.from_pretrained(run / "checkpoints" / "last" / "policy")
+    assert start.value_units is not None
+    assert start.value_units.scale > 1.5  # returns that span less than 600 are made to span 1,000
+    ppo = TrainPPOConfig(
+        run=RunConfig(folder=str(tmp_path / "ppo"), wandb="disabled"),
+        environment=settings["environment"],
+        ppo=PPOConfig(learning_rate=1e-12),
+        init=str(run / "checkpoints" / "last" / "policy"),
+        total_steps=32,
+        horizon=16,
+    )
+    train_ppo.train(ppo)
+    after = StatePolicy.from_pretrained(tmp_path / "ppo" / "checkpoints" / "last" / "policy")
+    assert after.value_units is not None
+    assert after.value_units.scale < 1  # Pendulum's returns spread by more than 1
+    observations = torch.randn(20, 3)
+    factor = after.value_units.scale / start.value_units.scale
+    torch.testing.assert_close(
+        after.values(observations), factor * start.values(observations), rtol=1e-4, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("name", ["cql", "td3_bc"])
 def test_ppo_goes_on_from_any_head(name: str, tmp_path: Path, pendulum_demonstrations: Path) -> None:
     module, make = OFFLINE[name]
@@ -310,6 +342,50 @@ def test_another_runs_critics_are_refused(tmp_path: Path, pendulum_demonstration
     assert not (tmp_path / "online").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gamma": 0.9}, r"were learned with data\.gamma=0\.99, here it is 0\.9: say data\.gamma=0\.99$"),
+        ({"shift": -1.0}, r"were learned with data\.shift=0\.0, here it is -1\.0"),
+    ],
+)
+def test_values_in_other_units_are_refused(
+    change: dict[str, Any], message: str, tmp_path: Path, pendulum_demonstrations: Path
+) -> None:
+    run = train_cql.train(OFFLINE["cql"][1](**common(tmp_path, pendulum_demonstrations, updates=1))).folder
+    settings = common(tmp_path, pendulum_demonstrations, init=str(run))
+    settings["run"] = RunConfig(folder=str(tmp_path / "online"), wandb="disabled")
+    settings["data"] = DataConfig(path=str(pendulum_demonstrations), **change)
+    with pytest.raises(UserError, match=message):
+        train_rlpd.train(rlpd(**settings))
+    assert not (tmp_path / "online").exists()
+
+
+def test_observations_in_other_units_are_refused(tmp_path: Path, pendulum_demonstrations: Path) -> None:
+    run = train_cql.train(OFFLINE["cql"][1](**common(tmp_path, pendulum_demonstrations, updates=1))).folder
+    far = tmp_path / "far.hdf5"
+    shutil.copy(pendulum_demonstrations, far)
+    with h5py.File(far, "r+") as file:
+        for demo in file["data"].values():
+            demo["obs/state"][...] += 100.0
+    settings = common(tmp_path, far, init=str(run))
+    settings["run"] = RunConfig(folder=str(tmp_path / "online"), wandb="disabled")
+    with pytest.raises(UserError, match=r"was trained in other units: 100% of the numbers observed in .*far\.hdf5"):
+        train_rlpd.train(rlpd(**settings))
+
+
+def test_rlpd_resumes_without_the_run_that_it_began_with(tmp_path: Path, pendulum_demonstrations: Path) -> None:
+    offline = OFFLINE["cql"][1](**common(tmp_path, pendulum_demonstrations, updates=1))
+    run = train_cql.train(offline).folder
+    settings = common(tmp_path, pendulum_demonstrations, init=str(run), evaluate_every=1, episodes=0)
+    settings["run"] = RunConfig(folder=str(tmp_path / "online"), wandb="disabled")
+    config = rlpd(**settings)
+    train_rlpd.train(replace(config, total_steps=16))
+    run.rename(tmp_path / "elsewhere")
+    metrics = train_rlpd.train(config, resume=tmp_path / "online").metrics
+    assert metrics["env_steps"] == 48
+
+
 def test_critics_of_other_sizes_are_named(tmp_path: Path, pendulum_demonstrations: Path) -> None:
     run = train_cql.train(
         TrainCQLConfig(**common(tmp_path, pendulum_demonstrations, updates=1), cql=CQLConfig(samples=3))
@@ -341,6 +417,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, pendulum_demons
         (TrainIQLConfig, {"episodes": -1}, "episodes"),
         (TrainRLPDConfig, {"prior": 1.0}, "prior"),
         (TrainRLPDConfig, {"replay_size": 10}, "replay_size"),
+        (
+            TrainRLPDConfig,
+            {"data": DataConfig(n_steps=3)},
+            "data.n_steps: own episodes",
+        ),
         (DataConfig, {"gamma": 1.5}, "gamma must be"),
         (DataConfig, {"n_steps": 0}, "gamma must be"),
         (DataConfig, {"best": 0.0}, "gamma must be"),

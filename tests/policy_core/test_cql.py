@@ -137,6 +137,23 @@ def test_max_backup_takes_the_best_of_the_samples() -> None:
     assert sampled.log_densities[-5:].unique().tolist() == [pytest.approx(-math.log(2.0))]
 
 
+def test_targets_are_the_least_of_the_chosen_critics() -> None:
+    networks, temperature, _ = learner()
+    batch = transitions(6)
+    noise = Noise.draw(5, batch.actions, torch.Generator().manual_seed(1))
+    config = CQLConfig(samples=5, sac=SACConfig(target_critics=1, soft_backup=False))
+    mode = networks.policy.distribution_of(batch.next_observations).mode()
+    both = networks.target(batch.next_observations, mode)
+    chosen = set()
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        sampled = cql._sample(networks, temperature, batch, config, returns=None, noise=noise, generator=generator)
+        fits = [torch.allclose(sampled.targets, batch.rewards + 0.9 * values) for values in both]
+        assert sum(fits) == 1
+        chosen.add(fits.index(True))
+    assert chosen == {0, 1}
+
+
 def test_soft_backup_charges_the_entropy() -> None:
     networks, temperature, _ = learner()
     batch = transitions(6)

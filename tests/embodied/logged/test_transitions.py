@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,38 @@ def test_n_steps_stop_at_the_end() -> None:
     assert columns.next_observations[:, 0].tolist() == [3.0, 4.0, 4.0, 4.0]
     assert columns.discount.tolist() == [0.125, 0.125, 0.25, 0.5]
     assert columns.terminated.tolist() == [False, True, True, True]
+
+
+def test_next_actions_are_those_of_the_next_observations() -> None:
+    config = DataConfig(gamma=0.5, n_steps=3)
+    data = to_transitions([episode(5, terminated=True)], policy(), SPEC, config)
+    columns: Any = data.transitions
+    assert columns.next_observations[:2, 0].tolist() == [3.0, 4.0]
+    assert data.next_actions[:, 0].tolist() == columns.actions[[3, 4, 4, 4, 4], 0].tolist()
+
+
+def test_returns_of_cut_episodes_are_lower_bounds() -> None:
+    """With rewards of -1 and a discount of 0.9 what follows a cut is worth -10 at least; without one, anything."""
+    data = to_transitions([episode(3)], policy(), SPEC, DataConfig(gamma=0.5, shift=-2.0))  # -1, 0, 1 and a cut
+    assert data.worst == pytest.approx(-2.0)
+    assert data.returns.tolist() == pytest.approx([-1 + 0 + 0.25 - 0.25, 0.5 - 0.5, 1 - 1])
+    ended = to_transitions([episode(3, terminated=True)], policy(), SPEC, DataConfig(gamma=0.5, shift=-2.0))
+    assert ended.returns.tolist() == pytest.approx([-0.75, 0.5, 1.0])
+    endless = to_transitions([episode(3)], policy(), SPEC, DataConfig(gamma=1.0, shift=-2.0))
+    assert endless.returns.tolist() == [-np.inf] * 3
+    assert to_transitions([episode(3)], policy(), SPEC, DataConfig(gamma=1.0)).returns.tolist() == [6.0, 5.0, 3.0]
+
+
+def test_actions_in_other_units_are_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
+    far = episode(10)
+    config = DataConfig(path="set.hdf5")
+    to_transitions([far], policy(), SPEC, config)  # one number in ten lies beyond
+    assert capsys.readouterr().err == (
+        "set.hdf5: 20% of the actions' numbers lie beyond the environment's bounds and are clipped to them; "
+        "are they in other units?\n"
+    )
+    to_transitions([replace(far, actions=far.actions.clip(-2, 4.01))], policy(), SPEC, config)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_cut_without_its_final_observation_cannot_be_bootstrapped() -> None:
@@ -153,17 +186,23 @@ def test_experience_becomes_transitions() -> None:
 
 
 def test_returns_are_written_when_an_episode_ends() -> None:
-    replay, watch = Replay(20), OpenEpisodes(2, 0.5)
+    replay, watch = Replay(20), OpenEpisodes(2, 0.5, worst=0.0)
     experience = collected()
     for _ in range(2):
         columns = experienced(experience, policy(), gamma=0.5, scale=1.0, shift=0.0)
         where = replay.add(columns).view(2, 3)
-        watch.add(replay, where, columns.rewards.view(2, 3), experience.truncated)
+        ends = {"terminated": experience.terminated, "truncated": experience.truncated}
+        watch.add(replay, where, columns.rewards.view(2, 3), **ends)
     assert replay.returns is not None
     unknown = -torch.inf
     # the first environment: 1 + 2 / 2 and 2; then 3, of the episode that ended in the second round: 3 + 0.5 + 0.5
     expected = [2.0, 2.0, 4.0, unknown, unknown, unknown, 2.0, 2.0, unknown, unknown, unknown, unknown]
     assert replay.returns[:12].tolist() == expected
-    again = OpenEpisodes(2, 0.5)
+    again = OpenEpisodes(2, 0.5, worst=-8.0)
     again.load_state_dict(watch.state_dict())
     assert [w.tolist() for w in again.where] == [[8], [3, 4, 5, 9, 10, 11]]
+    again.forget()  # new episodes begin: 3 + 0.5 * (1 + 2 / 2), which the state above would have led to, is no more
+    columns = experienced(experience, policy(), gamma=0.5, scale=1.0, shift=0.0)
+    again.add(replay, replay.add(columns).view(2, 3), columns.rewards.view(2, 3), **ends)
+    assert replay.returns[8:12].tolist() == [unknown] * 4
+    assert replay.returns[12:15].tolist() == [2.0 - 0.25 * 8, 2.0 - 0.5 * 8, unknown]  # cut: the worst follows

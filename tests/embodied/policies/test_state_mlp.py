@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from embodied.policies.numpy_actor import Spaces, StatePolicyConfig
-from embodied.policies.state_mlp import StatePolicy
+from embodied.policies.state_mlp import StatePolicy, ValueUnits
 from embodied.rollouts.rollout import Experience, judge
 from experiment.errors import UserError
 from policy_core import ppo
@@ -29,6 +29,22 @@ def actions_for(policy: StatePolicy, *leading: int) -> torch.Tensor:
     if spaces.discrete:
         return torch.randint(spaces.action_size, leading)
     return torch.randn(*leading, spaces.action_size)
+
+
+def test_values_change_their_units(make_policy: Make, tmp_path: Path) -> None:
+    policy, observations = make_policy(Spaces(5, 3)), torch.randn(4, 5)
+    torch.nn.init.normal_(policy.critic.bias)
+    values = policy.values(observations)
+    policy.set_value_units(ValueUnits(0.5))  # never learned: nothing to rescale
+    assert torch.equal(policy.values(observations), values)
+    policy.save_pretrained(tmp_path)
+    again = StatePolicy.from_pretrained(tmp_path)
+    assert again.value_units == ValueUnits(0.5)
+    again.set_value_units(ValueUnits(2.0))
+    torch.testing.assert_close(again.values(observations), 4 * values)
+    again.set_value_units(ValueUnits(2.0, shift=-1.0))
+    assert again.values(observations).tolist() == [0.0] * 4
+    assert again.value_units == ValueUnits(2.0, shift=-1.0)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
