@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -18,18 +19,24 @@ from experiment.config import read_tree
 from experiment.errors import UserError, storage_errors
 from experiment.metrics import COUNTERS, read_metrics, without_time
 
-_LOWER_IS_BETTER = ("loss", "error", "kl", "perplexity", "nll", "cost", "violation")
+_LOWER_IS_BETTER = ("loss", "error", "kl", "perplexity", "nll", "cost", "violation", "clipfrac", "approxkl")
+_LOWER_IS_BETTER += ("unscored", "warnings", "duplicates", "repetition", "gap")
 _OWN_TO_EACH_RUN = {"run.folder", "run.name"}
 _MOST_CURVES = 24
+_PIPED = 240  # columns where nobody's screen limits them: metrics' names stay whole
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One metric of one run: its last value, and the best one with the global_step it was reached at."""
+    """One metric of one run: its last value, the best with the global_step it was reached at, and the mean of all.
+
+    How far the mean falls short of the best is what learning cost on the way (regret).
+    """
 
     final: float
     best: float
     best_step: int
+    mean: float
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def compare(
     summaries = {key: [_summary(key, run) for run in rows] for key in chosen}
     drawn = _draw(names, rows, chosen, over, Path(figure)) if figure is not None else None
     result = Comparison(names, differences, summaries, drawn)
-    _show(result, console or Console())
+    _show(result, console or Console(width=None if sys.stdout.isatty() else _PIPED))
     return result
 
 
@@ -133,7 +140,8 @@ def _summary(key: str, rows: Sequence[Mapping[str, float]]) -> Summary | None:
         return None
     finite = [point for point in points if math.isfinite(point[0])] or points
     best = (min if lower_is_better(key) else max)(finite, key=lambda point: point[0])
-    return Summary(points[-1][0], best[0], best[1])
+    mean = math.fsum(value for value, _ in finite) / len(finite)
+    return Summary(points[-1][0], best[0], best[1], mean)
 
 
 def _curve(rows: Sequence[Mapping[str, float]], key: str, over: str) -> tuple[list[float], list[float]]:
@@ -186,11 +194,11 @@ def _show(result: Comparison, console: Console) -> None:
         console.print(table)
     elif len(result.names) > 1:
         console.print("configuration: no difference")
-    table = Table("metric", "best is", title="final (best @ global_step)", title_justify="left")
+    table = Table("metric", "best is", title="final (best @ global_step, mean)", title_justify="left")
     for name in result.names:
         table.add_column(escape(name), justify="right")
     for key, summaries in result.summaries.items():
-        cells = (f"{s.final:.4g} ({s.best:.4g} @ {s.best_step})" if s else "-" for s in summaries)
+        cells = (f"{s.final:.4g} ({s.best:.4g} @ {s.best_step}, {s.mean:.4g})" if s else "-" for s in summaries)
         table.add_row(escape(key), "lowest" if lower_is_better(key) else "highest", *cells)
     console.print(table)
     if result.figure is not None:

@@ -54,10 +54,19 @@ def test_differences_summaries_and_text(two_runs: list[Path], tmp_path: Path) ->
     assert final is not None
     assert np.isnan(final.final)
     assert (final.best, final.best_step) == (1.0, 2)
-    assert best == Summary(2.0, 2.0, 1)
-    assert result.summaries["eval/success_rate"] == [Summary(0.6, 0.7, 2), None]
+    assert final.mean == 2.0
+    assert best == Summary(2.0, 2.0, 1, 2.0)
+    assert result.summaries["eval/success_rate"] == [Summary(0.6, 0.7, 2, pytest.approx(0.65)), None]
     text = out.getvalue()
-    for expected in ("algo.lr", "0.6 (0.7 @ 2)", "nan (1 @ 2)", "[red]", "highest", "lowest", "curves.png"):
+    for expected in (
+        "algo.lr",
+        "0.6 (0.7 @ 2, 0.65)",
+        "nan (1 @ 2, 2)",
+        "[red]",
+        "highest",
+        "lowest",
+        "curves.png",
+    ):
         assert expected in text
     assert "time/elapsed" not in text
 
@@ -117,7 +126,8 @@ def test_missing_and_nested_keys_differ() -> None:
 
 @pytest.mark.parametrize(
     "metric, lower",
-    [("loss/value", True), ("objective/kl", True), ("approx_kl", True), ("eval/success", False), ("klaxon", False)],
+    [("loss/value", True), ("objective/kl", True), ("approx_kl", True), ("eval/success", False), ("klaxon", False),
+     ("rewards/unscored", True), ("sampling/logprob_gap", True)],
 )  # fmt: skip
 def test_direction(metric: str, lower: bool) -> None:
     assert lower_is_better(metric) is lower
