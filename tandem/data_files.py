@@ -34,6 +34,11 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a data set of any format, or the id of a local Minari one")
     parser.add_argument("target", metavar="DST", help="a new folder; for d3rlpy a new file")
     parser.add_argument("--subset", metavar="NAME", help="only a filter key of robomimic's or a split of LeRobot's")
+    parser.add_argument(
+        "--done-means",
+        choices=("truncated", "terminated"),
+        help="how robomimic's episodes ended, which its files do not say (truncated)",
+    )
     _how(parser, default="")
 
 
@@ -77,7 +82,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
     if arguments.to is None:
         raise UserError(f"tandem data convert: say --to which format: {', '.join(WRITTEN)}")
-    source = told(lambda: open_dataset(arguments.source, subset=arguments.subset))
+    source = told(lambda: open_dataset(arguments.source, subset=arguments.subset, done_means=arguments.done_means))
     _write(source, arguments.target, arguments.to, arguments.fps)
     return 0
 

@@ -7,7 +7,8 @@
 https://d3rlpy.readthedocs.io/en/latest/references/dataset.html and the files of d3rlpy 2.8. An episode that is not
 terminated was stopped. d3rlpy does not keep what was seen after the last action, and does not train on a stopped
 episode's last step; Tandem's writer keeps it in `final_observation_I`, which d3rlpy does not look at, and whether
-the task was done in `success_I`.
+the task was done in `success_I`. How many discrete actions there are is the file's attribute `choices`; other files
+do not say, and one more than the largest action is taken (attribute `choices_inferred`).
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class D3rlpySource(Source):
             if missing := [name for name in names if name not in file]:
                 raise UserError(f"{self.path}: has no {missing[0]}, though it counts {episodes} episodes")
             self.lengths = tuple(file[name].shape[0] for name in names)
-            if names and file[names[0]].dtype.kind in "iu":
-                self.choices = 1 + max(int(file[name][()].max(initial=0)) for name in names)
+            if names and file[names[0]].dtype.kind in "iu" and file[names[0]].shape[1:] == (1,):
+                self.choices, self.choices_inferred = _choices(file, names)
 
     def _read(self, index: int, images: bool) -> RecordedEpisode:
         where = f"{self.path}: episode {index}"
@@ -91,3 +92,10 @@ class D3rlpySource(Source):
             elif not picture:
                 found[name] = finite(values[()], f"{where}: observations")
         return found
+
+
+def _choices(file: h5py.File, names: list[str]) -> tuple[int, bool]:
+    """How many discrete actions there are, and whether that is inferred."""
+    if "choices" in file.attrs:
+        return int(file.attrs["choices"]), bool(file.attrs.get("choices_inferred", False))
+    return 1 + max(int(file[name][()].max(initial=0)) for name in names), True

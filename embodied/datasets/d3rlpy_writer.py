@@ -22,7 +22,8 @@ class D3rlpyTarget:
     """A file that is assembled from staged episodes."""
 
     def __init__(self, staged: StagedEpisodes, path: Path, source: Source) -> None:
-        self._staged, self._path, self._choices = staged, path, source.choices
+        self._staged, self._path = staged, path
+        self._choices, self._inferred = source.choices, source.choices_inferred
 
     def __len__(self) -> int:
         return len(self._staged)
@@ -48,6 +49,8 @@ class D3rlpyTarget:
 
         def head(file: h5py.File) -> None:
             file["columns"], file["num_episodes"], file["version"] = COLUMNS, len(self._staged), VERSION
+            if self._choices is not None:
+                file.attrs["choices"], file.attrs["choices_inferred"] = self._choices, self._inferred
 
         self._staged.assemble(self._path, head)
 

@@ -22,7 +22,7 @@ from embodied.datasets.lerobot_layout import INFO
 from embodied.datasets.lerobot_source import LeRobotSource
 from embodied.datasets.libero import LiberoSource
 from embodied.datasets.minari_reader import MinariSource, minari_folder
-from embodied.datasets.robomimic import RobomimicSource
+from embodied.datasets.robomimic import DoneMeaning, RobomimicSource
 from embodied.datasets.source import Source
 from experiment.errors import UserError
 
@@ -64,18 +64,24 @@ def _hdf5_layout(file: h5py.File) -> str | None:
     return "d4rl" if {"observations", "actions"} <= file.keys() else None
 
 
-def open_dataset(path: str | Path, *, subset: str | None = None) -> Source:
+def open_dataset(path: str | Path, *, subset: str | None = None, done_means: DoneMeaning | None = None) -> Source:
     """Open a data set of any format; only counts and lengths are read.
 
     subset: a filter key of robomimic's (`mask/NAME`), or a split that LeRobot's `meta/info.json` names.
-    Raises UserError as `detect`, or when the data set is damaged or has no such subset.
+    done_means: how robomimic's episodes ended, which its files cannot say: all "truncated" (the default) or all
+        "terminated". The other formats say so themselves.
+    Raises UserError as `detect`, or when the data set is damaged, has no such subset or says itself how it ends.
     """
     kind = detect(path)
+    if done_means is not None and kind != "robomimic":
+        raise UserError(
+            f"{path}: says itself how its episodes ended; done_means is for robomimic's files, which do not"
+        )
     match kind:
         case "lerobot":
             return LeRobotSource(path, subset)
         case "robomimic":
-            return RobomimicSource(path, subset)
+            return RobomimicSource(path, subset, done_means or "truncated")
         case "libero":
             return LiberoSource(path, subset)
     if subset is not None:
@@ -94,18 +100,19 @@ def read_dataset(
     *,
     observation_keys: Sequence[str] | None = None,
     subset: str | None = None,
+    done_means: DoneMeaning | None = None,
     need_rewards: bool = True,
 ) -> list[Episode]:
     """All episodes of a data set of any format, in the flat view; pictures are not decoded.
 
     observation_keys: which vectors make the observation, in which order; all of them by default (`source.flat`).
-    subset: as in `open_dataset`.
+    subset, done_means: as in `open_dataset`.
     need_rewards: whether an episode without rewards is refused; otherwise they are 0.
 
     Raises UserError, one line with the path, when something is missing, damaged or not finite, there is no episode,
     or the episodes' dimensions differ.
     """
-    source = open_dataset(path, subset=subset)
+    source = open_dataset(path, subset=subset, done_means=done_means)
     if not len(source):
         raise UserError(f"{path}: has no episodes")
     episodes: list[Episode] = []

@@ -31,6 +31,7 @@ from embodied.datasets.lerobot_layout import (
     STATE,
     STATS,
     SUCCESS,
+    SUCCESS_IF_KNOWN,
     TASKS,
     TRUNCATED,
     Info,
@@ -89,7 +90,8 @@ class LeRobotDataset:
 
     def successes(self) -> list[bool | None]:
         """Whether each episode succeeded, from the statistics in `meta/` alone; None where they do not say."""
-        return [None if most is None else bool(most) for most in self.statistic(SUCCESS, "max")]
+        told = SUCCESS_IF_KNOWN if SUCCESS_IF_KNOWN in self.features else SUCCESS
+        return [None if most is None or most < 0 else bool(most) for most in self.statistic(told, "max")]
 
     def statistic(self, feature: str, which: Literal["max", "mean"]) -> list[float | None]:
         """Of a feature of one number, in every episode, from `meta/` alone; None where it does not say."""
@@ -195,9 +197,11 @@ class LeRobotDataset:
         actions, proprio = floats(ACTION), floats(PROPRIO)
         assert actions is not None
         success = bool(np.any(numbers[SUCCESS])) if SUCCESS in numbers else None
+        if success is None and SUCCESS_IF_KNOWN in numbers and numbers[SUCCESS_IF_KNOWN][-1] >= 0:
+            success = bool(numbers[SUCCESS_IF_KNOWN][-1])
         done = bool(numbers[DONE][-1]) if DONE in numbers else False
         cut = bool(numbers[TRUNCATED][-1]) if TRUNCATED in numbers else not success
-        named = {ACTION, EXPERT_ACTION, PROPRIO, STATE, REWARD, DONE, SUCCESS, TRUNCATED}
+        named = {ACTION, EXPERT_ACTION, PROPRIO, STATE, REWARD, DONE, SUCCESS, SUCCESS_IF_KNOWN, TRUNCATED}
         return RecordedEpisode(
             images=pictures,
             proprio=np.zeros((len(table), 0), np.float32) if proprio is None else proprio,

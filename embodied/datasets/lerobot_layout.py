@@ -40,7 +40,11 @@ UNFINISHED = ".part"
 
 ACTION, EXPERT_ACTION = "action", "expert_action"
 REWARD, DONE, SUCCESS, TRUNCATED = "next.reward", "next.done", "next.success", "next.truncated"
+SUCCESS_IF_KNOWN = "next.success_if_known"
+"""Tandem's, in place of `next.success` where not every episode says: 1 or 0 at every frame, -1: nobody knows."""
 CAMERA = "observation.images."
+CHOICES, INFERRED = "choices", "choices_inferred"
+"""In `Feature.info` of a discrete action: how many there are, and whether nobody said so but the actions."""
 
 _NUMBERS = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "bool")
 _PICTURES = ("image", "video")
@@ -53,7 +57,7 @@ class Feature:
     dtype: a numpy type, "string", "image" (PNG in the data files) or "video" (mp4).
     shape: of one frame's value; (height, width, 3) of a picture.
     names: what the dimensions are called, as LeRobot keeps them.
-    info: what LeRobot says of a video's encoding.
+    info: what LeRobot says of a video's encoding; Tandem's `CHOICES` and `INFERRED` of a discrete action.
     """
 
     dtype: str

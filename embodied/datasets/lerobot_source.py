@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from embodied.datasets.lerobot import LeRobotDataset
-from embodied.datasets.lerobot_layout import ACTION, INFO, read_told
+from embodied.datasets.lerobot_layout import ACTION, CHOICES, INFERRED, INFO, read_told
 from embodied.datasets.lerobot_v21 import LeRobotV21Dataset
 from embodied.datasets.recorded import RecordedEpisode
 from embodied.datasets.source import Source
@@ -36,7 +37,7 @@ class LeRobotSource(Source):
 
     def __init__(self, path: str | Path, subset: str | None = None) -> None:
         """subset: a name among `splits` of `meta/info.json`. Raises UserError as `LeRobotDataset` does."""
-        self.path = Path(path)
+        self.path, self._subset = Path(path), subset
         self.dataset = open_lerobot(self.path)
         self._indices = range(len(self.dataset)) if subset is None else self._split(subset)
         self.lengths = tuple(self.dataset.episodes[index].length for index in self._indices)
@@ -44,8 +45,20 @@ class LeRobotSource(Source):
         features = self.dataset.features
         self.names = {name: one.names for name, one in features.items() if one.names is not None}
         action, stats = features.get(ACTION), self.dataset.stats.get(ACTION, {})
-        if action is not None and action.dtype == "int64" and action.shape == (1,) and "max" in stats:
-            self.choices = 1 + int(stats["max"].max())
+        if action is not None and action.dtype == "int64" and action.shape == (1,):
+            if isinstance(action.info.get(CHOICES), int):
+                self.choices, self.choices_inferred = action.info[CHOICES], bool(action.info.get(INFERRED))
+            elif "max" in stats:
+                self.choices, self.choices_inferred = 1 + int(stats["max"].max()), True
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The folders of the layout: others may lie beside them."""
+        return tuple(self.path / name for name in ("meta", "data", "videos"))
+
+    def identity(self) -> Any:
+        """With the split."""
+        return [*super().identity(), self._subset]
 
     def _split(self, subset: str) -> range:
         splits = self.dataset.info.others.get("splits") or {}

@@ -1,8 +1,9 @@
 """Episodes of any source as a LeRobot v3 data set.
 
 Besides what `demonstration_features` lists: every other observation under its name, `next.observation.NAME` and
-`next.observed` where what was seen after an episode's last action is known (see `lerobot_source`), and other
-numbers of the source that have at most one dimension a frame.
+`next.observed` where what was seen after an episode's last action is known (see `lerobot_source`),
+`next.success_if_known` where only some episodes say whether they succeeded, and other numbers of the source that
+have at most one dimension a frame.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import numpy as np
 from embodied.datasets.lerobot_layout import (
     ACTION,
     CAMERA,
+    CHOICES,
     DONE,
     EXPERT_ACTION,
+    INFERRED,
     REWARD,
     SUCCESS,
+    SUCCESS_IF_KNOWN,
     TRUNCATED,
     Feature,
     camera_feature,
@@ -38,6 +42,7 @@ class LeRobotTarget:
     """A folder that grows episode by episode. examples: an episode of every data set that goes into it."""
 
     def __init__(self, folder: Path, source: Source, examples: Sequence[RecordedEpisode], fps: int) -> None:
+        self._discrete = source.choices is not None
         self._features = features_of(examples, fps, source)
         self._writer = LeRobotWriter(folder, fps=fps, features=self._features, robot_type=source.robot_type)
 
@@ -46,7 +51,7 @@ class LeRobotTarget:
 
     def append(self, episode: RecordedEpisode) -> None:
         """One more, on the disk when this returns. Raises UserError when it does not fit the others."""
-        columns = columns_of(episode)
+        columns = columns_of(episode, self._discrete)
         if missing := [name for name in self._features if name not in columns]:
             raise UserError(f"{episode.name}: does not say {missing[0]}, as the first episode does")
         with self._writer.episode(episode.instruction) as opened:
@@ -64,9 +69,16 @@ class LeRobotTarget:
 
 
 def features_of(examples: Sequence[RecordedEpisode], fps: int, source: Source) -> dict[str, Feature]:
-    """What is written: what all examples have, and what comes after the last action where one of them knows it."""
+    """What is written: what all examples have, and what comes after the last action where one of them knows it.
+
+    Every episode is read to see who says whether it succeeded: LeRobot's `next.success` cannot be unknown, and the
+    features are fixed before the first episode is written. Raises UserError when one is damaged.
+    """
     found: dict[str, Feature] = {}
-    first, columns = examples[0], [columns_of(example) for example in examples]
+    discrete = source.choices is not None
+    first, columns = examples[0], [columns_of(example, discrete) for example in examples]
+    says = {source.read(index, images=False).success is not None for index in range(len(source))}
+    success = {SUCCESS: says == {True}, SUCCESS_IF_KNOWN: says == {True, False}}
     for camera, pictures in first.images.items():
         height, width = pictures.shape[1:3]
         feature = camera_feature(height, width, fps)
@@ -76,30 +88,32 @@ def features_of(examples: Sequence[RecordedEpisode], fps: int, source: Source) -
     for name, values in columns[0].items():
         ahead = name.startswith(NEXT + OBSERVATION) or name == OBSERVED
         known = any(example.final for example in examples) if ahead else all(name in one for one in columns)
-        if known and name not in found:
-            shape = values.shape[1:] or (1,)
-            dtype = str(values.dtype)
-            if name == ACTION and source.choices is not None:
-                dtype = "int64"
-            found[name] = Feature(dtype, shape, source.names.get(name))
+        if success.get(name, known) and name not in found:
+            info: dict[str, Any] = {}
+            if name == ACTION and discrete:
+                info = {CHOICES: source.choices, INFERRED: source.choices_inferred}
+            found[name] = Feature(str(values.dtype), values.shape[1:] or (1,), source.names.get(name), info)
     return found
 
 
-def columns_of(episode: RecordedEpisode) -> dict[str, Any]:
-    """Feature -> [T, ...], everything that LeRobot's frames can hold of the episode."""
+def columns_of(episode: RecordedEpisode, discrete: bool) -> dict[str, Any]:
+    """Feature -> [T, ...], everything that LeRobot's frames can hold of the episode.
+
+    discrete: actions are whole numbers. `next.success` is False also where nobody knows.
+    """
     length = len(episode)
     vectors = {name: values.astype(np.float32) for name, values in episode.vectors.items()}
     columns: dict[str, Any] = {CAMERA + name: pictures for name, pictures in episode.images.items()}
     columns |= vectors
-    columns[ACTION] = episode.actions
+    columns[ACTION] = episode.actions.astype(np.int64) if discrete else episode.actions
     if episode.expert_actions is not None:
         columns[EXPERT_ACTION] = episode.expert_actions
     last = np.arange(length) == length - 1
     if episode.rewards is not None:
         columns[REWARD] = episode.rewards
     columns[DONE] = last
-    if episode.success is not None:
-        columns[SUCCESS] = last & episode.success
+    columns[SUCCESS] = last & bool(episode.success)
+    columns[SUCCESS_IF_KNOWN] = np.full(length, -1 if episode.success is None else episode.success, np.int8)
     columns[TRUNCATED] = last & episode.truncated
     for name, values in vectors.items():
         after = final_row(episode, name) if name in episode.final else values[-1]

@@ -14,12 +14,15 @@ attribute `success`, says whether the task was done, and its attribute `instruct
 
 from __future__ import annotations
 
+import io
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
 
 from embodied.datasets.hdf5 import finite
@@ -61,13 +64,20 @@ class MinariSource(Source):
             self.lengths = tuple(int(one["total_steps"]) for one in told)
         except Exception as error:  # h5py, pyarrow, JSON: each has exceptions of its own
             raise UserError(f"{self.path}: damaged or cut off ({_brief(error)})") from error
-        self._told = told
+        self._told, self._folder = told, folder
+        self._numbers = _without_pictures(self._storage.observation_space)
         self.choices = _choices(self._storage.action_space)
+        self.choices_inferred = self.choices is not None and bool(self.details.get("choices_inferred"))
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The folder, which may have been named by an id."""
+        return (self._folder,)
 
     def _read(self, index: int, images: bool) -> RecordedEpisode:
         where = f"{self.path}: episode {index}"
         try:
-            (data,) = self._storage.get_episodes([index])
+            data = self._stored(index, images)
         except Exception as error:  # as above; what was read may be of any kind
             raise UserError(f"{where}: damaged or cut off ({_brief(error)})") from error
         actions, rewards = column(np.asarray(data["actions"])), np.asarray(data["rewards"], np.float32)
@@ -80,7 +90,8 @@ class MinariSource(Source):
         for name, values in ends.items():
             if early := np.flatnonzero(values[:-1]).tolist():
                 raise UserError(f"{where}: {name} is true at step {early[0]}, before the end")
-        pictures, vectors, final = self._observations(data["observations"], where, len(actions), images)
+        space = self._storage.observation_space if images else self._numbers
+        pictures, vectors, final = self._observations(data["observations"], space, where, len(actions))
         terminated = bool(ends["terminations"][-1])
         told = self._told[index]
         return recorded(
@@ -96,17 +107,28 @@ class MinariSource(Source):
             name=where,
         )
 
+    def _stored(self, index: int, images: bool) -> Mapping[str, Any]:
+        """What is kept of an episode. Without images no picture is read, which costs more than all else."""
+        stored, numbers = self._storage, self._numbers
+        if images or numbers == stored.observation_space:
+            (data,) = stored.get_episodes([index])
+        elif stored.FORMAT == "hdf5":
+            data = _hdf5_numbers(self._folder / "main_data.hdf5", index, numbers, stored.jpeg_encoding)
+        else:
+            fewer = type(stored)(self._folder, numbers, stored.action_space, stored.jpeg_encoding)
+            (data,) = fewer.get_episodes([index])
+        return data
+
     def _observations(
-        self, observations: Any, where: str, length: int, images: bool
+        self, observations: Any, space: Space, where: str, length: int
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Camera -> [T, H, W, 3], vector -> [T, d], feature -> [d] after the last action."""
         pictures, vectors, final = {}, {}, {}
-        for name, values in _leaves(observations, self._storage.observation_space):
+        for name, values in _leaves(observations, space):
             if len(values) not in (length, length + 1):
                 raise UserError(f"{where}: {length} actions but {len(values)} observations of {name or 'state'}")
             if values.dtype == np.uint8 and values.ndim == 4 and values.shape[3] == 3:
-                if images:
-                    pictures[name or "pixels"] = values[:length]
+                pictures[name or "pixels"] = values[:length]
                 continue
             rows = finite(column(values), f"{where}: observations of {name or 'state'}")
             vectors[name or "state"] = rows[:length]
@@ -135,6 +157,51 @@ def _choices(space: Space) -> int | None:
     return int(space.n) if isinstance(space, Discrete) and space.start == 0 else None
 
 
+def _is_picture(space: Space) -> bool:
+    from gymnasium.spaces import Box
+
+    return isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[2] == 3
+
+
+def _without_pictures(space: Space) -> Space:
+    """The same space, with an empty dictionary, of which nothing is read, for every picture."""
+    from gymnasium.spaces import Dict, Tuple
+
+    if isinstance(space, Dict):
+        return Dict(OrderedDict((key, _without_pictures(one)) for key, one in space.spaces.items()))
+    if isinstance(space, Tuple):
+        return Tuple([_without_pictures(one) for one in space.spaces])
+    return Dict() if _is_picture(space) else space
+
+
+def _hdf5_numbers(path: Path, index: int, space: Space, jpeg: bool) -> dict[str, Any]:
+    """An episode as the library gives it, of its observations only what the space has."""
+    with h5py.File(path, "r") as file:
+        group = file[f"episode_{index}"]
+        names = ("actions", "rewards", "terminations", "truncations")
+        found: dict[str, Any] = {name: group[name][()] for name in names}
+        found["observations"] = _hdf5_leaves(group["observations"], space, jpeg)
+        if "infos/success" in group:
+            found["infos"] = {"success": group["infos/success"][()]}
+    return found
+
+
+def _hdf5_leaves(stored: h5py.Group | h5py.Dataset, space: Space, jpeg: bool) -> Any:
+    from gymnasium.spaces import Dict, Text, Tuple
+    from minari.dataset.minari_storage import is_image_space
+    from PIL import Image
+
+    if isinstance(space, Dict):
+        return {key: _hdf5_leaves(stored[key], one, jpeg) for key, one in space.spaces.items()}
+    if isinstance(space, Tuple):
+        return tuple(_hdf5_leaves(stored[f"_index_{i}"], one, jpeg) for i, one in enumerate(space.spaces))
+    if isinstance(space, Text):
+        return None
+    if jpeg and is_image_space(space):  # not of three channels: a vector here, though kept as a picture
+        return np.stack([np.asarray(Image.open(io.BytesIO(one))) for one in stored[()]])
+    return stored[()]
+
+
 def _leaves(values: Any, space: Space, name: str = "") -> Iterator[tuple[str, np.ndarray]]:
     """Every leaf of numbers with its name, in the order of the space."""
     from gymnasium.spaces import Dict, Text, Tuple
@@ -146,7 +213,7 @@ def _leaves(values: Any, space: Space, name: str = "") -> Iterator[tuple[str, np
     elif isinstance(space, Text):
         return
     else:
-        yield name, np.asarray(values)
+        yield name, np.asarray(values, np.uint8 if _is_picture(space) else None)
         return
     for key, value, one in inner:
         yield from _leaves(value, one, f"{name}.{key}" if name else key)

@@ -112,6 +112,8 @@ class MinariTarget:
             "dataset_size": round((data / "main_data.hdf5").stat().st_size / 1e6, 1),
             **{name: serialize_space(space) for name, space in self._spaces.items()},
         }
+        if self._source.choices_inferred:
+            metadata["choices_inferred"] = True
         with storage_errors(data):
             (data / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
 

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -36,12 +36,16 @@ class RobomimicSource(Source):
 
     def __init__(self, path: str | Path, subset: str | None = None, done_means: DoneMeaning = "truncated") -> None:
         """subset: as in `read_episodes`. Raises UserError when the file is none of robomimic's, or damaged."""
-        self.path, self._done_means = Path(path), done_means
+        self.path, self._subset, self._done_means = Path(path), subset, done_means
         with opened(self.path) as file:
             found = demonstrations(file, self.path, subset)
             self._demos = [name for name, _ in found]
             self.lengths = tuple(_length(demo, f"{self.path}: data/{name}") for name, demo in found)
             self.fps = _control_rate(file["data"])
+
+    def identity(self) -> Any:
+        """With the subset and the reading of ends."""
+        return [*super().identity(), self._subset, self._done_means]
 
     def _read(self, index: int, images: bool) -> RecordedEpisode:
         where = f"{self.path}: data/{self._demos[index]}"

@@ -22,6 +22,7 @@ class Selection(Source):
             raise UserError(f"{source.path}: has no episode {beyond[0]}; it has {len(source)}")
         self.source, self.indices = source, tuple(indices)
         self.kind, self.path, self.fps, self.choices = source.kind, source.path, source.fps, source.choices
+        self.choices_inferred = source.choices_inferred
         self.robot_type, self.names, self.details = source.robot_type, source.names, source.details
         self.lengths = tuple(source.lengths[index] for index in self.indices)
 
@@ -42,13 +43,10 @@ class Joined(Source):
             raise UserError("there is nothing to merge: name at least one data set")
         first, self.sources = sources[0], tuple(sources)
         for other in sources[1:]:
-            for what, here, there in (
-                ("steps a second", other.fps, first.fps),
-                ("discrete actions", other.choices, first.choices),
-            ):
-                if here != there and (what != "steps a second" or None not in (here, there)):
-                    raise UserError(f"{other.path}: has {here or 'no'} {what}, {first.path} {there or 'no'}")
-        self.kind, self.path, self.choices = first.kind, first.path, first.choices
+            if other.fps != first.fps and None not in (other.fps, first.fps):
+                raise UserError(f"{other.path}: has {other.fps} steps a second, {first.path} {first.fps}")
+        self.kind, self.path = first.kind, first.path
+        self.choices, self.choices_inferred = _choices_of_all(sources)
         self.fps = next((one.fps for one in sources if one.fps is not None), None)
         self.lengths = tuple(length for one in sources for length in one.lengths)
         if all(one.robot_type == first.robot_type for one in sources):
@@ -76,6 +74,24 @@ class Joined(Source):
                 return one.read(index, images=images)
             index -= len(one)
         raise IndexError(index)
+
+
+def _choices_of_all(sources: Sequence[Source]) -> tuple[int | None, bool]:
+    """How many discrete actions there are, and whether that is inferred. UserError where the sources disagree.
+
+    Where a source was told the number, it holds for those that could only infer one that is not larger; otherwise
+    the largest of those that were inferred.
+    """
+    told = next((one for one in sources if not one.choices_inferred), None)
+    if told is None:
+        return max(one.choices or 0 for one in sources), True
+    for other in sources:
+        within = other.choices_inferred and (other.choices or 0) <= (told.choices or 0)
+        if other.choices != told.choices and not within:
+            raise UserError(
+                f"{other.path}: has {other.choices or 'no'} discrete actions, {told.path} {told.choices or 'no'}"
+            )
+    return told.choices, False
 
 
 def split_indices(episodes: int, fractions: Sequence[float], seed: int) -> list[list[int]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,7 @@ class Source(ABC):
     lengths: steps of every episode.
     fps: steps a second, None where the format does not say.
     choices: how many discrete actions there are, None for continuous ones.
+    choices_inferred: whether `choices` is only one more than the largest action that occurs.
     robot_type: what LeRobot calls the robot, None elsewhere.
     names: feature -> what its dimensions are called, where the format says.
     details: what else the format says of the whole, such as Minari's metadata.
@@ -33,6 +35,7 @@ class Source(ABC):
     lengths: tuple[int, ...]
     fps: int | None = None
     choices: int | None = None
+    choices_inferred: bool = False
     robot_type: str | None = None
     names: Mapping[str, Any] = MappingProxyType({})
     details: Mapping[str, Any] = MappingProxyType({})
@@ -49,9 +52,15 @@ class Source(ABC):
         """The data sets that this one is made of."""
         return (self,)
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The files and folders that are read."""
+        return (self.path,)
+
     def identity(self) -> Any:
-        """What tells this source from others, as JSON."""
-        return [self.kind, str(self.path.resolve()), len(self), sum(self.lengths)]
+        """What tells this source from others, and from itself before its files were changed, as JSON."""
+        where = [str(place.resolve()) for place in self.places]
+        return [self.kind, where, len(self), sum(self.lengths), _stamp(self.places)]
 
     def read(self, index: int, *, images: bool = True) -> RecordedEpisode:
         """One episode, by its number from 0.
@@ -134,6 +143,17 @@ def recorded(
 def column(values: np.ndarray) -> np.ndarray:
     """[T] or [T, ...] numbers as rows of float32: [T, d]."""
     return values.reshape(len(values), -1).astype(np.float32)
+
+
+def _stamp(places: Iterable[Path]) -> str:
+    """A digest of the names, sizes and times of change of files, and of all files in folders; nothing is read."""
+    digest = hashlib.sha256()
+    for place in places:
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if path.is_file():
+                told = path.stat()
+                digest.update(f"{path.relative_to(place)} {told.st_size} {told.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _known(key: str, vectors: Mapping[str, np.ndarray], episode: RecordedEpisode) -> str:

@@ -82,7 +82,7 @@ def write_dataset(
                 for index in range(len(source)):
                     episode = source.read(index, images=images and index >= len(sink))
                     check_alike(examples[0], episode, images=images and index >= len(sink))
-                    left_out |= _without_place(episode, to)
+                    left_out |= _without_place(episode, to, examples)
                     unknown += episode.truncated and any(name not in episode.final for name in episode.vectors)
                     if index >= len(sink):
                         sink.append(episode)
@@ -131,13 +131,15 @@ def _target(to: str, staging: Staging, source: Source, examples: Sequence[Record
     return D3rlpyTarget(staged, staging.result, source)
 
 
-def _without_place(episode: RecordedEpisode, to: str) -> set[str]:
-    """What the format cannot hold of an episode."""
+def _without_place(episode: RecordedEpisode, to: str, examples: Sequence[RecordedEpisode]) -> set[str]:
+    """What the format cannot hold of an episode; LeRobot's frames all have what every one of the examples has."""
     found = {"the simulator's initial state": episode.initial_state is not None}
-    others = [one for name, one in episode.others.items() if not name.startswith(OBSERVATION)]
-    found["other numbers"] = any(one.ndim > 2 for one in others) if to == "lerobot" else bool(others)
-    if to != "lerobot":
-        found["the teacher's actions"] = episode.expert_actions is not None
+    others = {name: one for name, one in episode.others.items() if not name.startswith(OBSERVATION)}
+    found["other numbers"], found["the teacher's actions"] = bool(others), episode.expert_actions is not None
+    if to == "lerobot":
+        everywhere = set.intersection(*(set(one.others) for one in examples))
+        found["other numbers"] = any(one.ndim > 2 or name not in everywhere for name, one in others.items())
+        found["the teacher's actions"] &= any(one.expert_actions is None for one in examples)
     if to == "d3rlpy":
         found["instructions"] = bool(episode.instruction)
     return {what for what, there in found.items() if there}

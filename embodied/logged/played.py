@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,17 @@ class PlayedSource(Source):
     def __init__(self, episodes: Sequence[Episode], path: Path, details: Mapping[str, Any]) -> None:
         self.episodes, self.path, self.details = list(episodes), path, details
         self.lengths = tuple(len(episode) for episode in episodes)
+
+    def identity(self) -> Any:
+        """The run, and a digest of what was played: of another seed or checkpoint it is another source."""
+        digest = hashlib.sha256()
+        for one in self.episodes:
+            told = (len(one), one.terminated, one.truncated, one.success, one.final_observation is None)
+            digest.update(repr(told).encode())
+            for values in (one.observations, one.actions, one.rewards, one.final_observation):
+                if values is not None:
+                    digest.update(values.tobytes())
+        return [self.kind, str(self.path.resolve()), len(self), sum(self.lengths), digest.hexdigest()]
 
     def _read(self, index: int, images: bool) -> RecordedEpisode:
         episode = self.episodes[index]

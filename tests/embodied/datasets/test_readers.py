@@ -20,6 +20,7 @@ from embodied.datasets.d4rl import D4RLSource
 from embodied.datasets.formats import open_dataset, read_dataset
 from embodied.datasets.lerobot_source import LeRobotSource
 from embodied.datasets.lerobot_v21 import LeRobotV21Dataset
+from embodied.datasets.writing import write_dataset
 from experiment.errors import UserError
 
 Make = Callable[..., Path]
@@ -134,6 +135,78 @@ def test_leaves_of_minari_observations_in_the_order_of_the_space(make: Make) -> 
     assert open_dataset(path).read(1, images=False).images == {}
 
 
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow", "parquet"])
+def test_minari_pictures_are_decoded_on_demand(
+    make: Make, monkeypatch: pytest.MonkeyPatch, data_format: str
+) -> None:
+    from PIL import Image
+
+    source = open_dataset(make("minari", nested=True, data_format=data_format))
+    whole = [source.read(index) for index in range(3)]
+
+    def decode(*_: object) -> None:
+        raise AssertionError("a picture was decoded")
+
+    monkeypatch.setattr(Image, "open", decode)
+    for index, expected in enumerate(whole):
+        episode = source.read(index, images=False)
+        assert episode.images == {}
+        assert list(episode.vectors) == list(expected.vectors)
+        for name, values in expected.vectors.items():
+            np.testing.assert_array_equal(episode.vectors[name], values)
+            np.testing.assert_array_equal(episode.final[name], expected.final[name])
+        np.testing.assert_array_equal(episode.actions, expected.actions)
+        np.testing.assert_array_equal(np.asarray(episode.rewards), np.asarray(expected.rewards))
+        assert (episode.terminated, episode.success) == (expected.terminated, expected.success)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_minari_picture_that_is_damaged_matters_to_who_wants_it(make: Make, tmp_path: Path, exact: bool) -> None:
+    """exact: pictures as Tandem writes them, not as JPEG."""
+    path = make("minari", nested=True)
+    if exact:
+        write_dataset(open_dataset(path), tmp_path / "exact-v0", "minari")
+        path = tmp_path / "exact-v0"
+    with h5py.File(path / "data/main_data.hdf5", "a") as file:
+        eye = file["episode_1/observations/eye"]
+        assert (eye.ndim == 4) == exact
+        assert isinstance(eye, h5py.Dataset)
+        del file["episode_1/observations/eye"]
+        file["episode_1/observations/eye"] = np.zeros((2, 7), np.uint8)
+    source = open_dataset(path)
+    assert source.read(1, images=False).vectors["observation.goal"].shape == (5, 3)
+    assert "episode 1" in wrong(path, 1)
+
+
+def test_minari_pictures_of_one_channel_are_vectors(make: Make) -> None:
+    """Minari keeps them as JPEG; they are read beside a coloured picture that is not."""
+    import minari
+    from gymnasium.spaces import Box, Dict
+    from gymnasium.spaces import Tuple as TupleSpace
+    from minari.data_collector import EpisodeBuffer
+
+    path = make("minari")
+    grey, colour = Box(0, 255, (32, 32), np.uint8), Box(0, 255, (32, 32, 3), np.uint8)
+    seen = {"a": (np.full((3, 32, 32), 70, np.uint8), np.zeros((3, 32, 32, 3), np.uint8)), "b": np.ones((3, 2))}
+    space = Dict({"a": TupleSpace([grey, colour]), "b": Box(-1, 1, (2,))})
+    ends = np.array([False, True])
+    buffer = EpisodeBuffer(0, None, None, seen, np.zeros((2, 1)), np.ones(2), ends, ~ends & False, infos={})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers(
+            "grey-v0", [buffer], observation_space=space, action_space=Box(-1, 1, (1,))
+        )
+    source = open_dataset(path.with_name("grey-v0"))
+    for images in (True, False):
+        episode = source.read(0, images=images)
+        assert list(episode.images) == (["a.1"] if images else [])
+        assert {name: values.shape for name, values in episode.vectors.items()} == {
+            "observation.a.0": (2, 1024),
+            "observation.b": (2, 2),
+        }
+        np.testing.assert_allclose(episode.vectors["observation.a.0"], 70, atol=2)
+
+
 def test_minari_ends(make: Make) -> None:
     path = make("minari")
     file = path / "data" / "main_data.hdf5"
@@ -177,6 +250,16 @@ def test_robomimic_with_cameras(make: Make) -> None:
     assert list(episode.vectors) == ["observation.eef", "observation.object"]  # no depth
     assert episode.success is None
     assert source.read(1, images=False).images == {}
+
+
+def test_robomimic_ends_are_what_the_caller_says(make: Make) -> None:
+    path = make("robomimic")
+    for done_means, terminated in ((None, False), ("truncated", False), ("terminated", True)):
+        for episode in read_dataset(path, done_means=done_means):  # type: ignore[arg-type]
+            assert (episode.terminated, episode.truncated) == (terminated, not terminated)
+    for kind in ("libero", "d4rl", "d3rlpy", "minari", "lerobot"):
+        with pytest.raises(UserError, match="says itself how its episodes ended"):
+            open_dataset(make(kind), done_means="terminated")
 
 
 def test_robomimic_next_obs_that_disagrees(make: Make) -> None:

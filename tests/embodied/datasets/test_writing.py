@@ -21,7 +21,9 @@ from embodied.datasets.lerobot_source import LeRobotSource
 from embodied.datasets.selecting import Joined, Selection, split_indices
 from embodied.datasets.staging import staging_folder
 from embodied.datasets.writing import WRITTEN, write_dataset
+from embodied.logged.played import PlayedSource
 from experiment.errors import UserError
+from tandem import cli
 
 Make = Callable[..., Path]
 Told = tuple[Callable[[int], np.ndarray], ...]
@@ -102,6 +104,48 @@ def test_what_has_no_place_is_told(make: Make, tmp_path: Path) -> None:
     assert write_dataset(lerobot, tmp_path / "b", "lerobot").left_out == ()
     told = ("instructions", "pictures", "the teacher's actions")
     assert write_dataset(lerobot, tmp_path / "c", "d3rlpy").left_out == told
+
+
+@pytest.mark.parametrize("to", WRITTEN)
+@pytest.mark.parametrize("said", [(None, True, False), (True, None, False), (None, None), (False, True)])
+def test_success_is_kept_where_only_some_say(tmp_path: Path, to: str, said: tuple[bool | None, ...]) -> None:
+    rows = np.zeros((5, 2), np.float32)
+    episodes = [Episode(rows, rows, rows[:, 0], terminated=False, truncated=True, success=one) for one in said]
+    report = write_dataset(PlayedSource(episodes, tmp_path / "run", {}), tmp_path / "there", to)
+    assert report.left_out == ()
+    assert tuple(one.success for one in read_dataset(tmp_path / "there")) == said
+    assert list(problems(tmp_path / "there")) == []
+    written = open_dataset(tmp_path / "there")
+    if isinstance(written, LeRobotSource):
+        assert tuple(written.dataset.successes()) == said
+        mixed = len({one is None for one in said}) > 1  # LeRobot's own column could not say so
+        assert ("next.success_if_known" in written.dataset.features) == mixed
+        assert ("next.success" in written.dataset.features) == (None not in said)
+    write_dataset(written, tmp_path / "again", "lerobot")
+    assert tuple(one.success for one in read_dataset(tmp_path / "again")) == said
+
+
+def test_success_is_kept_where_one_of_two_sets_says(make: Make, tmp_path: Path) -> None:
+    sources = [open_dataset(make(kind)) for kind in ("d4rl", "minari")]
+    for order in (sources, sources[::-1]):
+        target = tmp_path / f"{order[0].kind}-first"
+        assert write_dataset(Joined(order), target, "lerobot").left_out == ()
+        expected = [episode.success for source in order for episode in source]
+        assert {None, True, False} == set(expected)
+        assert [one.success for one in read_dataset(target)] == expected
+
+
+def test_what_one_of_two_sets_lacks_is_told(make: Make, tmp_path: Path) -> None:
+    full = open_dataset(make("lerobot"))
+    write_dataset(full, tmp_path / "plain", "minari")
+    joined = Joined([full, open_dataset(tmp_path / "plain")])
+    assert write_dataset(joined, tmp_path / "all", "lerobot").left_out == ("the teacher's actions",)
+
+
+def test_the_verb_says_how_robomimics_episodes_ended(make: Make, tmp_path: Path) -> None:
+    words = ["data", "convert", str(make("robomimic")), str(tmp_path / "there"), "--to", "minari"]
+    assert cli.main([*words, "--done-means", "terminated"]) == 0
+    assert [one.terminated for one in read_dataset(tmp_path / "there")] == [True] * 3
 
 
 # ---------------------------------------------------------------- opened by the formats' own libraries

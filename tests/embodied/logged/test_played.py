@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
+import h5py
 import minari
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ import torch
 
 from embodied import train_ppo
 from embodied.datasets.formats import read_dataset
+from embodied.datasets.staging import StagedEpisodes, staging_folder
 from embodied.logged import played
 from embodied.logged.played import cut, play_policies, run_to_play
 from embodied.policies.numpy_actor import StatePolicyConfig
@@ -143,6 +148,37 @@ def test_the_verb_writes_what_every_checkpoint_played(
     assert any(episode.terminated for episode in episodes)
     assert cli.main(words) == 2  # the name is taken
     assert "logged: exists already" in capsys.readouterr().err
+
+
+def test_an_interrupted_writing_goes_on_with_what_it_began(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, "run", symlinks=True)
+    config = Path("run/config.yaml")
+    config.write_text(config.read_text().replace("max_episode_steps: 12", "max_episode_steps: 2"))
+    words = ["data", "play", "run", "--steps", "96", "--out", "logged"]  # as many episodes of 2, whoever plays
+    append, begun = StagedEpisodes.append, [0]
+
+    def interrupted(self: StagedEpisodes, write: Callable[[h5py.File], None]) -> None:
+        begun[0] += 1
+        if begun[0] == 3:
+            raise KeyboardInterrupt
+        append(self, write)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StagedEpisodes, "append", interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            cli.main([*words, "--seed", "0"])
+    assert staging_folder(tmp_path / "logged").is_dir()
+    for other in (["--seed", "1"], ["--deterministic"], ["--checkpoint", "all"]):
+        assert cli.main([*words, *other]) == 2
+        assert "holds what another command began" in capsys.readouterr().err
+    assert cli.main([*words, "--seed", "0"]) == 0
+    assert cli.main([*words[:-1], "whole", "--seed", "0"]) == 0
+    for one, expected in zip(read_dataset("logged"), read_dataset("whole"), strict=True):
+        assert len(one) == 2
+        np.testing.assert_array_equal(one.observations, expected.observations)
 
 
 def test_what_cannot_be_played(run: Path, tmp_path: Path) -> None:
