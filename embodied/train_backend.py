@@ -4,14 +4,16 @@
     tandem train configs/embodied/backend.yaml algorithm=sb3/SAC data.path=FILE environment.id=HalfCheetah-v5
 
 d3rlpy learns from the data alone; stable-baselines3 begins with the data in its replay and plays. A resumed run has
-the weights, but fresh optimizers, replay and episodes: it says so.
+the weights (and SAC's temperature), but fresh optimizers, replay and episodes: it says so.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,10 @@ class TrainBackendConfig:
 
 
 def begin(config: TrainBackendConfig, inputs: Inputs, units: Units) -> Any:
-    """The back end that `config.algorithm` names. UserError if there is none, or an option is unknown."""
+    """The back end that `config.algorithm` names, with the data.
+
+    UserError if there is none, an option is unknown, or the data leave nothing to learn from.
+    """
     library, _, name = config.algorithm.partition("/")
     if library == "d3rlpy":
         described = d3rlpy_backend.configure(name, config.options, config.hidden)
@@ -90,9 +95,13 @@ def train(config: TrainBackendConfig, *, resume: Path | None = None) -> RunResul
         for piece in range(first, pieces + 1):
             count = min(config.log_every, 10) if config.run.dry_run else config.log_every
             metrics = {f"train/{name}": value for name, value in backend.learn(count).items()}
-            run.log({**metrics, "samples": float(piece * count)}, global_step=piece)
-            if piece == pieces or piece * config.log_every % config.evaluate_every == 0:
-                look(run, backend, units, config, piece=piece)
+            judged = piece == pieces or piece * config.log_every % config.evaluate_every == 0
+            sound = all(math.isfinite(value) for name, value in metrics.items() if "loss" in name)
+            played = judge(backend, units, config) if judged and sound else {}  # logging stops an unsound run
+            run.log({**metrics, "samples": float(piece * count), **played}, global_step=piece)
+            if judged:
+                folders = {"policy": partial(save, backend, units)}
+                run.save({}, global_step=piece, folders=folders, metric=score(played))
         return run.finish()
 
 
@@ -103,13 +112,12 @@ def scaled(inputs: Inputs, data: DataConfig) -> Inputs:
     return replace(inputs, episodes=episodes)
 
 
-def look(run: Run, backend: Backend, units: Units, config: TrainBackendConfig, *, piece: int) -> None:
-    """Play the policy and write a checkpoint."""
+def judge(backend: Backend, units: Units, config: TrainBackendConfig) -> dict[str, float]:
+    """What the policy's best actions earn."""
+    return summarize(play(backend, units, config.environment, seeds(VALIDATION_SEEDS, config.episodes)))
 
-    def save(folder: Path) -> None:
-        backend.save(folder)
-        (folder / UNITS).write_text(json.dumps(units.as_json()) + "\n")
 
-    played = summarize(play(backend, units, config.environment, seeds(VALIDATION_SEEDS, config.episodes)))
-    run.log(played, global_step=piece)
-    run.save({}, global_step=piece, folders={"policy": save}, metric=score(played))
+def save(backend: Backend, units: Units, folder: Path) -> None:
+    """Write the policy, and the units that it learned in."""
+    backend.save(folder)
+    (folder / UNITS).write_text(json.dumps(units.as_json()) + "\n")

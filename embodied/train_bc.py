@@ -8,6 +8,7 @@ explain them best are the run's `best` checkpoint. The environment is played now
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +35,11 @@ from policy_core.schedules import Schedule, scheduled, set_learning_rate
 class TrainBCConfig:
     """A run of behaviour cloning.
 
-    demonstrations      robomimic-layout HDF5 file
-    best                share of the episodes that is learned from, those of the highest return (filtered cloning)
+    demonstrations      a data set in any format that `tandem data inspect` reads; it needs no rewards
+    observation_keys    which of its vectors make the observation, in which order; None: all of them
+    subset              only the episodes of this filter key (robomimic's mask)
+    best                share of the episodes that is learned from: those of the highest return (filtered cloning),
+                        of equal returns the successful
     held_out            share of these kept for validation
     observation_noise   noise added to each observation, in its standard deviations: a clone that has seen only the
                         demonstrators' own states drifts off them and is lost (Adroit door: 0 to 50% success)
@@ -47,6 +51,8 @@ class TrainBCConfig:
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     policy: StatePolicyConfig = field(default_factory=StatePolicyConfig)
     demonstrations: str = ""
+    observation_keys: tuple[str, ...] | None = None
+    subset: str | None = None
     best: float = 1.0
     held_out: float = 0.1
     updates: int = 5_000
@@ -97,7 +103,10 @@ class Steps:
 
 def read(config: TrainBCConfig, environment: EnvironmentSpec) -> tuple[Steps, Steps | None]:
     """Training and validation steps, split by episodes with the run's seed."""
-    episodes = best_episodes(read_demonstrations(config.demonstrations, environment), config.best)
+    recorded = read_demonstrations(
+        config.demonstrations, environment, observation_keys=config.observation_keys, subset=config.subset
+    )
+    episodes = best_episodes(recorded, config.best)
     order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
     count = min(round(config.held_out * len(episodes)), len(episodes) - 1)
     held_out, kept = order[:count], sorted(order[count:])
@@ -141,36 +150,29 @@ def train(config: TrainBCConfig, *, resume: Path | None = None) -> RunResult:
                 with torch.no_grad():
                     policy.log_std.clamp_(min=config.min_log_std)
                 last = update == updates
-                if last or update % 100 == 0:
+                judged = last or update % config.evaluate_every == 0
+                if judged or update % 100 == 0:
                     logged = {"train/loss": float(metrics["nll"]), "train/learning_rate": rate}
                     logged["samples"] = float(update * config.batch_size)
                     logged["train/std"] = float(policy.log_std.detach().exp().mean())
+                    if judged and math.isfinite(logged["train/loss"]):  # logging stops the run where it is not
+                        logged |= judge(policy, collector, validation, config)
                     run.log(logged, global_step=update)
-                if last or update % config.evaluate_every == 0:
-                    metric = look(run, policy, collector, validation, config, global_step=update)
+                if judged:
+                    metric = -logged["eval/loss"] if validation is not None else float(update)
                     state = {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
                     run.save(state, global_step=update, folders={"policy": policy.save_pretrained}, metric=metric)
         return run.finish()
 
 
-def look(
-    run: Run,
-    policy: StatePolicy,
-    collector: Collector,
-    validation: Steps | None,
-    config: TrainBCConfig,
-    *,
-    global_step: int,
-) -> float:
-    """Log the held-out likelihood and what the policy earns; returns what `best` is chosen by (higher: better)."""
-    logged: dict[str, float] = {}
-    metric = float(global_step)
+def judge(
+    policy: StatePolicy, collector: Collector, validation: Steps | None, config: TrainBCConfig
+) -> dict[str, float]:
+    """The held-out likelihood, where episodes are held out, and what the policy earns."""
+    figures: dict[str, float] = {}
     if validation is not None:
         with torch.no_grad():
-            logged["eval/loss"] = float(validation.nll(policy)[0])
-        metric = -logged["eval/loss"]
+            figures["eval/loss"] = float(validation.nll(policy)[0])
     if config.episodes:
-        logged |= summarize(collector.evaluate(policy, seeds(VALIDATION_SEEDS, config.episodes)))
-    if logged:
-        run.log(logged, global_step=global_step)
-    return metric
+        figures |= summarize(collector.evaluate(policy, seeds(VALIDATION_SEEDS, config.episodes)))
+    return figures

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +16,10 @@ from torch import Tensor
 from embodied.datasets.episode import Episode
 from embodied.evaluate import VALIDATION_SEEDS, score, seeds, summarize
 from embodied.logged.offline import Inputs
-from embodied.logged.transitions import DataConfig
+from embodied.logged.transitions import DataConfig, read_offline
 from embodied.policies.decision_transformer import Conditioned, DecisionTransformer, DecisionTransformerConfig
 from embodied.rollouts.rollout import spaces_of
-from embodied.rollouts.workers import EnvironmentConfig
+from embodied.rollouts.workers import EnvironmentConfig, environment_spec
 from envs.make import EnvironmentSpec
 from envs.stepper import EpisodeRecord, Stepper
 from experiment.errors import UserError
@@ -122,7 +121,8 @@ def build(config: TrainDTConfig, inputs: Inputs) -> DecisionTransformer:
 def train(config: TrainDTConfig, *, resume: Path | None = None) -> RunResult:
     """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
     updates = 1 if config.run.dry_run else config.updates
-    inputs = Inputs.read(config)
+    environment = environment_spec(config.environment)
+    inputs = Inputs(environment, read_offline(config.data, environment))  # no next observations are needed
     best = max(float(episode.rewards.sum(dtype=np.float64)) for episode in inputs.episodes)
     target = best if config.target_return is None else config.target_return
     with Run.start(config, recipe="embodied/dt", resume=resume) as run:
@@ -150,37 +150,27 @@ def train(config: TrainDTConfig, *, resume: Path | None = None) -> RunResult:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             optimizer.step()
-            last = update == updates
-            if last or update % config.log_every == 0:
-                logged = {"train/loss": float(metrics["nll"]), "train/grad_norm": float(norm)}
-                run.log({**logged, "samples": float(update * config.batch_size)}, global_step=update)
-            if last or update % config.evaluate_every == 0:
+            judged = update == updates or update % config.evaluate_every == 0
+            if not judged and update % config.log_every:
+                continue
+            logged = {"train/loss": float(metrics["nll"]), "train/grad_norm": float(norm)}
+            played = look(policy, config, target) if judged and config.episodes else {}
+            run.log({**logged, "samples": float(update * config.batch_size), **played}, global_step=update)
+            if judged:
                 state = {
                     "policy": policy.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "generator": generator.get_state(),
                 }
-                look(run, policy, state, config, target, update=update)
+                metric = score(played) if played else float(update)
+                run.save(state, global_step=update, folders={"policy": policy.save_pretrained}, metric=metric)
         return run.finish()
 
 
-def look(
-    run: Run,
-    policy: DecisionTransformer,
-    state: dict[str, Any],
-    config: TrainDTConfig,
-    target: float,
-    *,
-    update: int,
-) -> None:
-    """Play with the target return and write a checkpoint."""
-    metric = float(update)
-    if config.episodes:
-        chosen = seeds(VALIDATION_SEEDS, config.episodes)
-        played = summarize(play(policy.eval(), config.environment, chosen, target))
-        run.log({**played, "eval/target_return": target}, global_step=update)
-        metric = score(played)
-    run.save(state, global_step=update, folders={"policy": policy.save_pretrained}, metric=metric)
+def look(policy: DecisionTransformer, config: TrainDTConfig, target: float) -> dict[str, float]:
+    """Play validation episodes with the target return."""
+    played = play(policy.eval(), config.environment, seeds(VALIDATION_SEEDS, config.episodes), target)
+    return {**summarize(played), "eval/target_return": target}
 
 
 def play(

@@ -271,14 +271,20 @@ def train(config: TrainRLPDConfig, *, resume: Path | None = None) -> RunResult:
                 collected = time.perf_counter()
                 metrics = improve(learner, config, steps) if number * steps >= config.random_steps else {}
                 finished = time.perf_counter()
-                last = number == rounds
-                if last or number % config.log_every == 0:
-                    logged = {f"train/{name}": float(value) for name, value in metrics.items()}
-                    logged |= episode_metrics(learner.recent, learner.episodes)
-                    logged |= {"time/rollout": collected - started, "time/update": finished - collected}
-                    run.log({**logged, "env_steps": float(number * steps)}, global_step=number)
-                if last or number % config.evaluate_every == 0:
-                    look(run, learner, collector, config, number=number)
+                judged = number == rounds or number % config.evaluate_every == 0
+                if not judged and number % config.log_every:
+                    continue
+                logged = {f"train/{name}": float(value) for name, value in metrics.items()}
+                logged |= episode_metrics(learner.recent, learner.episodes)
+                logged |= {"time/rollout": collected - started, "time/update": finished - collected}
+                played: dict[str, float] = {}
+                if judged and config.episodes:
+                    played = summarize(collector.evaluate(policy, seeds(VALIDATION_SEEDS, config.episodes)))
+                run.log({**logged, "env_steps": float(number * steps), **played}, global_step=number)
+                if judged:
+                    state = {"learner": learner.state_dict(), "environments": collector.workers.state()}
+                    metric = score(played) if played else float(number)
+                    run.save(state, global_step=number, folders={"policy": policy.save_pretrained}, metric=metric)
         return run.finish()
 
 
@@ -295,15 +301,3 @@ def improve(learner: Learner, config: TrainRLPDConfig, steps: int) -> Metrics:
                 calibrated = replace(config.conservative, sac=config.sac)
                 metrics = cql.update(*common, batch, calibrated, returns=returns, generator=learner.parts.generator)
     return metrics
-
-
-def look(run: Run, learner: Learner, collector: Collector, config: TrainRLPDConfig, *, number: int) -> None:
-    """Play the policy's mode and write a checkpoint."""
-    metric = float(number)
-    if config.episodes:
-        played = summarize(collector.evaluate(learner.policy, seeds(VALIDATION_SEEDS, config.episodes)))
-        env_steps = number * config.environment.count * config.horizon
-        run.log({**played, "env_steps": float(env_steps)}, global_step=number)
-        metric = score(played)
-    state = {"learner": learner.state_dict(), "environments": collector.workers.state()}
-    run.save(state, global_step=number, folders={"policy": learner.policy.save_pretrained}, metric=metric)

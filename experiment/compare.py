@@ -19,8 +19,10 @@ from experiment.config import read_tree
 from experiment.errors import UserError, storage_errors
 from experiment.metrics import COUNTERS, read_metrics, without_time
 
-_LOWER_IS_BETTER = ("loss", "error", "kl", "perplexity", "nll", "cost", "violation", "clipfrac", "approxkl")
-_LOWER_IS_BETTER += ("unscored", "warnings", "duplicates", "repetition", "gap")
+_LOWER_IS_BETTER = {
+    *("loss", "error", "kl", "perplexity", "nll", "cost", "violation", "clipfrac", "approxkl"),
+    *("unscored", "warnings", "duplicates", "repetition", "gap"),
+}
 _OWN_TO_EACH_RUN = {"run.folder", "run.name"}
 _MOST_CURVES = 24
 _PIPED = 240  # columns where nobody's screen limits them: metrics' names stay whole

@@ -22,6 +22,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "embodied/bc": ("embodied.train_bc", "TrainBCConfig"),
     "embodied/cql": ("embodied.train_cql", "TrainCQLConfig"),
     "embodied/dt": ("embodied.train_dt", "TrainDTConfig"),
+    "embodied/discrete_cql": ("embodied.train_discrete_cql", "TrainDiscreteCQLConfig"),
     "embodied/iql": ("embodied.train_iql", "TrainIQLConfig"),
     "embodied/ppo": ("embodied.train_ppo", "TrainPPOConfig"),
     "embodied/rlpd": ("embodied.train_rlpd", "TrainRLPDConfig"),

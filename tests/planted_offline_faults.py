@@ -113,4 +113,22 @@ OFFLINE_FAULTS = (
         "self.returns[where] = 0.0",
         "a return that is not known yet counts as 0",
     ),
+    Fault(
+        "discrete_cql",
+        "best = next_values.argmax(-1, keepdim=True)",
+        "best = slow_next_values.argmax(-1, keepdim=True)",
+        "the slow values choose as well",
+    ),
+    Fault(
+        "discrete_cql",
+        "return of_targets + config.weight * gap",
+        "return of_targets - config.weight * gap",
+        "what was never chosen is pushed up",
+    ),
+    Fault(
+        "cql",
+        "next_values = lowest(networks.target(batch.next_observations, distribution.mode()), config.sac, generator)",
+        "next_values = networks.target(batch.next_observations, distribution.mode()).amin(0)",
+        "CQL's targets take all critics",
+    ),
 )

@@ -68,7 +68,10 @@ class D3rlpyBackend:
 
     @classmethod
     def of(cls, config: Any, episodes: Sequence[Episode], units: Units) -> D3rlpyBackend:
-        """With the episodes in learner's units; where an episode was cut, d3rlpy leaves its last decision out."""
+        """With the episodes in learner's units; where an episode was cut, d3rlpy leaves its last decision out.
+
+        Raises UserError if that leaves nothing.
+        """
         d3rlpy = _library()
         ended = [np.eye(1, len(e), len(e) - 1, dtype=np.float32)[0] for e in episodes]
         dataset = d3rlpy.dataset.MDPDataset(
@@ -78,6 +81,10 @@ class D3rlpyBackend:
             terminals=np.concatenate([end * e.terminated for end, e in zip(ended, episodes, strict=True)]),
             timeouts=np.concatenate([end * (not e.terminated) for end, e in zip(ended, episodes, strict=True)]),
         )
+        if not dataset.transition_count:
+            raise UserError(
+                "data.path: d3rlpy leaves out the last decision of a cut episode, and every episode is one cut step"
+            )
         return cls(config, (episodes[0].observations.shape[1], episodes[0].actions.shape[1]), dataset)
 
     def learn(self, count: int) -> dict[str, float]:

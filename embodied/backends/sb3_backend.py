@@ -22,6 +22,8 @@ from experiment.errors import UserError
 
 ALGORITHMS = ("DDPG", "SAC", "TD3")
 DESCRIPTION, WEIGHTS = "sb3.json", "sb3.safetensors"
+ENTROPY = "log_ent_coef"
+"""SAC's learned temperature, under SB3's own name: it is no part of the policy's weights."""
 
 
 def check(algorithm: str, options: Mapping[str, Any]) -> Any:
@@ -75,7 +77,8 @@ class SB3Backend:
     def remember(self, episodes: Sequence[Episode], units: Units) -> int:
         """Put the data set into the replay; returns how many decisions.
 
-        Raises UserError if the replay is too small. A cut episode's last decision needs its final observation.
+        A cut episode's last decision needs its final observation; without it, the episode is cut a step earlier.
+        Raises UserError if the replay is too small, or no decision is left.
         """
         count = 0
         for episode in episodes:
@@ -86,16 +89,21 @@ class SB3Backend:
             )
             observations, actions = units.observations(seen), units.actions(episode.actions)
             for step in range(last):
-                ended = step == len(episode) - 1
+                ended = step == last - 1
+                cut = ended and not episode.terminated
+                # As SB3's own episodes lie there: a cut is `done` as well, which ends sums over several steps; the
+                # mark beside it keeps the bootstrap.
                 self.model.replay_buffer.add(
                     observations[step][None],
                     observations[step + 1][None],
                     actions[step][None],
                     np.array([episode.rewards[step]]),
-                    np.array([ended and episode.terminated]),
-                    [{}],
+                    np.array([ended]),
+                    [{"TimeLimit.truncated": cut}],
                 )
             count += last
+        if not count:
+            raise UserError("data.path: no decision has a next observation: every episode is one cut step")
         if count > self.model.replay_buffer.buffer_size:
             raise UserError(f"options.buffer_size: the data set's {count:,} decisions do not fit into the replay")
         return count
@@ -112,21 +120,31 @@ class SB3Backend:
         return np.asarray(self.model.predict(observations, deterministic=True)[0], np.float32)
 
     def save(self, folder: Path) -> None:
-        """Policy and critics; replay and optimizers are left out."""
+        """Policy, critics and SAC's learned temperature; replay and optimizers are left out."""
         folder.mkdir(parents=True, exist_ok=True)
         described = {"algorithm": self.algorithm, "hidden": self.hidden}
         (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
         weights = self.model.policy.state_dict()
+        if self._temperature() is not None:
+            weights[ENTROPY] = self._temperature()
         save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, folder / WEIGHTS)
 
     def restore(self, folder: Path) -> None:
         """Take the weights of a saved one. UserError if they do not fit."""
+        weights = load_file(folder / WEIGHTS)
+        temperature = weights.pop(ENTROPY, None)
+        if temperature is not None and self._temperature() is not None:
+            self._temperature().data.copy_(temperature)  # in place: its optimizer holds it
         try:
-            self.model.policy.load_state_dict(load_file(folder / WEIGHTS))
+            self.model.policy.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(
                 f"{folder}: not the weights of this algorithm: {' '.join(str(error).split())}"
             ) from error
+
+    def _temperature(self) -> Any:
+        """SAC's learned log temperature [1]; None where it is fixed, and for the others."""
+        return getattr(self.model, ENTROPY, None)
 
 
 def load(folder: Path, environment: Any, units: Units) -> SB3Backend:

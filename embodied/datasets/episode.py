@@ -89,6 +89,26 @@ def dataset_statistics(episodes: Sequence[Episode]) -> DatasetStatistics:
     )
 
 
+def check_choices(episodes: Sequence[Episode], spec: EnvironmentSpec, source: str) -> None:
+    """Raise UserError when the episodes are not of this environment with discrete actions.
+
+    source: what the message calls the data, usually its path.
+    """
+    for episode in episodes:
+        found = (episode.observations.shape[1], episode.actions.shape[1])
+        if found != (spec.observation_dim, 1):
+            raise UserError(
+                f"{source}: observations have {found[0]} dimensions and actions {found[1]}, but {spec.env_id} has "
+                f"{spec.observation_dim} and one choice of {spec.action_dim}"
+            )
+        chosen = episode.actions
+        if not bool(((chosen == chosen.round()) & (chosen >= 0) & (chosen < spec.action_dim)).all()):
+            raise UserError(
+                f"{episode.name or source}: actions from {chosen.min():g} to {chosen.max():g} are not the choices "
+                f"0 to {spec.action_dim - 1} of {spec.env_id}"
+            )
+
+
 def check_against(episodes: Sequence[Episode], spec: EnvironmentSpec, source: str = "the data set") -> None:
     """Raise UserError when the episodes' dimensions are not those of the environment.
 

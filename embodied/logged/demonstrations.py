@@ -14,6 +14,7 @@ from embodied.datasets.episode import Episode, check_against
 from embodied.datasets.formats import read_dataset
 from embodied.policies.state_mlp import StatePolicy
 from envs.make import EnvironmentSpec
+from experiment.errors import UserError
 from policy_core.bc import bc_loss
 from policy_core.ppo import AuxiliaryLoss, Metrics
 
@@ -23,28 +24,50 @@ class DemonstrationTerm:
     """A likelihood term beside PPO's loss, after DAPG's demonstration weight (1709.10087 eq. 8).
 
     coef * decay**update * (mean negative log-likelihood of a batch); path None switches it off.
+    observation_keys, subset: as for cloning.
     """
 
     path: str | None = None
+    observation_keys: tuple[str, ...] | None = None
+    subset: str | None = None
     coef: float = 0.1
     decay: float = 0.99
     batch_size: int = 256
 
 
-def read_demonstrations(path: str, environment: EnvironmentSpec) -> list[Episode]:
+def read_demonstrations(
+    path: str,
+    environment: EnvironmentSpec,
+    *,
+    observation_keys: Sequence[str] | None = None,
+    subset: str | None = None,
+) -> list[Episode]:
     """The episodes of a data set of any format, with rewards of 0 where there are none.
 
+    observation_keys, subset: as in `read_dataset`.
     UserError if it is damaged or was recorded in another environment.
     """
-    episodes = read_dataset(path, need_rewards=False)
+    episodes = read_dataset(path, observation_keys=observation_keys, subset=subset, need_rewards=False)
     check_against(episodes, environment, path)
     return episodes
 
 
 def best_episodes(episodes: Sequence[Episode], share: float) -> list[Episode]:
-    """The share of the episodes that earned most, at least one, in their order."""
+    """The share of the episodes that earned most, at least one, in their order.
+
+    Of equal returns, as where no rewards were recorded, the successful come first. Raises UserError where nothing
+    tells the episodes apart: the first of the file are not the best.
+    """
     count = max(1, round(share * len(episodes)))
-    order = sorted(range(len(episodes)), key=lambda i: -float(episodes[i].rewards.sum(dtype=np.float64)))
+    if count == len(episodes):
+        return list(episodes)
+    worth = [(float(e.rewards.sum(dtype=np.float64)), e.success is True) for e in episodes]
+    if len(set(worth)) == 1:
+        raise UserError(
+            f"best={share:g}: all {len(episodes)} episodes have the same return and none is marked as more "
+            "successful; learn from all of them (best=1)"
+        )
+    order = sorted(range(len(episodes)), key=lambda i: worth[i], reverse=True)
     return [episodes[i] for i in sorted(order[:count])]
 
 
@@ -72,7 +95,9 @@ class DemonstrationBatches:
         """Read the file that `config` names; None without one. UserError if it does not fit."""
         if config.path is None:
             return None
-        episodes = read_demonstrations(config.path, environment)
+        episodes = read_demonstrations(
+            config.path, environment, observation_keys=config.observation_keys, subset=config.subset
+        )
         return cls(*stack_steps(episodes, environment), config, seed)
 
     def auxiliary_loss(self, policy: StatePolicy, update: int) -> AuxiliaryLoss:

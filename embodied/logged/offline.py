@@ -13,7 +13,13 @@ from torch import nn
 
 from embodied.datasets.episode import Episode
 from embodied.evaluate import VALIDATION_SEEDS, score, seeds, summarize
-from embodied.logged.transitions import DataConfig, OfflineData, read_offline, to_transitions
+from embodied.logged.transitions import (
+    DataConfig,
+    OfflineData,
+    read_offline,
+    require_next_observations,
+    to_transitions,
+)
 from embodied.policies.numpy_actor import Head, StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector, fresh_policy
@@ -100,10 +106,12 @@ class Inputs:
     episodes: list[Episode]
 
     @classmethod
-    def read(cls, config: HasData) -> Inputs:
+    def read(cls, config: HasData, *, discrete: bool = False) -> Inputs:
         """UserError if something is missing, damaged or made for another environment."""
         environment = environment_spec(config.environment)
-        return cls(environment, read_offline(config.data, environment))
+        episodes = read_offline(config.data, environment, discrete=discrete)
+        require_next_observations(episodes, config.data)
+        return cls(environment, episodes)
 
 
 def new_policy(config: LoggedDataConfig, inputs: Inputs, head: Head) -> StatePolicy:

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embodied.datasets.episode import Episode, check_against
+from embodied.datasets.episode import Episode, check_against, check_choices
 from embodied.datasets.formats import read_dataset
+from embodied.datasets.robomimic import DoneMeaning
 from embodied.logged.demonstrations import best_episodes
 from embodied.policies.state_mlp import StatePolicy
 from envs.make import EnvironmentSpec
@@ -36,6 +37,7 @@ class DataConfig:
     path        a data set in any format that `tandem data inspect` reads
     observation_keys   which of its vectors make the observation, in which order; None: all of them
     subset      only the episodes of this filter key (robomimic's mask)
+    done_means  what robomimic's `dones` say of an episode's last step: terminated, or (None) truncated
     gamma       discount of a step
     n_steps     rewards summed before the value takes over (n-step returns; 1: none)
     best        share of the episodes that is kept, those of the highest return (filtered cloning); 1: all
@@ -46,6 +48,7 @@ class DataConfig:
     path: str = ""
     observation_keys: tuple[str, ...] | None = None
     subset: str | None = None
+    done_means: DoneMeaning | None = None
     gamma: float = 0.99
     n_steps: int = 1
     best: float = 1.0
@@ -63,7 +66,7 @@ class OfflineData:
 
     returns         [N] discounted, from each decision to its episode's end (Cal-QL): lower bounds of what followed;
                     where an episode was cut, the rest counts as `worst`
-    next_actions    [N, A] done at the next observation (ReBRAC); the last one at an episode's end
+    next_actions    [N, A], choices [N], done at the next observation (ReBRAC); the last one at an episode's end
     worst           what is left of a cut episode is worth this at least: the worst reward of all, or 0, for ever
     """
 
@@ -85,21 +88,41 @@ class OfflineData:
         )
 
 
-def read_offline(config: DataConfig, environment: EnvironmentSpec) -> list[Episode]:
+def read_offline(config: DataConfig, environment: EnvironmentSpec, *, discrete: bool = False) -> list[Episode]:
     """The episodes that `config` names, the best of them where it says so.
 
     Raises:
-        UserError: nothing is named, the data are damaged or another environment's, or the actions are discrete.
+        UserError: nothing is named, the data are damaged or another environment's, or the actions are not of the
+            kind that is asked for.
     """
     if not config.path:
         raise UserError("data.path is not set: give a data set, data.path=PATH")
-    if environment.discrete:
+    if environment.discrete != discrete:
+        has, needs = ("discrete", "continuous") if environment.discrete else ("continuous", "discrete")
+        other = "embodied/discrete_cql" if environment.discrete else "embodied/cql"
         raise UserError(
-            f"environment.id: {environment.env_id} has discrete actions; this recipe needs continuous ones"
+            f"environment.id: {environment.env_id} has {has} actions; this recipe needs {needs} ones (see {other})"
         )
-    episodes = read_dataset(config.path, observation_keys=config.observation_keys, subset=config.subset)
-    check_against(episodes, environment, config.path)
+    episodes = read_dataset(
+        config.path,
+        observation_keys=config.observation_keys,
+        subset=config.subset,
+        done_means=config.done_means,
+    )
+    if discrete:
+        check_choices(episodes, environment, config.path)
+    else:
+        check_against(episodes, environment, config.path)
     return best_episodes(episodes, config.best)
+
+
+def require_next_observations(episodes: Sequence[Episode], config: DataConfig) -> None:
+    """UserError where no decision has an outcome to learn from."""
+    for episode in episodes:
+        if episode.terminated or episode.final_observation is not None or len(episode) > config.n_steps:
+            return
+    what = "one cut step" if config.n_steps == 1 else f"at most {config.n_steps} steps (data.n_steps), then cut"
+    raise UserError(f"{config.path}: no decision has a next observation: every episode is {what}")
 
 
 def reward_scale(episodes: Sequence[Episode], config: DataConfig) -> float:
@@ -120,24 +143,26 @@ def to_transitions(
     """All decisions in the policy's units.
 
     The last decision of an episode that was cut, where the recording lacks the final observation, has nothing to
-    bootstrap from and is left out. Warns where actions lie beyond the environment's bounds, to which they are
+    bootstrap from and is left out. Says where actions lie beyond the environment's bounds, to which they are
     clipped. Raises UserError if nothing is left.
     """
     scale = reward_scale(episodes, config)
     worst = worst_rest(episodes, scale, config)
+    require_next_observations(episodes, config)
     pieces = [piece for episode in episodes if (piece := _pieces(episode, scale, worst, config)) is not None]
-    if not pieces:
-        raise UserError(f"{config.path}: no decision has a next observation: every episode is one cut step")
     columns = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-    low, high = torch.from_numpy(environment.action_low), torch.from_numpy(environment.action_high)
-    _say_what_is_clipped(columns["actions"], low, high, config.path)
-
-    def learner(actions: Tensor) -> Tensor:
-        return policy.to_learner(torch.clamp(actions, low, high)).contiguous()
-
+    if environment.discrete:
+        actions, next_actions = (columns[name].squeeze(-1).long() for name in ("actions", "next_actions"))
+    else:
+        low, high = torch.from_numpy(environment.action_low), torch.from_numpy(environment.action_high)
+        _say_what_is_clipped(columns["actions"], low, high, config.path)
+        actions, next_actions = (
+            policy.to_learner(torch.clamp(columns[name], low, high)).contiguous()
+            for name in ("actions", "next_actions")
+        )
     transitions = Transitions(
         observations=policy.normalizer(columns["observations"]),
-        actions=learner(columns["actions"]),
+        actions=actions,
         rewards=columns["rewards"],
         next_observations=policy.normalizer(columns["next_observations"]),
         terminated=columns["terminated"],
@@ -145,7 +170,7 @@ def to_transitions(
         mask=torch.ones(len(columns["rewards"]), dtype=torch.bool),
     )
     transitions.validate()
-    return OfflineData(transitions, columns["returns"], learner(columns["next_actions"]), worst)
+    return OfflineData(transitions, columns["returns"], next_actions, worst)
 
 
 def _say_what_is_clipped(actions: Tensor, low: Tensor, high: Tensor, path: str) -> None:

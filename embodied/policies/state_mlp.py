@@ -149,8 +149,9 @@ class StatePolicy(nn.Module):
 
     @torch.no_grad()
     def set_value_units(self, units: ValueUnits) -> None:
-        """Values are in `units` from now on; what was learned in others is rescaled. Where a shift differs, which is
-        worth more the longer an episode is, values begin anew at 0.
+        """Values are in `units` from now on; what was learned in others is rescaled.
+
+        Where a shift differs, which is worth more the longer an episode is, values begin anew at 0.
         """
         before, self.value_units = self.value_units, units
         if before is None:

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ pytestmark = pytest.mark.timeout(900)  # imports are slow on a busy machine
 DRIVER = """
 import json, os, sys
 import embodied.train_bc, embodied.train_ppo, embodied.train_vla_bc, llm_rlhf.train_ppo
+import embodied.train_iql, embodied.train_cql, embodied.train_td3_bc, embodied.train_awac, embodied.train_dt
+import embodied.train_rlpd, embodied.train_backend, d3rlpy, stable_baselines3
 from tandem.cli import main
 
 results = {}
@@ -80,6 +82,25 @@ model: {path: model}
 """
 
 
+OFFLINE = """\
+recipe: embodied/{recipe}
+run: {{folder: run, wandb: disabled}}
+environment: {{id: Pendulum-v1, count: 1, workers: 0}}
+data: {{path: demonstrations.hdf5}}
+evaluate_every: 1
+log_every: 1
+episodes: 1
+{more}
+"""
+RECIPES = {
+    **dict.fromkeys(("iql", "cql", "td3_bc", "awac", "dt"), ("updates: 1",)),
+    "rlpd": ("total_steps: 8", "horizon: 8"),
+    "d3rlpy": ("algorithm: d3rlpy/BC", "total: 1"),
+    "sb3": ("algorithm: sb3/SAC", "total: 1", "options: {buffer_size: 1000}"),
+}
+"""What learns from logged data, and its own settings of a short run; the last two are of embodied/backend."""
+
+
 def nothing(folder: Path) -> None:
     del folder
 
@@ -97,6 +118,29 @@ def demonstrations(*, observation: int = 3, action: int = 1, keep: float = 1.0) 
         path.write_bytes(content[: int(keep * len(content))])
 
     return write
+
+
+def episodes(*lengths: int, actions: Sequence[int] = (1,), value: float = 0.0) -> Callable[[Path], None]:
+    """Recorded episodes of these lengths, all cut; the last action is `value`.
+
+    actions: how many dimensions they have, one number an episode, in turn.
+    """
+
+    def write(folder: Path) -> None:
+        with h5py.File(folder / "demonstrations.hdf5", "w") as file:
+            for number, length in enumerate(lengths):
+                demo = file.create_group(f"data/demo_{number}")
+                demo["actions"] = np.linspace(-1, 1, length)[:, None].repeat(actions[number % len(actions)], 1)
+                demo["rewards"] = np.arange(length, dtype=float)
+                demo["obs/state"] = np.random.default_rng(number).standard_normal((length, 3))
+            demo["actions"][-1] = value
+
+    return write
+
+
+def no_data_set(folder: Path) -> None:
+    with h5py.File(folder / "demonstrations.hdf5", "w") as file:
+        file["steps/reward"] = np.zeros(3)
 
 
 def table_demonstrations(spoil: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -216,6 +260,35 @@ CASES = {
     ),
 }
 
+MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "truncated": (demonstrations(keep=0.6), ("demonstrations.hdf5", "damaged or cut off")),
+    "nan_actions": (episodes(5, 5, value=float("nan")), ("demonstrations.hdf5: data/demo_1", "actions", "finite")),
+    "changing_shapes": (episodes(5, 5, actions=(1, 2)), ("data/demo_1: actions have 2 dim", "data/demo_0 1")),
+    "single_steps": (episodes(1, 1, 1), ("every episode is one cut step",)),
+    "unknown_format": (no_data_set, ("demonstrations.hdf5: this file is no data set that Tandem reads",)),
+}
+CLONES_SINGLE_STEPS = "single_steps_dt"
+"""A Decision Transformer needs no next observation."""
+
+
+def offline(recipe: str) -> str:
+    """The text of a configuration that trains, given data."""
+    name = "backend" if recipe in ("d3rlpy", "sb3") else recipe
+    return OFFLINE.format(recipe=name, more="\n".join(RECIPES[recipe]))
+
+
+CASES |= {
+    f"{mistake}_{recipe}": Case(offline(recipe), said, (), prepare)
+    for recipe in RECIPES
+    for mistake, (prepare, said) in MISTAKES.items()
+    if f"{mistake}_{recipe}" != CLONES_SINGLE_STEPS
+}
+GOOD = {
+    **{f"good_{recipe}": Case(offline(recipe), (), (), episodes(5, 1, 6, value=0.3)) for recipe in RECIPES},
+    CLONES_SINGLE_STEPS: Case(offline("dt"), (), (), episodes(1, 1, 1)),
+}
+"""The same without a mistake trains: the cases above fail rightly. A single episode of one step is no mistake."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -229,7 +302,7 @@ class Outcome:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     root = tmp_path_factory.mktemp("bad")
     jobs, before = [], {}
-    for name, case in CASES.items():
+    for name, case in {**CASES, **GOOD}.items():
         folder = root / name
         folder.mkdir()
         (folder / "config.yaml").write_text(case.config)
@@ -255,7 +328,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
             (root / f"{name}.err.txt").read_text(),
             sorted(str(path.relative_to(root / name)) for path in set((root / name).rglob("*")) - before[name]),
         )
-        for name in CASES
+        for name in codes
     }
 
 
@@ -273,6 +346,13 @@ def test_one_line_and_nothing_left(name: str, outcomes: dict[str, Outcome]) -> N
         position = lines[-1].find(words, position)
         assert position >= 0, f"{words!r} is not said, or not in its place: {lines[-1]}"
     assert outcome.left == []
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_data_are_taken(name: str, outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes[name]
+    assert outcome.code == 0, outcome.err
+    assert "run/checkpoints/last" in outcome.left
 
 
 def test_good_input_is_taken(tmp_path: Path) -> None:

@@ -7,10 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 import torch
 
 from embodied import train_bc
+from embodied.datasets.episode import Episode
+from embodied.logged.demonstrations import DemonstrationBatches, DemonstrationTerm, best_episodes
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.workers import EnvironmentConfig, environment_spec
@@ -48,7 +52,7 @@ def test_it_learns_the_teacher(config: TrainBCConfig, rows_of: Rows) -> None:
     assert len(held_out) == 3
     assert held_out[-1] < held_out[0]
     assert held_out[-1] < -0.9  # nats: a deviation near exp(-2), its lower bound, is -0.58 - 2 + 0.5 at best
-    assert rows[-2]["samples"] == 600 * 32
+    assert rows[-1]["samples"] == 600 * 32
     assert {"eval/mean_reward", "eval/mean_reward_low", "eval/ep_len_mean"} <= rows[-1].keys()
     assert rows[-1]["eval/episodes"] == 2
     policy = StatePolicy.from_pretrained(result.folder / "checkpoints" / "best" / "policy")
@@ -75,7 +79,7 @@ def test_resumed_to_the_bit(
         expected, found = (folder / "checkpoints/last" / file for folder in (whole, tmp_path / "broken"))
         assert found.read_bytes() == expected.read_bytes()
     assert rows_of(tmp_path / "broken") == rows_of(whole)
-    assert [row["global_step"] for row in rows_of(whole)] == [3, 6, 6]
+    assert [row["global_step"] for row in rows_of(whole)] == [3, 6]  # an update and its evaluation: one row
 
 
 def test_best_is_the_lowest_held_out_loss(config: TrainBCConfig, rows_of: Rows) -> None:
@@ -120,8 +124,8 @@ def test_dry_run_does_one_update(config: TrainBCConfig) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config: TrainBCConfig) -> None:
-    config = replace(config, updates=100, evaluate_every=50, learning_rate=1e30, episodes=0)
-    with pytest.raises((NonFiniteMetric, UserError)) as error:
+    config = replace(config, updates=100, evaluate_every=50, learning_rate=1e30)
+    with pytest.raises(NonFiniteMetric) as error:  # said before the policy is played
         train_bc.train(config)
     assert "\n" not in str(error.value)
 
@@ -164,3 +168,77 @@ def test_a_clone_fits_one_deviation(config: TrainBCConfig) -> None:
         replace(config, policy=replace(config.policy, head="squashed"))
     with pytest.raises(ValueError, match="best must be in"):
         replace(config, best=0.0)
+
+
+@pytest.fixture
+def several_keys(tmp_path: Path) -> Path:
+    """Four demonstrations of five steps, the last two successful: `arm` [5, 3], `lamp` [5] and `object` [5, 2]."""
+    path = tmp_path / "several.hdf5"
+    with h5py.File(path, "w") as file:
+        for number in range(4):
+            demo = file.create_group(f"data/demo_{number}")
+            demo["actions"] = np.full((5, 1), number / 4)
+            demo["obs/arm"] = np.arange(15).reshape(5, 3) + 100.0 * number
+            demo["obs/lamp"] = np.full(5, -1.0 - number)
+            demo["obs/object"] = np.full((5, 2), -9.0)
+            demo["success"] = np.array([False] * 4 + [number >= 2])
+        file["mask/train"] = np.array([b"demo_0", b"demo_3"])
+    return path
+
+
+def test_chosen_vectors_and_episodes_are_cloned(config: TrainBCConfig, several_keys: Path) -> None:
+    spec = environment_spec(config.environment)
+    several = replace(config, demonstrations=str(several_keys), held_out=0.0)
+    with pytest.raises(UserError, match=r"observations have 6 dimensions .* or other observation keys"):
+        train_bc.read(several, spec)
+    arm = replace(several, observation_keys=("arm",))
+    training, _ = train_bc.read(arm, spec)
+    assert training.observations[:, 0, 0].tolist() == [
+        100.0 * demo + 3 * step for demo in range(4) for step in range(5)
+    ]
+    training, _ = train_bc.read(replace(several, observation_keys=("object", "lamp")), spec)
+    assert training.observations[::5, 0].tolist() == [[-9.0, -9.0, -1.0 - demo] for demo in range(4)]
+    training, _ = train_bc.read(replace(arm, subset="train"), spec)
+    assert training.observations[::5, 0, 0].tolist() == [0.0, 300.0]
+    result = train_bc.train(replace(arm, subset="train"))
+    policy = StatePolicy.from_pretrained(result.folder / "checkpoints" / "last" / "policy")
+    assert policy.normalizer.mean.tolist() == [156.0, 157.0, 158.0]
+    with pytest.raises(UserError, match="has no observation 'leg'; it has arm, lamp, object"):
+        train_bc.read(replace(several, observation_keys=("leg",)), spec)
+    with pytest.raises(UserError, match="test"):
+        train_bc.read(replace(several, subset="test"), spec)
+
+
+def test_ppos_term_takes_the_same_data(config: TrainBCConfig, several_keys: Path) -> None:
+    term = DemonstrationTerm(path=str(several_keys), observation_keys=("arm",), subset="train")
+    batches = DemonstrationBatches.load(term, environment_spec(config.environment), seed=0)
+    assert batches is not None
+    assert batches.observations[::5, 0].tolist() == [0.0, 300.0]
+
+
+def test_without_rewards_the_successful_are_the_best(config: TrainBCConfig, several_keys: Path) -> None:
+    several = replace(config, demonstrations=str(several_keys), observation_keys=("arm",), held_out=0.0, best=0.5)
+    training, _ = train_bc.read(several, environment_spec(config.environment))
+    assert training.observations[::5, 0, 0].tolist() == [200.0, 300.0]
+
+
+@pytest.mark.parametrize("success", [None, True, False])
+def test_where_nothing_tells_them_apart_there_is_no_best(success: bool | None) -> None:
+    def episode(reward: float, success: bool | None = success) -> Episode:
+        nothing = np.zeros((2, 1), np.float32)
+        return Episode(nothing, nothing, np.full(2, reward, np.float32), False, True, success=success)
+
+    alike = [episode(0.0)] * 3
+    with pytest.raises(UserError, match=r"best=0\.5: all 3 episodes have the same return") as error:
+        best_episodes(alike, 0.5)
+    assert "\n" not in str(error.value)
+    assert best_episodes(alike, 1.0) == alike
+    unequal = [*alike, episode(1.0, success=False), episode(1.0, success=True)]  # returns first, then success
+    assert best_episodes(unequal, 0.2) == unequal[4:]
+    assert best_episodes(unequal, 0.4) == unequal[3:]
+
+
+def test_no_best_no_folder(config: TrainBCConfig) -> None:
+    with pytest.raises(UserError, match=r"best=0\.5: all 10 episodes have the same return"):
+        train_bc.train(replace(config, best=0.5))
+    assert not Path(config.run.folder or "").exists()

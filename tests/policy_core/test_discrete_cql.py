@@ -108,12 +108,11 @@ def test_what_was_never_chosen_looks_worse() -> None:
     model = Twin(Linear())
     target = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    batch = transitions(
-        torch.randn(32, 1), torch.zeros(32).long(), torch.ones(32), terminated=torch.ones(32, dtype=torch.bool)
-    )
+    observations, ended = torch.randn(32, 1), torch.ones(32, dtype=torch.bool)
+    batch = transitions(observations, torch.zeros(32).long(), torch.ones(32), terminated=ended)
     for _ in range(100):
         update(model, target, values_of, optimizer, batch, DiscreteCQLConfig(weight=0.1))
-    done, other = model.values(batch.observations).mean(0).tolist()
+    done, other = model.values(observations).mean(0).tolist()
     assert done > other + 1
     assert done == pytest.approx(1.0, abs=0.3)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -91,26 +93,104 @@ def test_the_data_set_lies_in_sb3s_replay(final: bool) -> None:
     assert count == (120 if final else 117)  # three cut episodes lack the observation to bootstrap from
     buffer = backend.model.replay_buffer
     assert buffer.pos == count
-    assert buffer.dones[19] == 1.0  # terminated
+
+    def mark(row: int) -> tuple[float, float]:
+        return buffer.dones[row].item(), buffer.timeouts[row].item()
+
+    assert mark(19) == (1.0, 0.0)  # terminated
+    assert mark(18) == mark(20) == (0.0, 0.0)
+    assert mark(39 if final else 38) == (1.0, 1.0)  # cut: SB3 bootstraps from done * (1 - timeout) = 0
+    assert buffer.timeouts.sum() == 3
+    assert buffer.dones.sum() == 6
     if final:
-        assert buffer.dones[39] == 0.0  # cut
         final_row = episodes()[1].final_observation
         assert final_row is not None
         np.testing.assert_allclose(buffer.next_observations[39, 0], units.observations(final_row))
     np.testing.assert_allclose(buffer.actions[25, 0], units.actions(episodes()[1].actions[5]), atol=1e-6)
+    if not final:
+        np.testing.assert_allclose(
+            buffer.next_observations[38, 0], units.observations(episodes()[1].observations[19])
+        )
     with pytest.raises(UserError, match="do not fit into the replay"):
         sb3_backend.SB3Backend("SAC", {"buffer_size": 100}, (8,), PENDULUM, units, 0).remember(episodes(), units)
 
 
+@pytest.mark.parametrize("final", [True, False])
+def test_n_step_sums_of_sb3_stop_at_every_end(final: bool) -> None:
+    made = episodes(final=final)
+    units = Units.of(made, environment_spec(PENDULUM))
+    options = {"buffer_size": 500, "n_steps": 3, "gamma": 0.9}
+    backend = sb3_backend.SB3Backend("SAC", options, (8,), PENDULUM, units, 0)
+    backend.remember(made, units)
+    buffer = backend.model.replay_buffer
+    rewards, kept = made[1].rewards, 20 if final else 19
+    rows = np.arange(20, 20 + kept)
+    sampled = buffer._get_samples(rows)  # episode 1 was cut
+    sums = [sum(0.9**j * rewards[i + j] for j in range(min(3, kept - i))) for i in range(kept)]
+    np.testing.assert_allclose(sampled.rewards[:, 0], sums, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sampled.discounts[-3:, 0], [0.9**3, 0.9**2, 0.9], rtol=1e-6)
+    assert sampled.dones.sum() == 0
+    last = episodes()[1].final_observation
+    assert last is not None
+    seen = np.vstack([made[1].observations, last])
+    following = units.observations(seen[np.minimum(np.arange(kept) + 3, kept)])
+    np.testing.assert_allclose(sampled.next_observations, following, rtol=1e-6)
+    ended = buffer._get_samples(np.arange(20))  # episode 0 terminated: every sum that reaches the end says so
+    assert ended.dones[:, 0].tolist() == [0.0] * 17 + [1.0] * 3
+
+
+@pytest.mark.parametrize("options", [{}, {"ent_coef": 0.2}])
+def test_sacs_temperature_goes_on(options: dict[str, Any], tmp_path: Path) -> None:
+    units = Units.of(episodes(), environment_spec(PENDULUM))
+    settings = {"buffer_size": 500, "learning_starts": 0, "batch_size": 8, "learning_rate": 0.05, **options}
+    trained = sb3_backend.SB3Backend("SAC", settings, (8,), PENDULUM, units, 0)
+    trained.remember(episodes(), units)
+    trained.learn(30)
+    trained.save(tmp_path / "sac")
+    other = sb3_backend.SB3Backend("SAC", settings, (8,), PENDULUM, units, 1)
+    other.restore(tmp_path / "sac")
+    if options:
+        assert other.model.log_ent_coef is None
+    else:
+        assert trained.model.log_ent_coef.item() < -0.5
+        assert other.model.log_ent_coef.item() == trained.model.log_ent_coef.item()
+        other.remember(episodes(), units)
+        other.learn(1)  # its optimizer moves the number that was restored
+        assert 0 < abs(other.model.log_ent_coef.item() - trained.model.log_ent_coef.item()) <= 0.051
+    observations = np.random.default_rng(1).standard_normal((5, 3)).astype(np.float32)
+    loaded = sb3_backend.load(tmp_path / "sac", PENDULUM, units)
+    np.testing.assert_allclose(loaded.act(observations), trained.act(observations))
+
+
+@pytest.mark.parametrize("algorithm", ["d3rlpy/BC", "sb3/SAC"])
+def test_only_cut_steps_leave_nothing_to_learn_from(algorithm: str, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "steps.hdf5", "w") as file:
+        for number in range(4):
+            demo = file.create_group(f"data/demo_{number}")
+            demo["actions"], demo["rewards"] = np.full((1, 1), number / 4), np.zeros(1)
+            demo["obs/state"] = np.full((1, 3), float(number))
+    with pytest.raises(UserError, match="every episode is one cut step") as error:
+        train(config(tmp_path, tmp_path / "steps.hdf5", algorithm))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("algorithm", ["d3rlpy/TD3PlusBC", "d3rlpy/CQL", "sb3/SAC", "sb3/TD3"])
 def test_trained_saved_evaluated_resumed(
-    algorithm: str, tmp_path: Path, pendulum_demonstrations: Path, capsys: pytest.CaptureFixture[str]
+    algorithm: str,
+    tmp_path: Path,
+    pendulum_demonstrations: Path,
+    capsys: pytest.CaptureFixture[str],
+    rows_of: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     settings = config(tmp_path, pendulum_demonstrations, algorithm)
     result = train(settings)
     assert result.metrics["samples"] == 20
     assert np.isfinite(result.metrics["eval/mean_reward"])
     assert any(name.startswith("train/") for name in result.metrics)
+    rows = rows_of(result.folder)
+    assert [row["global_step"] for row in rows] == [1, 2, 3, 4]  # an evaluation is in the row of its update
+    assert [row["samples"] for row in rows if "eval/mean_reward" in row] == [10, 20]
     figures = evaluate_run(result.folder, EvaluateConfig(checkpoint="last", episodes=3))
     assert figures["eval/episodes"] == 3
     assert (result.folder / "eval.json").is_file()
