@@ -127,8 +127,8 @@ OFFLINE_FAULTS = (
     ),
     Fault(
         "cql",
-        "next_values = lowest(networks.target(batch.next_observations, distribution.mode()), config.sac, generator)",
-        "next_values = networks.target(batch.next_observations, distribution.mode()).amin(0)",
+        "lowest(networks.target(batch.next_observations, distribution.mode()), config.sac, generator)",
+        "networks.target(batch.next_observations, distribution.mode()).amin(0)",
         "CQL's targets take all critics",
     ),
 )
