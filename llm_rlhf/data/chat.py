@@ -56,6 +56,12 @@ class Chat(str):
         return cls._of(first["content"] + lines, messages, place)
 
     @classmethod
+    def between(cls, messages: Sequence[Message], *, place: str = "") -> Chat:
+        """What stands between two of the assistant's messages."""
+        lines = "".join(f"\n{message['role']}: {message['content']}" for message in messages)
+        return cls._of(f"{lines}\n{ASSISTANT}: ", messages, place)
+
+    @classmethod
     def _of(cls, text: str, messages: Sequence[Message], place: str) -> Chat:
         chat = cls(text)
         chat.messages, chat.place = tuple(messages), place

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from experiment.errors import UserError
+from llm_rlhf.data.chat import ASSISTANT, Chat, Message, completion_tokens
 from llm_rlhf.data.texts import columns_of, encode_prompts
 from llm_rlhf.rewards.functions import resolve
 from llm_rlhf.tasks.examples import Piece
@@ -104,12 +105,14 @@ def tokenize_logged(
 ) -> LoggedTexts:
     """Tokenize every piece apart, with an EOS after each that was chosen; the first of a text is its prompt.
 
+    Conversations are rendered by the tokenizer's chat template (`llm_rlhf.data.chat`).
+
     Raises UserError if there is nothing, or a text does not fit the model's context.
     """
     if not texts:
         raise UserError("there are no texts to train on")
     prompts = encode_prompts(tokenizer, [text[0].text for text in texts])
-    bodies = [_body(text[1:], tokenizer) for text in texts]
+    bodies = [_body(text, tokenizer) for text in texts]
     left, right = max(len(prompt) for prompt in prompts), max(len(body) for body in bodies)
     if left + right > context:
         raise UserError(
@@ -131,10 +134,12 @@ def tokenize_logged(
     return LoggedTexts(ids, attention, mask, rewards, terminated, torch.full(shape, gamma))
 
 
-def _body(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, bool, float]]:
+def _body(text: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, bool, float]]:
     """(token, whether it was chosen, its reward) of everything after the prompt."""
+    if isinstance(text[0].text, Chat):
+        return _conversation_body(text[0].text, text[1:], tokenizer)
     body: list[tuple[int, bool, float]] = []
-    for piece in pieces:
+    for piece in text[1:]:
         tokens = list(tokenizer.encode(piece.text, add_special_tokens=False))
         if piece.reward is None:
             body += [(token, False, 0.0) for token in tokens]
@@ -142,3 +147,23 @@ def _body(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -> list[t
             body += [(token, True, 0.0) for token in tokens]
             body.append((int(tokenizer.eos_token_id), True, piece.reward))
     return body
+
+
+def _conversation_body(
+    prompt: Chat, pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, bool, float]]:
+    """The same of a conversation: a message's reward is on its EOS."""
+    messages: list[Message] = []
+    for piece in pieces:
+        said = {"role": ASSISTANT, "content": piece.text}
+        messages += piece.text.messages if isinstance(piece.text, Chat) else [said]
+    ids, mask = completion_tokens(tokenizer, prompt, Chat.completion(messages))
+    ends = [i for i, own in enumerate(mask) if own and (i + 1 == len(mask) or not mask[i + 1])]
+    rewards = [piece.reward for piece in pieces if piece.reward is not None]
+    if len(ends) != len(rewards):
+        raise UserError(
+            f"{prompt.place}: the chat template puts nothing between two messages of the assistant, so their "
+            "rewards cannot be told apart; give the conversation one reward"
+        )
+    earned = dict(zip(ends, rewards, strict=True))
+    return [(token, own, earned.get(i, 0.0)) for i, (token, own) in enumerate(zip(ids, mask, strict=True))]

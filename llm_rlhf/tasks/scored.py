@@ -5,8 +5,8 @@ A row is {"prompt": ..., "completion": ..., "reward": 0.5}, or a conversation
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...], "reward": 0.5}
 
 in which any assistant message may have a reward of its own; the row's is added to the last one. A conversation is
-read as lines "ROLE: CONTENT". Every assistant message is chosen and ends with EOS; everything else is given. What
-the model is asked for in validation and evaluation is the first assistant message.
+rendered by the tokenizer's chat template, or as lines "ROLE: CONTENT". Every assistant message is chosen and ends
+with EOS; everything else is given. What the model is asked for in validation and evaluation is the first one.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiment.errors import UserError
+from llm_rlhf.data.chat import ASSISTANT, Chat, Message
 from llm_rlhf.rewards.functions import RewardFunction
 from llm_rlhf.tasks.examples import Example, Piece, number_column, read_jsonl, text_column
 from llm_rlhf.tasks.rows import split_prompts
-
-WRITER = "assistant"
 
 
 @dataclass(frozen=True)
@@ -116,23 +115,23 @@ def _conversation(row: Mapping[str, Any], config: ScoredConfig, place: str) -> l
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{place}: column {config.messages!r} must be a list of objects with `role` and `content`")
     pieces: list[Piece] = []
-    given = ""
+    given: list[Message] = []
     scored = config.reward in row
     for number, message in enumerate(messages, start=1):
         where = f"{place}: message {number}"
         role, content = text_column(message, "role", where), text_column(message, "content", where)
-        given += ("\n" if pieces or given else "") + f"{role}: "
-        if role != WRITER:
-            given += content
+        if role != ASSISTANT:
+            given.append({"role": role, "content": content})
             continue
         if not content:
             raise UserError(f"{where}: column 'content' is empty; an assistant message must say something")
         earned = number_column(message, config.reward, where) if config.reward in message else 0.0
         scored |= config.reward in message
-        pieces += [Piece(given, None), Piece(content, earned)]
-        given = ""
+        before = Chat.between(given, place=place) if pieces else Chat.prompt(given, place=place)
+        pieces += [Piece(before, None), Piece(content, earned)]
+        given = []
     if not pieces:
-        raise UserError(f"{place}: no message has the role {WRITER!r}; there is nothing to learn from")
+        raise UserError(f"{place}: no message has the role {ASSISTANT!r}; there is nothing to learn from")
     if not scored:
         raise UserError(f"{place}: neither the row nor a message has a {config.reward!r}")
     if config.reward in row:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
+from llm_rlhf.data.chat import Chat
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.logged.texts import LoggedTexts, tokenize_logged
 from llm_rlhf.logged.value_heads import HEADS, AdvantageSteering, ValueHeads, heads_for, loss_of
@@ -46,6 +47,41 @@ def tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[Piece]],
 
 
 # ---------------------------------------------------------------- texts as decisions
+
+
+def test_a_conversation_is_rendered_by_the_chat_template() -> None:
+    """What the template puts around a message is given but for its EOS, on which the message's reward lies."""
+    _, tokenizer, _ = tiny()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'a' if m.role == 'user' else 's' }}:{{ m.content }}"
+        "{% if m.role == 'assistant' %}<eos>d{% endif %}{% endfor %}{% if add_generation_prompt %}s:{% endif %}"
+    )
+    text = [
+        Piece(Chat.prompt([{"role": "user", "content": "b"}]), None),
+        Piece("r", 0.25),
+        Piece(Chat.between([{"role": "user", "content": "c"}]), None),
+        Piece("rr", 2.0),
+    ]
+    data = tokens(tokenizer, [text])
+    names = tokenizer.convert_ids_to_tokens(data.input_ids[0].tolist())
+    assert names == ["a", ":", "b", "s", ":", "r", "<eos>", "d", "a", ":", "c", "s", ":", "r", "r", "<eos>"]
+    assert data.mask[0].nonzero().flatten().tolist() == [5, 6, 13, 14, 15]
+    assert data.rewards[0].nonzero().flatten().tolist() == [6, 15]
+    assert data.rewards[0, [6, 15]].tolist() == [0.25, 2.0]
+    assert data.terminated[0].nonzero().tolist() == [[15]]
+
+
+def test_messages_that_touch_are_refused() -> None:
+    _, tokenizer, _ = tiny()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    text = [
+        Piece(Chat.prompt([{"role": "user", "content": "b"}], place="rows.jsonl:7"), None),
+        Piece("r", 0.25),
+        Piece(Chat.between([]), None),
+        Piece("s", 2.0),
+    ]
+    with pytest.raises(UserError, match=r"^rows\.jsonl:7: the chat template puts nothing between two messages"):
+        tokens(tokenizer, [text])
 
 
 def test_columns_of_a_conversation() -> None:
