@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 from collections.abc import Mapping
@@ -189,8 +190,11 @@ def _dotted(schema: type, prefix: str = "", above: tuple[type, ...] = ()) -> lis
 
 
 def _to_float(value: Any) -> Any:
-    """Text that is plainly a number becomes one; anything else is left for pydantic to judge."""
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+    """Text that is plainly a number becomes one; anything else is left for pydantic to judge. NaN sets nothing."""
+    number = float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+    if isinstance(number, float) and math.isnan(number):
+        raise ValueError("must be a number, got nan")
+    return number
 
 
 def _strict_choice(annotation: Any) -> BeforeValidator:

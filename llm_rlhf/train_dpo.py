@@ -134,6 +134,14 @@ def check(pairs: Mapping[str, TokenizedPairs], config: TrainDPOConfig) -> None:
     """Raises UserError for pairs that this configuration cannot learn from."""
     require_enough(len(pairs.get("train", ())), batch_size=config.learning.batch_size, what="pairs")
     require_held_out(len(pairs.get("validation", ())), config.validation, what="pairs")
+    count = sum(len(part) for part in pairs.values())
+    if config.preference.loss == "tso":
+        below = sum(int((part.margin < 0).sum()) for part in pairs.values())
+        if below:
+            raise UserError(
+                f"pairs.margin: preference.loss tso is the steeper the better the chosen answer is, and {below} of "
+                f"{count} pairs have a number below 0 in column {config.pairs.margin!r}"
+            )
     if config.preference.loss != "odpo":
         return
     least = -float("inf") if config.preference.odpo_offset == "linear" else 0.0
@@ -142,7 +150,7 @@ def check(pairs: Mapping[str, TokenizedPairs], config: TrainDPOConfig) -> None:
         number = "number" if config.preference.odpo_offset == "linear" else "number above 0"
         raise UserError(
             f"pairs.margin: preference.loss odpo needs to know how much better each chosen answer is, and {bad} of "
-            f"{sum(len(part) for part in pairs.values())} pairs have no {number} in column {config.pairs.margin!r}"
+            f"{count} pairs have no {number} in column {config.pairs.margin!r}"
         )
 
 

@@ -24,10 +24,10 @@ from llm_rlhf.online.experience import (
     ShapingConfig,
     joined,
     joined_scores,
-    logprob_gap,
     policy_metrics,
     reference_log_probs,
     sample_metrics,
+    settled_log_probs,
     with_kl_rewards,
 )
 from llm_rlhf.online.learner import (
@@ -47,7 +47,7 @@ from llm_rlhf.online.self_imitation import SelfImitationConfig
 from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
-from policy_core.grpo import GRPOConfig, group_advantages, with_signal
+from policy_core.grpo import GRPOConfig, group_advantages, is_flat, with_signal
 from policy_core.kl import KLConfig
 from policy_core.ppo import PPOConfig, update
 from policy_core.schedules import scheduled, set_learning_rate
@@ -78,7 +78,8 @@ class SamplingConfig:
                         different rewards, and learn from those (DAPO 2503.14476, section 3.2); metrics are of
                         everything that was drawn
     max_seconds         stop after this much CPU time of training (a run that uses it cannot be repeated to the bit)
-    logprob_gap_every   updates between comparisons of sampling's log-probs with training's (0 = never)
+    logprob_gap_every   updates between comparisons of sampling's log-probs with training's (0 = never); with
+                        precision bf16 every update compares
     """
 
     updates: int = 400
@@ -196,6 +197,8 @@ def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
 def iterate(config: TrainGRPOConfig, learner: Learner, *, step: int) -> dict[str, float]:
     """One rollout and the update on it; returns metrics under TRL's names."""
     samples, scores, draw_metrics = draw(config, learner)
+    compare = config.sampling.logprob_gap_every > 0 and step % config.sampling.logprob_gap_every == 0
+    samples, gap = settled_log_probs(learner.policy, samples, compare=compare)
     ref_log_probs = reference_log_probs(learner.reference, samples)
     judged = learner.shaper.judged(samples, scores)
     learned, shaping_metrics = learner.shaper.scaled(judged)
@@ -212,9 +215,7 @@ def iterate(config: TrainGRPOConfig, learner: Learner, *, step: int) -> dict[str
     rollout, kl_metrics = with_kl_rewards(rollout, config=config.kl, coef=learner.controller.coef)
     advantages, group_metrics = group_advantages(rollout, config=config.grpo)
     metrics = {f"objective/{name}": float(value) for name, value in group_metrics.items()}
-    metrics |= {**draw_metrics, **shaping_metrics}
-    if config.sampling.logprob_gap_every and step % config.sampling.logprob_gap_every == 0:
-        metrics |= logprob_gap(learner.policy, samples)
+    metrics |= {**draw_metrics, **shaping_metrics, **gap}
     trained = rollout
     if config.sampling.skip_flat_groups:
         trained, advantages = with_signal(rollout, advantages)
@@ -266,12 +267,11 @@ def draw(config: TrainGRPOConfig, learner: Learner) -> tuple[Samples, Scores, di
 
 
 def groups_with_signal(scores: Scores, prompt: Tensor) -> Tensor:
-    """Whether the scored completions of each prompt earned different scores. prompt [B] int -> [G] bool."""
-    groups = int(prompt.max()) + 1
-    total, group = scores.total[scores.scored], prompt[scores.scored]
-    most = total.new_full((groups,), -torch.inf).scatter_reduce(0, group, total, "amax")
-    least = total.new_full((groups,), torch.inf).scatter_reduce(0, group, total, "amin")
-    return most - least > 1e-8
+    """Whether the scored completions of each prompt are no flat group (`grpo.is_flat`). prompt [B] -> [G] bool."""
+    group = prompt[scores.scored]
+    signal = torch.zeros(int(prompt.max()) + 1, dtype=torch.bool)
+    signal[group[~is_flat(scores.total[scores.scored], group)]] = True
+    return signal
 
 
 def chosen_rows(scores: Scores, prompt: Tensor, *, prompts: int) -> Tensor:

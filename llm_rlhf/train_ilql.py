@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from experiment.run import Run, RunConfig, RunResult
-from llm_rlhf.data.chat import Chat, ensure_template
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.logged.texts import LoggedTexts, logged_texts, tokenize_logged
 from llm_rlhf.logged.value_heads import AdvantageSteering, ValueHeads, heads_for, loss_of
@@ -113,8 +112,6 @@ def train(config: TrainILQLConfig, *, resume: Path | None = None) -> RunResult:
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
         policy, tokenizer = build_policy(checkpoint_policy(run, config.model), alphabet=task.alphabet)
-        if any(isinstance(text[0].text, Chat) for text in texts) and ensure_template(tokenizer):
-            print("the tokenizer has no chat template; conversations are lines 'role: content'", flush=True)
         data = tokenize_logged(
             texts, tokenizer, context=policy.context, pad=pad_id(tokenizer), gamma=config.learning.gamma
         )

@@ -16,10 +16,10 @@ from llm_rlhf.online.critic import CriticConfig, with_values
 from llm_rlhf.online.experience import (
     OverlongConfig,
     ShapingConfig,
-    logprob_gap,
     policy_metrics,
     reference_log_probs,
     sample_metrics,
+    settled_log_probs,
     with_dense_rewards,
     with_kl_rewards,
 )
@@ -66,7 +66,7 @@ def language_ppo() -> PPOConfig:
 class SamplingConfig:
     """updates: rollouts in all; prompts, samples_per_prompt: of one rollout; max_seconds: stop after this
     much CPU time of training (a run that uses it cannot be repeated to the bit); logprob_gap_every: updates between
-    comparisons of sampling's log-probs with training's (0 = never)."""
+    comparisons of sampling's log-probs with training's (0 = never); with precision bf16 every update compares."""
 
     updates: int = 200
     prompts: int = 256
@@ -196,6 +196,8 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int, train_policy
     learner.latest = (samples, scores)
     if config.self_imitation.coef > 0:
         learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, scores)
+    compare = config.sampling.logprob_gap_every > 0 and step % config.sampling.logprob_gap_every == 0
+    samples, gap = settled_log_probs(learner.policy, samples, compare=compare)
     ref_log_probs = reference_log_probs(learner.reference, samples)
     learned, shaping_metrics = learner.shaper.scaled(learner.shaper.judged(samples, scores))
     rollout = to_rollout(
@@ -207,12 +209,10 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int, train_policy
         gamma=config.ppo.gamma,
     )
     if learner.process is not None:
-        rollout = with_dense_rewards(rollout, learner.process.rewards(rows, samples))
+        rollout = with_dense_rewards(rollout, learner.process.rewards(rows, samples, scores))
     if learner.critic is not None:
         rollout = with_values(rollout, learner.critic)
-    metrics = {**sample_metrics(samples, scores, ref_log_probs), **shaping_metrics}
-    if config.sampling.logprob_gap_every and step % config.sampling.logprob_gap_every == 0:
-        metrics |= logprob_gap(learner.policy, samples)
+    metrics = {**sample_metrics(samples, scores, ref_log_probs), **shaping_metrics, **gap}
     rollout, kl_metrics = with_kl_rewards(rollout, config=config.kl, coef=learner.controller.coef)
     advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
     statistics = update(

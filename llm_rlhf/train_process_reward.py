@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from experiment.device import find_device
 from experiment.run import Run, RunConfig, RunResult
 from experiment.statistics import wilson_interval
 from llm_rlhf.data.texts import Batches
+from llm_rlhf.models.card import with_cards
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.online.learner import Counters, progress_of, stopping_on_nan
 from llm_rlhf.rewards.process_reward import (
@@ -86,7 +87,7 @@ def train(config: TrainProcessRewardConfig, *, resume: Path | None = None) -> Ru
             better = looked.get("eval/loss", math.inf) < learner.best
             if last or better or run.should_save(step):
                 learner.best = min(learner.best, looked.get("eval/loss", math.inf))
-                writers: dict[str, Callable[[Path], None]] = {FOLDER: learner.steps.save_pretrained}
+                writers = with_cards(run, {FOLDER: learner.steps.save_pretrained})
                 metric = -looked["eval/loss"] if looked else None
                 run.save(learner.state_dict(), global_step=step, folders=writers, metric=metric)
             if last:

@@ -18,7 +18,7 @@ from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.texts import Batches, TokenizedTexts, columns_of, concatenate, tokenize
 from llm_rlhf.models.causal import build_policy
-from llm_rlhf.models.generation import GenerationConfig
+from llm_rlhf.models.generation import GenerationConfig, at_temperature
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.models.tokenizer import pad_id
@@ -63,13 +63,18 @@ class RejectionConfig:
 
 @dataclass(frozen=True)
 class TrainRejectionConfig:
-    """Everything a rejection-sampling run is made of. rewards: name (or file.py:function) -> weight."""
+    """Everything a rejection-sampling run is made of.
+
+    rewards             name (or file.py:function) -> weight
+    rewards_timeout     seconds that one call of a reward function may take; null = any
+    """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="rejection", checkpoint_every=500))
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     rewards: dict[str, float] = field(default_factory=dict)
+    rewards_timeout: float | None = None
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     sft: SupervisedConfig = field(default_factory=SupervisedConfig)
     validation: ValidationConfig = field(default_factory=lambda: ValidationConfig(every=500))
@@ -138,7 +143,13 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
             temperature=config.generation.temperature,
         )
         sampler = build_sampler(
-            policy, tokenizer, task, rewards=config.rewards, generation=config.generation, seed=config.run.seed
+            policy,
+            tokenizer,
+            task,
+            rewards=config.rewards,
+            generation=config.generation,
+            seed=config.run.seed,
+            rewards_timeout=config.rewards_timeout,
         )
         require_room_to_sample(
             sampler, model=config.model, validation=config.validation, training=chosen.source == "samples"
@@ -152,7 +163,7 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
         for step in range(start + 1, total + 1):
             began = time.process_time()
             kept, metrics = filtered(learner, config, step=step)
-            with stopping_on_nan(run, "sft.learning_rate"):
+            with stopping_on_nan(run, "sft.learning_rate"), at_temperature(policy, 1.0):
                 losses = supervised_step(
                     policy,
                     learner.optimizer,
@@ -167,7 +178,13 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
             last = step == total or (limit is not None and learner.counters.seconds >= limit)
             due = last or step % max(config.validation.every, 1) == 0
             looked = validate(
-                policy, tokenizer, task, config.validation, due=due, max_new_tokens=sampler.max_new_tokens
+                policy,
+                tokenizer,
+                task,
+                config.validation,
+                due=due,
+                max_new_tokens=sampler.max_new_tokens,
+                rewards_timeout=config.rewards_timeout,
             )
             log_and_save(
                 run,

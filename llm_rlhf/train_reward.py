@@ -24,6 +24,7 @@ from experiment.statistics import wilson_interval
 from llm_rlhf.data.pairs import PairData, PairsConfig, read_pairs
 from llm_rlhf.data.records import Comparison
 from llm_rlhf.data.texts import Batches
+from llm_rlhf.models.card import with_cards
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import Precision, require_precision
 from llm_rlhf.online.learner import Counters, progress_of, stopping_on_nan
@@ -188,7 +189,7 @@ def train(config: TrainRewardConfig, *, resume: Path | None = None) -> RunResult
                 run.save(
                     learner.state_dict(),
                     global_step=step,
-                    folders=reward_writer(learner.model, learner.tokenizer),
+                    folders=with_cards(run, reward_writer(learner.model, learner.tokenizer)),
                     metric=-looked["eval/loss"] if looked else None,
                 )
             if last:

@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from experiment.run import Run, RunConfig, RunResult
-from llm_rlhf.data.chat import Chat, ensure_template
 from llm_rlhf.data.packing import PackedTexts, pack, require_apart
 from llm_rlhf.data.texts import Batches, TokenizedTexts, encode_examples, lay_out
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
@@ -59,7 +58,9 @@ class SupervisedConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
-            raise ValueError("sft: steps and batch_size must be at least 1")
+            raise ValueError(f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}")
+        if self.learning_rate < 0 or self.weight_decay < 0 or self.max_grad_norm <= 0:
+            raise ValueError("learning_rate and weight_decay must not be negative, max_grad_norm must be above 0")
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,8 @@ def training_texts(
 ) -> TokenizedTexts | PackedTexts:
     """The task's demonstrations as tokens, packed where that is asked for; says what was cut.
 
-    A tokenizer without a chat template gets the plain one where there are conversations. Raises UserError if there
-    is nothing, or a text does not fit the model's context and may not be cut.
+    Raises UserError if there is nothing, or a text does not fit the model's context and may not be cut.
     """
-    if any(isinstance(example.prompt, Chat) for example in task.demonstrations) and ensure_template(tokenizer):
-        print("the tokenizer has no chat template; conversations are lines 'role: content'", flush=True)
     texts, counts = encode_examples(task.demonstrations, tokenizer, context=policy.context, cut=config.cut)
     for what, count in counts.items():
         if count:

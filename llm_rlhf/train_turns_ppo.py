@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,13 @@ from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import GenerationConfig
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import Precision, require_precision
-from llm_rlhf.online.experience import policy_metrics, reference_log_probs, sample_metrics, with_kl_rewards
+from llm_rlhf.online.experience import (
+    policy_metrics,
+    reference_log_probs,
+    sample_metrics,
+    settled_log_probs,
+    with_kl_rewards,
+)
 from llm_rlhf.online.learner import (
     Counters,
     ValidationConfig,
@@ -72,6 +78,7 @@ class TrainTurnsPPOConfig:
     generation  max_new_tokens counts the answers, too; cut_is_end: what an episode is that nobody ended
     rewards     name (or file.py:function) -> weight; `environment` is what the environment gives by turn; empty =
                 the environment's own or, with tools, the task's
+    rewards_timeout     seconds that one call of a reward function may take; null = any
     precision   "bf16": the model's matrix products in bfloat16 (autocast), in playing and in updates
     """
 
@@ -81,6 +88,7 @@ class TrainTurnsPPOConfig:
     turns: TurnsConfig = field(default_factory=TurnsConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     rewards: dict[str, float] = field(default_factory=dict)
+    rewards_timeout: float | None = None
     sampling: PlayingConfig = field(default_factory=PlayingConfig)
     ppo: PPOConfig = field(default_factory=language_ppo)
     kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01))
@@ -196,6 +204,7 @@ def build_learner(run: Run, task: Task, config: TrainTurnsPPOConfig) -> Learner:
             task,
             config.turns,
             rewards=config.rewards,
+            rewards_timeout=config.rewards_timeout,
             max_new_tokens=config.generation.max_new_tokens,
         ),
         task=task,
@@ -223,10 +232,11 @@ def iterate(
         first_index=learner.counters.samples,
         bootstrap=not config.generation.cut_is_end,
     )
-    samples, scores = played.episodes.samples, played.scores
+    scores = played.scores
+    samples, gap = settled_log_probs(learner.policy, played.episodes.samples)
     ref_log_probs = reference_log_probs(learner.reference, samples)
     rollout = turns_to_rollout(
-        played.episodes,
+        replace(played.episodes, samples=samples),
         played.final,
         scored=scores.scored,
         turn_weight=learner.player.judge.environment,
@@ -251,6 +261,7 @@ def iterate(
     metrics = {
         **sample_metrics(samples, scores, ref_log_probs),
         **played.episodes.metrics(),
+        **gap,
         **kl_metrics,
         **policy_metrics(statistics),
         "objective/kl_coef": learner.controller.coef,

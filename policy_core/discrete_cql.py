@@ -65,12 +65,14 @@ def update(
     config: DiscreteCQLConfig,
 ) -> Metrics:
     """One step of `model` and then of its slow copy `target`. values_of: a module's values of every choice."""
+    observations, following = batch.observations, batch.next_observations
+    assert isinstance(observations, Tensor)
+    assert isinstance(following, Tensor)
     assert isinstance(batch.actions, Tensor)
     with torch.no_grad():
-        next_values = values_of(model)(batch.next_observations)
-        slow_next_values = values_of(target)(batch.next_observations)
+        next_values, slow_next_values = values_of(model)(following), values_of(target)(following)
     targets = double_targets(batch, next_values=next_values, slow_next_values=slow_next_values)
-    values = values_of(model)(batch.observations)
+    values = values_of(model)(observations)
     total, metrics = loss(values=values, actions=batch.actions, targets=targets, mask=batch.mask, config=config)
     optimizer.zero_grad()
     total.backward()

@@ -31,27 +31,48 @@ class GRPOConfig:
             raise ValueError(f"grpo.group_size must be at least 2, got {self.group_size}: one answer has no peer")
 
 
-def _group_sums(returns: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """returns, group [E] -> size, sum and centred sum of squares of each episode's group, [E] each."""
+FLAT = 1e-6
+"""Share of the largest return (or of 1) within which returns are one and the same: what is left is rounding."""
+
+
+def is_flat(returns: Tensor, group: Tensor) -> Tensor:
+    """Whether an episode's group earned one and the same return: max - min <= 1e-6 * max(1, |max|).
+
+    returns, group [E] -> [E] bool. Its advantages are exactly 0: an optimizer that scales gradients, as Adam does,
+    would make a step of the rounding.
+    """
+    _, inverse = torch.unique(group, return_inverse=True)
+    groups = int(inverse.max()) + 1 if inverse.numel() else 0
+    most = returns.new_full((groups,), -torch.inf).scatter_reduce(0, inverse, returns, "amax")
+    least = returns.new_full((groups,), torch.inf).scatter_reduce(0, inverse, returns, "amin")
+    return (most - least <= FLAT * most.abs().clamp(min=1.0))[inverse]
+
+
+def _group_sums(returns: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """returns, group [E] -> returns, size, sum and centred sum of squares of each episode's group, [E] float64.
+
+    Returns of flat groups read 0, whose mean is 0 to the bit.
+    """
+    returns = torch.where(is_flat(returns, group), 0.0, returns.double())
     _, inverse = torch.unique(group, return_inverse=True)
     groups = int(inverse.max()) + 1 if inverse.numel() else 0
     ones = torch.ones_like(returns)
     size = returns.new_zeros(groups).index_add_(0, inverse, ones)[inverse]
     total = returns.new_zeros(groups).index_add_(0, inverse, returns)[inverse]
     squares = returns.new_zeros(groups).index_add_(0, inverse, (returns - total / size).square())[inverse]
-    return size, total, squares
+    return returns, size, total, squares
 
 
 def grpo(returns: Tensor, group: Tensor) -> Tensor:
     """(R - mean) / (std + 1e-4) within the group, std with n - 1 (Shao 2024, 2402.03300 eq. 4). [E] -> [E]."""
-    size, total, squares = _group_sums(returns, group)
+    returns, size, total, squares = _group_sums(returns, group)
     std = (squares / (size - 1).clamp(min=1)).sqrt()
     return (returns - total / size) / (std + 1e-4)
 
 
 def rloo(returns: Tensor, group: Tensor) -> Tensor:
     """R less the mean of the group's *other* episodes (Ahmadian 2024, 2402.14740 eq. 8). [E] -> [E]; alone: 0."""
-    size, total, _ = _group_sums(returns, group)
+    returns, size, total, _ = _group_sums(returns, group)
     others = (total - returns) / (size - 1).clamp(min=1)
     return torch.where(size > 1, returns - others, 0.0)
 
@@ -61,15 +82,14 @@ def dr_grpo(returns: Tensor, group: Tensor) -> Tensor:
 
     Its other half is ppo.aggregation "constant".
     """
-    size, total, _ = _group_sums(returns, group)
+    returns, size, total, _ = _group_sums(returns, group)
     return returns - total / size
 
 
 def _over_batch(values: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 (n - 1) over all episodes; a single one is 0. [E] -> [E]."""
-    if values.numel() < 2:
+    """Mean 0 and standard deviation 1 (n - 1) over all episodes; 0 where all are the same. [E] -> [E]."""
+    if is_flat(values, torch.zeros_like(values, dtype=torch.long)).all():
         return torch.zeros_like(values)
-    # where all are equal, what rounding leaves of them must not be blown up
     return (values - values.mean()) / values.std().clamp(min=1e-4)
 
 
@@ -78,7 +98,7 @@ def reinforce_pp(returns: Tensor, group: Tensor) -> Tensor:
 
     An easy prompt's answers all gain and a hard one's all lose: the baseline does not know the prompt.
     """
-    return _over_batch(returns)
+    return _over_batch(returns.double())
 
 
 def reinforce_pp_baseline(returns: Tensor, group: Tensor) -> Tensor:
@@ -86,9 +106,10 @@ def reinforce_pp_baseline(returns: Tensor, group: Tensor) -> Tensor:
 
     Unlike `grpo`'s, its scale does not blow up the groups whose returns hardly differ.
     """
-    return _over_batch(dr_grpo(returns, group))
+    return _over_batch(dr_grpo(returns, group)).masked_fill(is_flat(returns, group), 0.0)
 
 
+# computed in float64, and given so
 ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "grpo": grpo,
     "rloo": rloo,
@@ -112,23 +133,23 @@ def overlong_punishment(lengths: Tensor, *, max_length: int, cache: int) -> Tens
 def group_advantages(rollout: Rollout, *, config: GRPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Every decision gets its episode's advantage over its group. Returns [B, T] and metrics.
 
-    Metrics: frac_reward_zero_std (share of episodes whose group has one and the same return: no signal),
+    Metrics: frac_reward_zero_std (share of episodes whose group is flat, see `is_flat`: no signal),
     reward_std (mean over episodes of their group's standard deviation).
     Raises ValueError if the rollout has no groups.
     """
     if rollout.group is None:
         raise ValueError("group advantages need rollout.group")
     returns, index, group = episode_returns(rollout)
-    advantages = ADVANTAGES[config.advantage](returns, group)
+    advantages = ADVANTAGES[config.advantage](returns, group).to(returns)
     spread = torch.zeros_like(rollout.rewards)
     spread[rollout.mask] = advantages[index[rollout.mask]]
-    size, _, squares = _group_sums(returns, group)
+    _, size, _, squares = _group_sums(returns, group)
     std = (squares / (size - 1).clamp(min=1)).sqrt()
-    return spread, {"frac_reward_zero_std": (std < 1e-8).float().mean(), "reward_std": std.mean()}
+    return spread, {"frac_reward_zero_std": is_flat(returns, group).float().mean(), "reward_std": std.mean()}
 
 
 def with_signal(rollout: Rollout, advantages: Tensor) -> tuple[Rollout, Tensor]:
-    """The rows of which some group did not earn one and the same reward; all of them if there is none.
+    """The rows with a group that has an advantage, which a flat one has not; all of them if there is none.
 
     Raises ValueError if the rollout has no groups.
     """

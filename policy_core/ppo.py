@@ -74,6 +74,8 @@ class PPOConfig:
     critic_warmup: int = 0
 
     def __post_init__(self) -> None:
+        if self.learning_rate < 0 or self.max_grad_norm <= 0 or self.clip_range <= 0:
+            raise ValueError("ppo.learning_rate must not be negative, max_grad_norm and clip_range must be above 0")
         if self.minibatch_size < 1 or self.epochs < 1:
             raise ValueError("ppo.minibatch_size and ppo.epochs must be at least 1")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
@@ -356,6 +358,7 @@ def update(
     traced                  replays the gradient's operations (`traced_gradient(policy)`, kept by the caller)
                             instead of autograd's: the same numbers, faster for small networks
 
+    A minibatch of which no decision counts makes no step, unless `auxiliary` does: momentum would move the weights.
     Returns metrics averaged over the optimizer steps. Raises NonFiniteLoss before a step that spoils the weights.
     """
     if not train_policy and returns is None:
@@ -369,6 +372,7 @@ def update(
         advantages = normalize(advantages, counts)
     with_reference = kl is not None and kl.placement == "loss" and kl_coef != 0.0
     kl = kl if with_reference else None
+    taught = train_policy and auxiliary is not None
     history: list[Metrics] = []
     with contextlib.nullcontext() if train_policy else only_critic(policy):
         for _ in range(config.epochs):
@@ -383,6 +387,9 @@ def update(
                 with_reference=with_reference,
             )
             for batch in batches:
+                if not taught and batch.mask is not None and not bool(batch.mask.any()):
+                    done += 1
+                    continue
                 optimizer.zero_grad(set_to_none=True)
                 metrics = _accumulate(policy, batch, config, kl, kl_coef, train_policy, traced)
                 if train_policy:

@@ -30,7 +30,8 @@ class PairLogProbs:
     chosen, rejected                nats under the policy, summed over a completion's tokens
     chosen_length, rejected_length  tokens that were summed
     ref_chosen, ref_rejected        nats under the frozen reference; None where the loss needs none
-    offset                          how much better the chosen one is, in units of a score (ODPO); None = not told
+    offset                          how much better the chosen one is, in units of a score (ODPO, TSO); NaN = not
+                                    told of this pair, None = of none
     """
 
     chosen: Tensor

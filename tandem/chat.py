@@ -17,7 +17,7 @@ import torch
 
 from experiment.errors import UserError, user_errors
 from llm_rlhf.data.chat import Message, render
-from llm_rlhf.data.texts import encode_prompts
+from llm_rlhf.data.texts import encode_prompts, keep_end
 from llm_rlhf.evaluation.subject import Subject, load_subject
 from llm_rlhf.models.generation import draw_index
 from tandem.benchmark import find_model
@@ -175,7 +175,7 @@ class Conversation:
                 return ids
             if len(self.messages) <= first + 1:
                 self._notes.append(f"what you said is longer than the {room} tokens there are; its end was used")
-                return ids[-room:]
+                return keep_end(ids, room, bos=self.subject.tokenizer.bos_token_id)
             del self.messages[first : first + 2]
             self.dropped += 1
             if not self._told:

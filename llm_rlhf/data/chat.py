@@ -6,6 +6,7 @@ the assistant's is found by rendering up to before and up to behind each of its 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -133,12 +134,16 @@ def render(
 ) -> str:
     """The text of messages; `answer`: with what stands before the assistant's next message.
 
+    A tokenizer without a chat template gets the plain one, which is saved with it from then on, and says so.
+
     Raises UserError naming `place` if the template refuses them.
     """
+    if ensure_template(tokenizer):
+        print("the tokenizer has no chat template; conversations are lines 'role: content'", file=sys.stderr)
     try:
         text = tokenizer.apply_chat_template(
             list(messages),
-            chat_template=template_of(tokenizer) or PLAIN,
+            chat_template=template_of(tokenizer),
             tokenize=False,
             add_generation_prompt=answer,
         )

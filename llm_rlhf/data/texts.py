@@ -65,28 +65,50 @@ def concatenate(parts: Sequence[TokenizedTexts]) -> TokenizedTexts:
     )
 
 
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself begins a text with its bos token, as Llama's does and GPT-2's does not."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("ab")["input_ids"][:1]) == [bos]
+
+
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt; an empty one becomes the bos token, so that there is something to start from.
 
-    A conversation (`Chat`) is rendered by the tokenizer's chat template, or the plain one.
+    A conversation (`Chat`) is rendered by the tokenizer's chat template, or the plain one, which also says whether
+    it begins with bos. Any other prompt begins with bos, once, where the tokenizer begins its texts so.
     """
-    encoded = [
-        prompt_tokens(tokenizer, prompt)
-        if isinstance(prompt, Chat)
-        else list(tokenizer.encode(prompt, add_special_tokens=False))
-        for prompt in prompts
-    ]
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [ids or [int(start)] for ids in encoded]
+    bos = tokenizer.bos_token_id
+    start = bos if bos is not None else tokenizer.eos_token_id
+    lead = [int(start)] if adds_bos(tokenizer) else []
+
+    def ids_of(prompt: str) -> list[int]:
+        if isinstance(prompt, Chat):
+            return prompt_tokens(tokenizer, prompt)
+        ids = list(tokenizer.encode(prompt, add_special_tokens=False))
+        return ids if ids[:1] == lead else lead + ids
+
+    return [ids_of(prompt) or [int(start)] for prompt in prompts]
+
+
+def keep_end(prompt: list[int], room: int, *, bos: int | None) -> list[int]:
+    """The last `room` tokens (at least 1) of a prompt; the first of them is its bos, if it begins with that."""
+    if len(prompt) <= room:
+        return prompt
+    lead = prompt[:1] if prompt[0] == bos else []
+    return lead + prompt[len(prompt) - room + len(lead) :]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt and a completion as token ids; `mask` is True on the completion's tokens that are learned."""
+    """A prompt and a completion as token ids; `mask` is True on the completion's tokens that are learned.
+
+    bos     which token a prompt that begins with it keeps when it is cut
+    """
 
     prompt: list[int]
     completion: list[int]
     mask: list[bool]
+    bos: int | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -95,10 +117,11 @@ class Encoded:
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
     """Prompt and completion as generation sees them: encoded apart, with an EOS behind the completion."""
     (before,) = encode_prompts(tokenizer, [prompt])
+    bos = tokenizer.bos_token_id
     if isinstance(prompt, Chat):
-        return Encoded(before, *completion_tokens(tokenizer, prompt, completion))
+        return Encoded(before, *completion_tokens(tokenizer, prompt, completion), bos)
     ids = [*tokenizer.encode(completion, add_special_tokens=False), int(tokenizer.eos_token_id)]
-    return Encoded(before, ids, [True] * len(ids))
+    return Encoded(before, ids, [True] * len(ids), bos)
 
 
 def fit(
@@ -110,12 +133,12 @@ def fit(
     is cut has no EOS any more. Returns the answers, whether the prompt was cut, and which completions were.
     """
     longest = max(len(answer.completion) for answer in answers)
-    prompt = answers[0].prompt
+    prompt, bos = answers[0].prompt, answers[0].bos
     room = max(context - longest, context // 2, 1)
     room = room if max_prompt is None else min(room, max_prompt)
-    kept = prompt[-room:]
+    kept = keep_end(prompt, room, bos=bos)
     left = context - len(kept)
-    fitted = [Encoded(kept, answer.completion[:left], answer.mask[:left]) for answer in answers]
+    fitted = [Encoded(kept, answer.completion[:left], answer.mask[:left], bos) for answer in answers]
     return fitted, len(kept) < len(prompt), [len(answer.completion) > left for answer in answers]
 
 

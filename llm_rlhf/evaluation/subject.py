@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from experiment.checkpoint import Which, find_checkpoint
 from experiment.errors import UserError
 from llm_rlhf.data.chat import Chat, render
-from llm_rlhf.data.texts import encode_prompts
+from llm_rlhf.data.texts import encode_prompts, keep_end
 from llm_rlhf.logged.value_heads import AdvantageSteering
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import generate
@@ -22,7 +22,7 @@ from llm_rlhf.models.tokenizer import decode_completions, pad_id
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
-"""A text, or the messages of a conversation whose next one is the assistant's."""
+"""A text or `Chat`, or the messages of a conversation whose next one is the assistant's."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Likelihood:
 class Subject:
     """A policy with its tokenizer.
 
-    chat        ask through the tokenizer's chat template (a plain one where it has none), else prompts as they are
+    chat        ask texts through the tokenizer's chat template (a plain one where it has none), else as they are;
+                conversations go through it either way, as in training
     batch_size  prompts at once
     cut         how many prompts were too long for the context: those keep their end
     """
@@ -76,12 +77,21 @@ class Subject:
 
     def text_of(self, prompt: Prompt) -> str:
         """What the model is given. Raises UserError if the chat template refuses the messages."""
-        if isinstance(prompt, Chat):
-            prompt = list(prompt.messages)
-        if self.chat:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            return render(self.tokenizer, messages, answer=True)
-        return str(prompt) if isinstance(prompt, str) else str(Chat.prompt(prompt))
+        if isinstance(prompt, str):
+            prompt = self.asked(prompt)
+            if isinstance(prompt, Chat):
+                return render(self.tokenizer, prompt.messages, answer=True, place=prompt.place)
+            return prompt
+        return render(self.tokenizer, prompt, answer=True) if self.chat else str(Chat.prompt(prompt))
+
+    def asked(self, prompt: str) -> str:
+        """What whoever judges the answer must be given.
+
+        A conversation (`Chat`) where the model is asked through its chat template: a reward model has its own.
+        """
+        if isinstance(prompt, Chat) or not self.chat:
+            return prompt
+        return Chat.prompt([{"role": "user", "content": prompt}])
 
     def complete(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[list[str]]:
         """`decoding.samples` texts for each prompt. Raises UserError if none fits the model's context."""
@@ -159,7 +169,7 @@ class Subject:
         if len(ids) <= room:
             return ids
         self.cut += 1
-        return ids[-room:]
+        return keep_end(ids, room, bos=self.tokenizer.bos_token_id)
 
     def notes(self) -> list[str]:
         """What the reader of a result must know of the asking."""
@@ -168,6 +178,13 @@ class Subject:
         return [
             f"{self.cut} prompts were too long for the context of {self.policy.context} tokens: they kept their end"
         ]
+
+
+def question_of(prompt: str) -> str:
+    """What a function or a person is given of a prompt: of a conversation that is one question, that question."""
+    if isinstance(prompt, Chat) and len(prompt.messages) == 1:
+        return str(prompt.messages[0]["content"])
+    return prompt
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:

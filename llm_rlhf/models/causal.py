@@ -24,7 +24,7 @@ from experiment.errors import UserError
 from llm_rlhf.models.loading import ModelConfig, load_language_model, model_folder, new_language_model, quietly
 from llm_rlhf.models.lora import add_lora, base_of, is_adapted, merge, require_same
 from llm_rlhf.models.precision import Precision, autocast, widened
-from llm_rlhf.models.tokenizer import character_tokenizer, load_tokenizer
+from llm_rlhf.models.tokenizer import character_tokenizer, load_tokenizer, require_known_tokens
 from policy_core.policy import Evaluation
 from policy_core.rollout import Nested
 
@@ -316,10 +316,9 @@ def build_policy(
         policy = LanguagePolicy(model, temperature=temperature, value_head=value_head)
     else:
         folder = model_folder(config.path)
-        base = base_of(folder)
-        own_tokenizer = base is None or (Path(folder) / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(folder if own_tokenizer else str(base))
+        tokenizer = tokenizer_of(folder)
         policy = LanguagePolicy.from_pretrained(config.path, temperature=temperature, value_head=value_head)
+        require_known_tokens(tokenizer, policy.model, path=config.path)
         if is_adapted(policy.model):
             if config.lora is None:
                 merge(policy.model)
@@ -332,6 +331,13 @@ def build_policy(
         policy.checkpoint_gradients()
     policy.write_merged = config.lora is not None and config.lora.merged
     return policy, tokenizer
+
+
+def tokenizer_of(folder: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder or hub name; of an adapter without one, its base model's."""
+    base = base_of(folder)
+    own = base is None or (Path(folder) / "tokenizer_config.json").is_file()
+    return load_tokenizer(folder if own else str(base))
 
 
 def hidden_width(model: PreTrainedModel) -> int:

@@ -7,7 +7,8 @@ generator only, so a resumed run draws what the uninterrupted one would have dra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -25,7 +26,7 @@ class GenerationConfig:
     """How completions are drawn.
 
     max_new_tokens  longest completion, EOS included; None takes the task's own
-    temperature     logits are divided by it, in sampling and in training
+    temperature     logits are divided by it, in sampling and in policy gradients; texts are imitated at 1
     cut_is_end      True: a completion without EOS ends at its last token (terminated); False: it is cut there
                     and its value is bootstrapped (truncated)
     """
@@ -39,6 +40,16 @@ class GenerationConfig:
             raise ValueError(f"generation.temperature must be positive, got {self.temperature}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"generation.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+
+@contextlib.contextmanager
+def at_temperature(policy: LanguagePolicy, temperature: float) -> Iterator[None]:
+    """Within it, the policy draws and judges at this temperature."""
+    before, policy.temperature = policy.temperature, temperature
+    try:
+        yield
+    finally:
+        policy.temperature = before
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
-import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 from llm_rlhf.models.lora import ADAPTER, LoRAConfig, base_of, load_adapted
+from llm_rlhf.models.reading import read_causal
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ def model_folder(path: str | Path) -> str:
 
 
 def load_language_model(path: str | Path) -> PreTrainedModel:
-    """Any transformers causal language model in float32, dropout off. Raises UserError if it cannot be read.
+    """Any transformers causal language model in float32, dropout off.
+
+    Raises UserError if it cannot be read, or weights are missing in it.
 
     A folder with an adapter (peft) gives its base model with the adapter beside the weights, not merged into them.
     """
@@ -97,10 +101,10 @@ def load_language_model(path: str | Path) -> PreTrainedModel:
         with quietly():
             model: PreTrainedModel
             if base_of(source) is None:
-                model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+                model = read_causal(source)
             else:
                 model = load_adapted(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         raise UserError(f"model.path: {path} could not be loaded as a causal language model: {reason}") from error
     without_dropout(model)
@@ -124,10 +128,15 @@ def quietly() -> Iterator[None]:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, so that train and eval mode compute the same."""
+    """Switch off every dropout, so that train and eval mode compute the same; configurations say 0 from then on.
+
+    A probability is a module's or its configuration's float with "drop" in its name (attn_pdrop, hidden_dropout,
+    layerdrop), or p of a dropout layer; so is the noise on a router's input (jitter).
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(getattr(holder, "__dict__", {}).items()):
+                if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                    setattr(holder, name, 0.0)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
+from llm_rlhf.models.reading import read_causal
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -114,7 +115,8 @@ def load_adapted(folder: str | Path) -> PreTrainedModel:
         )
     if not (Path(folder) / WEIGHTS).is_file():
         raise UserError(f"{folder}: {WEIGHTS} is missing")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = read_causal(base)
+    names = vars(model).get("_weight_conversions")
     try:
         with _without_warnings():
             found = model.load_adapter(str(folder), NAME, is_trainable=True)
@@ -125,6 +127,9 @@ def load_adapted(folder: str | Path) -> PreTrainedModel:
     if strange:
         raise UserError(f"{folder}: the adapter does not fit its base model {base} ({strange[0]})")
     model.peft_config[NAME].base_model_name_or_path = base
+    # transformers saves weights under the names that they had in the file it read last. Of the adapter's file those
+    # are peft's, under which nobody would look for the weights of a merged model.
+    vars(model)["_weight_conversions"] = names
     return model
 
 

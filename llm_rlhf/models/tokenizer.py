@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 
@@ -48,6 +49,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no eos token; set one and save it again")
     return tokenizer
+
+
+def require_known_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, path: str | Path) -> None:
+    """UserError where the tokenizer has ids that the model has no embedding of: a token was added and no row."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= len(weight):
+        raise UserError(
+            f"{path}: the tokenizer goes up to id {highest} ({token!r}), the model has embeddings of {len(weight)} "
+            f"tokens; call model.resize_token_embeddings({highest + 1}) and save it again, or take the model's own "
+            "tokenizer"
+        )
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -213,8 +213,6 @@ def build_sampler(
     """A sampler with its own generator. Raises UserError for rewards or rules that cannot be used."""
     columns = columns_of(task.train)
     weights = rewards or task.gold
-    if rewards_timeout is not None and rewards_timeout <= 0:
-        raise UserError(f"rewards_timeout must be positive seconds, or null; got {rewards_timeout:g}")
     resolved = resolve(weights, own=task.rewards, columns=list(columns), timeout=rewards_timeout)
     resolved = constrained(resolved, safety or SafetyConfig())
     generator = torch.Generator().manual_seed(seed)
@@ -267,10 +265,12 @@ def joined_scores(parts: Sequence[Scores]) -> Scores:
     """The scores of several draws by the same functions as one."""
     if len(parts) == 1:
         return parts[0]
+    broken = [part.broken for part in parts if part.broken is not None]
     return Scores(
         total=torch.cat([part.total for part in parts]),
         scored=torch.cat([part.scored for part in parts]),
         by_name={name: torch.cat([part.by_name[name] for part in parts]) for name in parts[0].by_name},
+        broken=torch.cat(broken) if broken else None,
     )
 
 
@@ -279,15 +279,27 @@ def recomputed_log_probs(policy: LanguagePolicy, samples: Samples) -> Tensor:
     """Log-probs [B, T] of the drawn tokens by the forward pass that training uses, 0 elsewhere.
 
     What sampling says of its tokens is that up to rounding. Where it is not (bfloat16 decoding, another engine), a
-    rollout's old_log_probs must be these, or the first ratio is not 1.
+    rollout's old_log_probs must be these, or the first ratio is not 1: `settled_log_probs` sees to that.
     """
     log_probs = policy.log_probs(samples.observations(), samples.input_ids)
     return torch.where(samples.mask, log_probs, 0.0)
 
 
-def logprob_gap(policy: LanguagePolicy, samples: Samples) -> dict[str, float]:
-    """How far sampling's log-probs are from training's: the largest difference of a token, in nats."""
-    return {"sampling/logprob_gap": float((recomputed_log_probs(policy, samples) - samples.log_probs).abs().max())}
+def settled_log_probs(
+    policy: LanguagePolicy, samples: Samples, *, compare: bool = False
+) -> tuple[Samples, dict[str, float]]:
+    """The samples with the log-probs that an update starts from; and sampling/logprob_gap, the largest difference
+    of a token to sampling's in nats, where it is known.
+
+    In float32 those are sampling's own, which are compared with the training forward's only on demand. In bf16
+    they differ by hundredths of a nat, as cached and whole passes round apart: the training forward's replace them.
+    """
+    exact = policy.precision == "float32"
+    if exact and not compare:
+        return samples, {}
+    recomputed = recomputed_log_probs(policy, samples)
+    gap = {"sampling/logprob_gap": float((recomputed - samples.log_probs).abs().max())}
+    return samples if exact else replace(samples, log_probs=recomputed), gap
 
 
 def with_dense_rewards(rollout: Rollout, dense: Tensor) -> Rollout:

@@ -16,6 +16,7 @@ from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_policy, numbers
+from llm_rlhf.models.card import with_cards
 from llm_rlhf.models.causal import LanguagePolicy, build_policy, frozen_copy
 from llm_rlhf.models.generation import GenerationConfig, Samples
 from llm_rlhf.models.loading import ModelConfig
@@ -341,7 +342,8 @@ def log_and_save(
         position |= {} if epoch is None else {"epoch": epoch}
         run.log({**metrics, **position, **looked}, global_step=global_step)
     if last or run.should_save(global_step):
-        run.save(learner.state_dict(), global_step=global_step, folders=dict(folders), metric=looked.get(best))
+        carded = with_cards(run, folders)
+        run.save(learner.state_dict(), global_step=global_step, folders=carded, metric=looked.get(best))
 
 
 def steer_kl(controller: KLController, samples: Samples, ref_log_probs: Tensor) -> None:

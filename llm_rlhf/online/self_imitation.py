@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llm_rlhf.models.causal import LanguagePolicy
-from llm_rlhf.models.generation import Samples
+from llm_rlhf.models.generation import Samples, at_temperature
 from llm_rlhf.rewards.functions import Scores
 from policy_core.bc import bc_loss
 
@@ -70,7 +70,8 @@ class GoodAnswers:
         self.known[rows[good]] = True
 
     def loss(self, policy: LanguagePolicy) -> tuple[Tensor, dict[str, Tensor]]:
-        """coef times the mean negative log-likelihood of a random batch of good answers; 0 while there are none."""
+        """coef times the mean negative log-likelihood of a random batch of good answers, at temperature 1 whatever
+        the sampling's; 0 while there are none."""
         known = self.known.nonzero().squeeze(1)
         if known.numel() == 0:
             return torch.zeros((), requires_grad=True), {}
@@ -79,7 +80,9 @@ class GoodAnswers:
             tensor[chosen] for tensor in (self.input_ids, self.attention_mask, self.mask)
         )
         observations = {"input_ids": input_ids, "attention_mask": attention_mask, "decisions": mask}
-        loss, _ = bc_loss(log_probs=policy.evaluate(observations, input_ids).log_probs, mask=mask)
+        with at_temperature(policy, 1.0):
+            log_probs = policy.log_probs(observations, input_ids)
+        loss, _ = bc_loss(log_probs=log_probs, mask=mask)
         return self.config.coef * loss, {"self_imitation_nll": loss.detach()}
 
     def state_dict(self) -> dict[str, Any]:

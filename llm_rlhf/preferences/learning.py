@@ -129,7 +129,7 @@ def all_log_probs(
 
 
 def log_probs_of(log_probs: Tensor, pairs: TokenizedPairs, reference: Tensor | None) -> PairLogProbs:
-    """What the losses take: log_probs, reference [2, N] nats, chosen first; offsets if all pairs have a margin."""
+    """What the losses take: log_probs, reference [2, N] nats, chosen first; offsets are margins, NaN where none."""
     return PairLogProbs(
         chosen=log_probs[0],
         rejected=log_probs[1],
@@ -137,7 +137,7 @@ def log_probs_of(log_probs: Tensor, pairs: TokenizedPairs, reference: Tensor | N
         rejected_length=pairs.rejected.mask.sum(1).float(),
         ref_chosen=None if reference is None else reference[0],
         ref_rejected=None if reference is None else reference[1],
-        offset=None if bool(pairs.margin.isnan().any()) else pairs.margin.float(),
+        offset=pairs.margin.float(),
     )
 
 

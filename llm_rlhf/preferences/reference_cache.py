@@ -21,8 +21,8 @@ from torch import Tensor
 from experiment.checkpoint import sync
 from experiment.errors import UserError, storage_errors
 from llm_rlhf.data.texts import TokenizedTexts
-from llm_rlhf.models.causal import LanguagePolicy, build_policy
-from llm_rlhf.models.loading import ModelConfig
+from llm_rlhf.models.causal import LanguagePolicy, build_policy, tokenizer_of
+from llm_rlhf.models.loading import ModelConfig, model_folder
 from llm_rlhf.preferences.learning import LearningConfig, all_log_probs
 
 CACHE = "reference_log_probs.safetensors"
@@ -93,13 +93,14 @@ class ReferenceLogProbs:
 
 @dataclass(frozen=True)
 class ReferenceSource:
-    """path    the reference's folder
+    """path    the reference's folder; policy: the one that training starts from
     named   it is another model than the one that training starts from: the setting `reference`
     is_policy   the policy, before its first update, is the reference itself; not so with a new adapter beside it
     file    where its log-probs are kept; shared: the user named that file, so that other runs may read it, too
     """
 
     path: str
+    policy: str
     named: bool
     is_policy: bool
     file: Path
@@ -113,6 +114,7 @@ class ReferenceSource:
         file = run_folder / CACHE if reference_cache is None else Path(reference_cache)
         return cls(
             path=reference or str(model.path),
+            policy=str(model.path),
             named=reference is not None,
             is_policy=reference is None and model.lora is None,
             file=file,
@@ -167,14 +169,18 @@ def reference_log_probs(
 
 
 def _load_reference(source: ReferenceSource, policy: LanguagePolicy) -> LanguagePolicy:
-    """The reference, for as long as it is measured. Raises UserError if it has another vocabulary."""
+    """The reference, for as long as it is measured. Raises UserError if it reads other tokens than the policy."""
     try:
-        reference, _ = build_policy(ModelConfig(path=source.path), alphabet="", temperature=policy.temperature)
+        reference, tokenizer = build_policy(
+            ModelConfig(path=source.path), alphabet="", temperature=policy.temperature
+        )
     except UserError as error:
         raise UserError(str(error).replace("model.path", "reference", 1) if source.named else str(error)) from error
     ours, theirs = (_vocabulary(model) for model in (policy, reference))
     if ours != theirs:
         raise UserError(f"reference: {source.path} has a vocabulary of {theirs} tokens, the policy one of {ours}")
+    if source.named and tokenizer.get_vocab() != tokenizer_of(model_folder(source.policy)).get_vocab():
+        raise UserError(f"reference: {source.path} has other tokens than {source.policy}, the policy's start")
     return reference.eval()
 
 

@@ -47,22 +47,22 @@ class Scores:
     total       [B] float, the weighted sum over functions (0 where unscored)
     scored      [B] bool; at least one function gave a number
     by_name     [B] float for each function, NaN where it gave None
+    broken      [B] bool; broke a hard rule, so that nothing may be paid beside the total; None = there are no rules
     """
 
     total: Tensor
     scored: Tensor
     by_name: dict[str, Tensor]
+    broken: Tensor | None = None
 
     def metrics(self) -> dict[str, float]:
-        """rewards/NAME/mean and /std over what was scored, and the share that was not."""
+        """rewards/NAME/mean and /std over what was scored (NaN where nothing was), and the share that was not."""
         result: dict[str, float] = {}
         for name, values in self.by_name.items():
             known = values[~values.isnan()]
-            if known.numel():
-                result[f"rewards/{name}/mean"] = float(known.mean())
-                result[f"rewards/{name}/std"] = float(known.std(correction=0))
-        if self.scored.any():
-            result["objective/scores"] = float(self.total[self.scored].mean())
+            result[f"rewards/{name}/mean"] = float(known.mean())
+            result[f"rewards/{name}/std"] = float(known.std(correction=0)) if known.numel() else math.nan
+        result["objective/scores"] = float(self.total[self.scored].mean())
         result["rewards/unscored"] = float((~self.scored).float().mean())
         return result
 
@@ -113,9 +113,11 @@ def resolve(
     columns     the data's columns
     timeout     seconds that one call of a function may take; None = any
 
-    Raises UserError for an unknown name, a file that cannot be imported, or a function that asks for a column that
-    the data does not have.
+    Raises UserError for an unknown name, a file that cannot be imported, a function that asks for a column that the
+    data does not have, or a timeout that is not positive.
     """
+    if timeout is not None and timeout <= 0:
+        raise UserError(f"rewards_timeout must be positive seconds, or null; got {timeout:g}")
     if not weights:
         raise UserError("rewards: name at least one reward function with its weight, such as {exact_match: 1.0}")
     built_in: dict[str, AnyRewardFunction] = {"exact_match": exact_match, "random": random_reward, **own}

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from llm_rlhf.models.generation import Samples
 from llm_rlhf.online.experience import Sampler
+from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.rewards.process_reward import Form, StepScorer, dense_rewards
 
 
@@ -42,8 +44,11 @@ class ProcessTerm:
             return None
         return cls(config, StepScorer.from_pretrained(config.model), sampler)
 
-    def rewards(self, rows: Sequence[int], samples: Samples) -> Tensor:
-        """[B, T], 0 but at the steps' last tokens. rows: the training prompts that were drawn for, in order."""
+    def rewards(self, rows: Sequence[int], samples: Samples, scores: Scores) -> Tensor:
+        """[B, T], 0 but at the steps' last tokens; no step of a completion that broke a rule is paid.
+
+        rows: the training prompts that were drawn for, in order.
+        """
         prompts = [self.sampler.task.train[rows[which]].prompt for which in samples.prompt.tolist()]
         dense = dense_rewards(
             self.scorer,
@@ -53,4 +58,6 @@ class ProcessTerm:
             tokenizer=self.sampler.tokenizer,
             form=self.config.form,
         )
+        if scores.broken is not None:
+            dense = torch.where(scores.broken.unsqueeze(1), 0.0, dense)
         return self.config.weight * dense

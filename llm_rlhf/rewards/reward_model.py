@@ -30,7 +30,7 @@ from llm_rlhf.models.causal import build_policy
 from llm_rlhf.models.loading import ModelConfig, model_folder, new_language_model, quietly, without_dropout
 from llm_rlhf.models.lora import base_of
 from llm_rlhf.models.precision import Precision, autocast
-from llm_rlhf.models.tokenizer import character_tokenizer, pad_id
+from llm_rlhf.models.tokenizer import character_tokenizer, pad_id, require_known_tokens
 
 HEADS, SETTINGS = "reward_heads.safetensors", "reward.json"
 FOLDER = "reward_model"
@@ -116,7 +116,7 @@ class RewardModel(nn.Module):
     ) -> None:
         """Heads begin with standard deviation 1 / sqrt(D + 1) and bias 0.
 
-        start       token that goes before every text (an encoder's CLS); None = nothing
+        start       token that goes before texts that do not begin with it (an encoder's CLS); None = nothing
         context     longest text in tokens, without `start`
 
         Raises UserError for a trunk that does not give one hidden state a token.
@@ -162,8 +162,11 @@ class RewardModel(nn.Module):
         ids = input_ids.gather(1, packing(attention_mask)).to(self.trunk.device)
         lengths = lengths.to(ids.device)
         if self.start is not None:
-            ids = torch.cat([torch.full_like(ids[:, :1], self.start), ids], dim=1)
-            lengths = lengths + 1
+            bare = ids[:, :1] != self.start  # some tokenizers begin their texts with it
+            ids = torch.where(
+                bare, nn.functional.pad(ids, (1, 0), value=self.start), nn.functional.pad(ids, (0, 1))
+            )
+            lengths = lengths + bare.squeeze(1)
         packed = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
         ids = torch.where(packed, ids, max(int(getattr(self.trunk.config, "pad_token_id", None) or 0), 0))
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": packed.long()}
@@ -189,7 +192,10 @@ class RewardModel(nn.Module):
             if completion is None:
                 raise ValueError("pooling over completions needs to know where they are")
             own = (completion & attention_mask.bool()).gather(1, packing(attention_mask)).to(states.device)
-            counted = own if self.start is None else torch.cat([torch.zeros_like(own[:, :1]), own], dim=1)
+            if self.start is not None:
+                bare = counted.sum(1, keepdim=True) > attention_mask.sum(1, keepdim=True).to(counted.device)
+                own = torch.where(bare, nn.functional.pad(own, (1, 0)), nn.functional.pad(own, (0, 1)))
+            counted = own
             if not bool(counted.any(1).all()):
                 raise ValueError("pooling over completions needs a token of one in every text")
         mean = torch.where(counted.unsqueeze(-1), states, 0.0).sum(1) / counted.sum(1, keepdim=True)
@@ -353,6 +359,7 @@ def build_reward_model(
         return model, tokenizer
     if base_of(source) is None:
         trunk, tokenizer = load_trunk(source), load_reward_tokenizer(source)
+        require_known_tokens(tokenizer, trunk, path=config.path)
     else:  # a language model with an adapter, which is merged into the weights
         policy, tokenizer = build_policy(ModelConfig(path=source), alphabet=alphabet)
         trunk = cast(PreTrainedModel, policy.model.base_model)

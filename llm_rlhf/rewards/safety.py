@@ -45,7 +45,7 @@ class ConstrainedRewards(RewardSet):
     """
 
     def __init__(self, rewards: RewardSet, rules: Mapping[str, Rule], *, floor: float) -> None:
-        super().__init__(rewards.functions, rewards.weights)
+        super().__init__(rewards.functions, rewards.weights, timeout=rewards.timeout)
         self.rewards, self.rules, self.floor = rewards, dict(rules), floor
 
     def __call__(self, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]) -> Scores:
@@ -61,6 +61,7 @@ class ConstrainedRewards(RewardSet):
             total=torch.where(broken, total.clamp(max=self.floor), scores.total),
             scored=scores.scored | broken,
             by_name={**scores.by_name, **{f"rules/{name}": allowed.float() for name, allowed in kept.items()}},
+            broken=broken,
         )
 
 

@@ -60,8 +60,12 @@ class Judge:
         return Scores(total, everyone, {**scores.by_name, ENVIRONMENT: given}), scores.total
 
 
-def build_judge(weights: Mapping[str, float], task: Task, turns: TurnsConfig) -> Judge:
+def build_judge(
+    weights: Mapping[str, float], task: Task, turns: TurnsConfig, *, rewards_timeout: float | None = None
+) -> Judge:
     """The rewards of a configuration (name -> weight); empty = the environment's own or, with tools, the task's.
+
+    rewards_timeout     seconds that one call of a reward function may take; None = any
 
     Reward functions may ask for the policy's `turns` and the environment's `replies`, a list of texts an episode.
     Raises UserError for rewards that cannot be used.
@@ -70,8 +74,10 @@ def build_judge(weights: Mapping[str, float], task: Task, turns: TurnsConfig) ->
         weights = task.gold if turns.environment is None else {ENVIRONMENT: 1.0}
     functions = {name: weight for name, weight in weights.items() if name != ENVIRONMENT}
     columns = [*columns_of(task.train), "turns", "replies"]
-    resolved = resolve(functions, own=task.rewards, columns=columns) if functions else None
-    return Judge(resolved, weights.get(ENVIRONMENT, 0.0))
+    environment = weights.get(ENVIRONMENT, 0.0)
+    if not functions:
+        return Judge(None, environment)
+    return Judge(resolve(functions, own=task.rewards, columns=columns, timeout=rewards_timeout), environment)
 
 
 @dataclass(frozen=True)
@@ -141,9 +147,10 @@ def build_player(
     *,
     rewards: Mapping[str, float],
     max_new_tokens: int | None,
+    rewards_timeout: float | None = None,
 ) -> Player:
     """A player of the task. max_new_tokens: None = the task's. Raises UserError for what cannot be used."""
-    judge = build_judge(rewards, task, turns)
+    judge = build_judge(rewards, task, turns, rewards_timeout=rewards_timeout)
     limit = max_new_tokens or task.max_new_tokens
     return Player(policy, tokenizer, make_referee(turns), turns, judge, limit)
 

@@ -123,6 +123,7 @@ def test_floats_as_people_write_them(tmp_path: Path, text: str) -> None:
         ("algo: {epochs: '3'}", "x.yaml:1: algo.epochs: expected an integer, got '3'"),
         ("algo: {epochs:}", "x.yaml:1: algo.epochs: expected an integer, got nothing (null)"),
         ("algo: {clip_range: true}", "x.yaml:1: algo.clip_range: expected a number, got true"),
+        ("algo: {clip_range: .nan}", "x.yaml:1: algo.clip_range: expected a number, got nan"),
         ("algo: {clip_range: high}", "x.yaml:1: algo.clip_range: expected a number, got 'high'"),
         ("algo: {lr: high}", "x.yaml:1: algo.lr: expected a number or null, got 'high'"),
         ("algo: {verbose: 1}", "x.yaml:1: algo.verbose: expected true or false, got 1"),

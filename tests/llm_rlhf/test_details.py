@@ -15,7 +15,16 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedTokenizerFast
 
 from experiment.config import build_from_dict
-from llm_rlhf import train_grpo, train_iterative_dpo, train_ppo, train_rejection, train_sft
+from llm_rlhf import (
+    train_grpo,
+    train_ilql,
+    train_iterative_dpo,
+    train_ppo,
+    train_rejection,
+    train_reward,
+    train_sft,
+    train_turns_ppo,
+)
 from llm_rlhf.data.pairs import TokenizedPairs
 from llm_rlhf.data.texts import TokenizedTexts
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
@@ -24,6 +33,7 @@ from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.preferences.learning import LearningConfig, ReferencedPairs, pair_step
 from llm_rlhf.preferences.learning import make_optimizer as make_preference_optimizer
 from llm_rlhf.rewards.reward_model import RewardModel
+from llm_rlhf.tasks.task import TaskConfig, build_task
 from llm_rlhf.train_sft import SupervisedConfig, make_optimizer
 from policy_core.ppo import PPOConfig, update
 from policy_core.preference import PreferenceConfig
@@ -86,6 +96,48 @@ def test_the_reference_is_read_at_the_policys_temperature(
     ids = torch.arange(5, 15).unsqueeze(0)
     seen = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     assert (cold.evaluate(seen, ids).log_probs - warm.evaluate(seen, ids).log_probs).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------- the first ratio in bf16
+
+
+@pytest.mark.parametrize("module", [train_ppo, train_grpo])
+def test_in_bfloat16_the_first_ratio_is_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    """Of long completions sampling's log-probs differ from the training forward's there, so an update does not
+    start from them."""
+    torch.manual_seed(0)
+    alphabet = build_task(TaskConfig(name="random_walks")).alphabet
+    policy, tokenizer = build_policy(ModelConfig(layers=2, width=32, heads=4, context=64), alphabet=alphabet)
+    for parameter in policy.parameters():
+        parameter.data *= 2
+    policy.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(str(tmp_path / "start"))
+    gaps: list[float] = []
+    original = module.update
+
+    def update(**given: Any) -> dict[str, float]:
+        rollout = given["rollout"]
+        with torch.no_grad():
+            log_probs = given["policy"].evaluate(rollout.observations, rollout.actions).log_probs
+        ratio = (log_probs - rollout.old_log_probs)[rollout.mask].exp()
+        gaps.append(float((ratio - 1).abs().max()))
+        return original(**given)
+
+    monkeypatch.setattr(module, "update", update)
+    tree = {
+        "run": {"folder": str(tmp_path / "run"), "wandb": "disabled"},
+        "task": {"name": "random_walks", "random_walks": {"walks": 60}},
+        "model": {"path": str(tmp_path / "start")},
+        "generation": {"max_new_tokens": 40},
+        "sampling": {"updates": 2, "prompts": 8},
+        "precision": "bf16",
+        "validation": {"every": 0},
+    }
+    config = "TrainPPOConfig" if module is train_ppo else "TrainGRPOConfig"
+    metrics = module.train(build_from_dict(tree, getattr(module, config))).metrics
+    assert 1e-4 < metrics["sampling/logprob_gap"] < 0.1
+    assert len(gaps) == 2
+    assert max(gaps) < 1e-5
 
 
 # ---------------------------------------------------------------- padding that is EOS
@@ -285,6 +337,79 @@ def test_chosen_and_rejected_go_through_the_policy_together(monkeypatch: pytest.
         rate=1e-6,
     )
     assert passes == [4, 4]
+
+
+RECIPES_WITH_ADAM: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "ppo": (train_ppo, "TrainPPOConfig", {"sampling": {"updates": 1, "prompts": 4}}),
+    "separate critic": (
+        train_ppo,
+        "TrainPPOConfig",
+        {"sampling": {"updates": 1, "prompts": 4}, "critic": {"model": "separate"}},
+    ),
+    "grpo": (train_grpo, "TrainGRPOConfig", {"sampling": {"updates": 1, "prompts": 4}}),
+    "turns": (
+        train_turns_ppo,
+        "TrainTurnsPPOConfig",
+        {"sampling": {"updates": 1, "prompts": 4}, "turns": {"environment": "echo.py:respond"}},
+    ),
+    "ilql": (train_ilql, "TrainILQLConfig", {"learning": {"steps": 1, "batch_size": 4, "weight_decay": 0.0}}),
+    "reward model": (
+        train_reward,
+        "TrainRewardConfig",
+        {
+            "learning": {"steps": 1, "batch_size": 2, "weight_decay": 0.0, "learning_rate": 1e-3, "warmup": 0.0},
+            "pairs": {"path": "pairs.jsonl"},
+        },
+    ),
+}
+
+
+class StepTakenError(Exception):
+    """An optimizer has made its first step."""
+
+
+@pytest.mark.parametrize("name", list(RECIPES_WITH_ADAM))
+def test_adams_epsilon_in_the_recipes(
+    tmp_path: Path, walker: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As below, of the optimizer that a run makes: its first step, on a gradient of 1e-6 everywhere."""
+    checked: list[int] = []
+    step = torch.optim.AdamW.step
+
+    def first(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        learned = [
+            (parameter, float(group["lr"]))
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        before = [parameter.detach().clone() for parameter, _ in learned]
+        for parameter, _ in learned:
+            parameter.grad.fill_(1e-6)
+        step(self, closure)
+        for (parameter, rate), old in zip(learned, before, strict=True):
+            moved = old - parameter.detach()
+            torch.testing.assert_close(moved, torch.full_like(moved, rate / 1.01), rtol=1e-3, atol=1e-7)
+        checked.append(sum(parameter.numel() for parameter, rate in learned if rate > 1e-5))
+        raise StepTakenError
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", first)
+    monkeypatch.chdir(tmp_path)
+    Path("echo.py").write_text("def respond(row, turns):\n    return 'a', 1.0, True\n")
+    rows = [{"prompt": letter, "chosen": "ab", "rejected": "ba"} for letter in "abcdefghijklmnopqrst"]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module, recipe, sections = RECIPES_WITH_ADAM[name]
+    tree: dict[str, Any] = {
+        "run": {"folder": str(tmp_path / "run"), "wandb": "disabled"},
+        "model": {"path": str(walker)},
+        "validation": {"every": 0},
+        **sections,
+    }
+    if name != "reward model":
+        tree["task"] = {"name": "random_walks", "random_walks": {"walks": 60}}
+    with pytest.raises(StepTakenError):
+        module.train(build_from_dict(tree, getattr(module, recipe)))
+    assert checked[0] > 1000
 
 
 def test_adams_epsilon_is_added_to_the_corrected_deviation() -> None:

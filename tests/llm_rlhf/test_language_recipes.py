@@ -221,6 +221,22 @@ def test_filtered_demonstrations(tmp_path: Path) -> None:
     assert first["rejection/share"] == pytest.approx(first["rejection/kept"] / 60)
 
 
+def test_what_is_kept_is_learned_at_temperature_1(tmp_path: Path, base: Path) -> None:
+    """Imitation has no temperature: the same demonstrations make the same model, whatever it will draw at."""
+    learned = []
+    for temperature in (1.0, 0.5):
+        sections = {
+            "model": {"path": str(base)},
+            "generation": {"temperature": temperature},
+            "rejection": {"source": "demonstrations", "threshold": 0.0},
+            "sft": {"steps": 3, "batch_size": 8},
+            "validation": {"every": 0},
+        }
+        config = build_from_dict(settings(tmp_path / str(temperature)) | sections, TrainRejectionConfig)
+        learned.append(weights(train_rejection.train(config).folder))
+    assert all(torch.equal(learned[0][name], learned[1][name]) for name in learned[0])
+
+
 def test_nothing_good_enough_is_said(tmp_path: Path, base: Path) -> None:
     config = small_rejection(tmp_path / "run", base)
     config = replace(config, rejection=replace(config.rejection, threshold=1.5))
@@ -415,6 +431,7 @@ def test_a_reward_function_that_hangs_ends_the_run_with_one_line(tmp_path: Path,
     made: list[tuple[Recipe, Any]] = [
         (train_ppo.train, small_ppo(tmp_path / "ppo", base)),
         (train_grpo.train, small_grpo(tmp_path / "grpo", base)),
+        (train_rejection.train, small_rejection(tmp_path / "rejection", base)),
     ]
     for recipe, config in made:
         config = replace(config, rewards={f"{file}:hangs": 1.0}, rewards_timeout=0.05)

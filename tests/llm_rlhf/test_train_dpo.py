@@ -28,13 +28,13 @@ from policy_core.preference import NEEDS_REFERENCE, PREFERENCE_LOSSES
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 :"
 
 
-def write_pairs(path: Path, *, count: int = 50, margins: bool = True) -> str:
+def write_pairs(path: Path, *, count: int = 50, margins: bool = True, sign: float = 1.0) -> str:
     """The answer whose first letter is right wins, be it longer or shorter."""
     rows = []
     for i in range(count):
         good, bad = ("yes", "no") if i % 3 else ("yo", "nope")
         row = {"prompt": f"q{i} ok: ", "chosen": good, "rejected": bad}
-        rows.append(row | ({"margin": 1.0 + i % 4} if margins else {}))
+        rows.append(row | ({"margin": sign * (1.0 + i % 4)} if margins else {}))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -248,10 +248,12 @@ def test_an_adapter_begins_at_its_reference(tmp_path: Path, base: Path) -> None:
 
 def test_what_is_wrong_with_the_data_is_said_in_one_line(tmp_path: Path, base: Path) -> None:
     bare, few = write_pairs(tmp_path / "bare.jsonl", margins=False), write_pairs(tmp_path / "few.jsonl", count=10)
+    against = write_pairs(tmp_path / "against.jsonl", sign=-1.0)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"learning": {"batch_size": 31}}, r"30 pairs to train on are fewer than learning\.batch_size 31"),
         ({"pairs": {"path": few}}, r"6 pairs to train on are fewer than learning\.batch_size 8"),
         ({"loss": "odpo", "pairs": {"path": bare}}, r"pairs\.margin: .* 50 of 50 pairs have no number above 0"),
+        ({"loss": "tso", "pairs": {"path": against}}, r"pairs\.margin: .* 50 of 50 pairs have a number below 0"),
         ({"pairs": {"path": str(tmp_path / "none.jsonl")}}, "none.jsonl"),
         ({"pairs": {"path": ""}}, r"pairs\.path: "),
         ({"model": {"path": None}}, r"model\.path: "),

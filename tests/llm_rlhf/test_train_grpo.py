@@ -38,6 +38,12 @@ def test_a_group_has_a_signal_if_what_was_scored_differs() -> None:
     assert found.tolist() == [True, False, False, False, True]
 
 
+def test_rounding_is_no_signal() -> None:
+    third = torch.tensor(0.7)
+    found = groups_with_signal(scores_of([0.7, float(torch.nextafter(third, 2 * third)), 0.7] * 5), PROMPTS)
+    assert not found.any()
+
+
 def test_the_first_groups_with_a_signal_are_chosen() -> None:
     def chosen(prompts: int) -> list[int]:
         return chosen_rows(scores_of(EARNED), PROMPTS, prompts=prompts).tolist()
@@ -73,6 +79,8 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> str:
         "    return [coin * (ord(prompt) % 2) for coin, prompt in zip(coins, prompts)]\n"
         "def nothing(prompts, completions):\n"
         "    return [0.0 for _ in completions]\n"
+        "def same(prompts, completions):\n"
+        "    return [0.7 for _ in completions]\n"
     )
     return f"{file}:score"
 
@@ -157,6 +165,27 @@ def test_dynamic_sampling_resumes_to_the_bit(tmp_path: Path, start: Path, halves
     assert rows(whole) == rows(tmp_path / "broken")
     expected, found = weights(whole), weights(tmp_path / "broken")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "rloo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_one_and_the_same_reward_teaches_nothing(
+    tmp_path: Path, start: Path, halves: str, advantage: str, skip: bool
+) -> None:
+    """0.7 is no float32, and the mean of eight such numbers is another one: Adam would make steps of that."""
+    config = small(
+        tmp_path / "run",
+        start,
+        rewards={halves.replace(":score", ":same"): 1.0},
+        grpo={"advantage": advantage, "group_size": 7},
+        kl={"coef": 0.0},
+        sampling={"updates": 2, "prompts": 4, "skip_flat_groups": skip},
+    )
+    metrics = train_grpo.train(config).metrics
+    assert metrics["objective/frac_reward_zero_std"] == 1.0
+    assert metrics["policy/grad_norm"] == 0.0
+    before, after = weights(start), weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_no_signal_at_all_ends_after_the_last_round(tmp_path: Path, start: Path, halves: str) -> None:

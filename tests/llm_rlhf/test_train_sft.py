@@ -152,7 +152,7 @@ def test_conversations_learn_what_the_assistant_says(tmp_path: Path, capsys: pyt
         validation={"every": 60, "samples": 1},
     )
     run = train_sft.train(config).folder
-    assert "the tokenizer has no chat template" in capsys.readouterr().out
+    assert "the tokenizer has no chat template" in capsys.readouterr().err
     tokenizer = AutoTokenizer.from_pretrained(str(policy_folder(run)))
     assert tokenizer.chat_template == PLAIN
     logged = rows(run)[-1]

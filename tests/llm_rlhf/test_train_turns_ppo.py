@@ -239,6 +239,31 @@ def test_mistakes_are_one_line(tmp_path: Path, base: Path) -> None:
         train_turns_sft.train(replace(small_sft(tmp_path / "sft"), model=ModelConfig(context=8)))
 
 
+def test_a_reward_function_that_hangs_ends_the_run_with_one_line(tmp_path: Path, base: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("import threading\ndef hangs(prompts, completions):\n    threading.Event().wait()\n")
+    config = small_ppo(tmp_path / "run", base, rewards={f"{file}:hangs": 1.0}, rewards_timeout=0.05)
+    with pytest.raises(UserError, match=r"own\.py:hangs: no answer within 0\.05 seconds \(rewards_timeout\)$"):
+        train_turns_ppo.train(config)
+
+
+def test_in_bfloat16_the_first_ratio_is_1(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios: list[torch.Tensor] = []
+    original = train_turns_ppo.update
+
+    def update(**given: Any) -> dict[str, float]:
+        rollout = given["rollout"]
+        with torch.no_grad():
+            log_probs = given["policy"].evaluate(rollout.observations, rollout.actions).log_probs
+        ratios.append((log_probs - rollout.old_log_probs)[rollout.mask].exp())
+        return original(**given)
+
+    monkeypatch.setattr(train_turns_ppo, "update", update)
+    rows = logged(train_turns_ppo.train(replace(small_ppo(tmp_path / "run", base, 2), precision="bf16")).folder)
+    assert all(row["sampling/logprob_gap"] > 1e-5 for row in rows)
+    assert max(float((ratio - 1).abs().max()) for ratio in ratios) < 1e-5
+
+
 # ---------------------------------------------------------------- the task, and its texts
 
 

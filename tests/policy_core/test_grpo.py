@@ -15,6 +15,7 @@ from policy_core.grpo import (
     dr_grpo,
     group_advantages,
     grpo,
+    is_flat,
     overlong_punishment,
     reinforce_pp,
     reinforce_pp_baseline,
@@ -78,9 +79,46 @@ def test_a_batch_without_spread_has_no_advantage(name: str) -> None:
     for returns in (torch.full((3,), 0.7), torch.tensor([2.0])):
         advantages = ADVANTAGES[name](returns, torch.zeros(len(returns), dtype=torch.long))
         close(advantages, torch.zeros_like(returns), atol=1e-10)
-    # in float32 the mean of many equal numbers is not quite that number; the rest is noise and stays small
-    equal = torch.full((1001,), 0.7, dtype=torch.float32)
-    assert ADVANTAGES[name](equal, torch.arange(1001) % 3).abs().max() < 0.01
+    # what hardly differs stays small
+    nearly = 0.7 + 1e-5 * (torch.arange(1001) % 2)
+    assert ADVANTAGES[name](nearly, torch.arange(1001) % 3).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", list(ADVANTAGES))
+@pytest.mark.parametrize("size", [3, 7, 8, 1001])
+def test_rounding_is_no_advantage(name: str, size: int) -> None:
+    """The mean of equal numbers is not quite that number in float32, and sums of equal rewards differ in their last
+    bit: nothing of that may be left, whatever an optimizer would scale it up to."""
+    group = torch.zeros(size, dtype=torch.long)
+    for value in (0.7, -0.1, 1e-9, 1234.7):
+        equal = torch.full((size,), value, dtype=torch.float32)
+        last_bit = torch.where(torch.arange(size) % 2 == 0, equal, torch.nextafter(equal, 2 * equal))
+        for returns in (equal, last_bit):
+            assert is_flat(returns, group).all()
+            assert not ADVANTAGES[name](returns, group).any()
+
+
+def test_what_differs_by_more_than_rounding_is_not_flat() -> None:
+    returns = torch.tensor([0.7, 0.7 + 2e-6, 5.0, 5.0, -1000.0, -1000.0 + 5e-4, 2.0, 3.0])
+    group = torch.tensor([4, 4, 1, 1, 0, 0, 1, 9])
+    assert is_flat(returns, group).tolist() == [False] * 4 + [True] * 2 + [False, True]
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "dr_grpo", "reinforce_pp_baseline"])
+def test_flat_groups_are_counted_and_left_out(
+    name: Literal["grpo", "rloo", "dr_grpo", "reinforce_pp_baseline"],
+) -> None:
+    """Eight answers that earn 0.7 each in float32, beside a group that differs."""
+    rewards = torch.full((11, 1), 0.7, dtype=torch.float32)
+    rewards[8:] = torch.tensor([[0.1], [0.7], [0.2]])
+    group = torch.tensor([[3]] * 8 + [[5]] * 3)
+    rollout = replace(make_rollout(rewards.tolist(), group=group.tolist()), rewards=rewards)
+    advantages, metrics = group_advantages(rollout, config=GRPOConfig(advantage=name))
+    assert advantages.dtype == torch.float32
+    assert not advantages[:8].any()
+    assert float(metrics["frac_reward_zero_std"]) == pytest.approx(8 / 11)
+    trained, _ = with_signal(rollout, advantages)
+    assert trained.shape == (3, 1)
 
 
 def test_overlong_punishment_by_hand() -> None:

@@ -378,6 +378,43 @@ def test_warm_up_needs_a_critic_and_returns() -> None:
 # ---------------------------------------------------------------- auxiliary loss, KL, failures
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_does_not_count_moves_nothing_by_momentum(flat: bool) -> None:
+    """Minibatches without a decision that counts make no step; the others make theirs."""
+    policy = TinyPolicy()
+    rollout = sampled_rollout(policy)
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(policy.parameters(), lr=0.01)
+    if flat:
+        optimizer = FlatAdam([policy.parameters()], learning_rate=0.01)
+    assert run(policy, rollout, PPOConfig(epochs=2, minibatch_size=1), optimizer=optimizer)["updates"] > 2
+    before = weights_of(policy)
+    nothing = replace(rollout, mask=torch.zeros_like(rollout.mask))
+    for train_policy in (True, False):
+        assert run(policy, nothing, PPOConfig(), optimizer=optimizer, train_policy=train_policy) == {"updates": 0.0}
+    assert torch.equal(weights_of(policy), before)
+    counts = nothing.mask.clone()
+    counts[0] = rollout.mask[0]
+    assert counts.any()
+    one = run(policy, replace(rollout, mask=counts), PPOConfig(epochs=3, minibatch_size=1), optimizer=optimizer)
+    assert one["updates"] == 3.0
+    assert not torch.equal(weights_of(policy), before)
+
+
+def test_the_auxiliary_loss_goes_on_where_nothing_counts() -> None:
+    policy = TinyPolicy()
+    rollout = sampled_rollout(policy)
+    before = weights_of(policy)
+    nothing = replace(rollout, mask=torch.zeros_like(rollout.mask))
+
+    def auxiliary() -> tuple[Tensor, dict[str, Tensor]]:
+        loss = policy.log_std.sum()
+        return loss, {"demonstrations": loss.detach()}
+
+    found = run(policy, nothing, PPOConfig(epochs=1, minibatch_size=100), auxiliary=auxiliary)
+    assert found["updates"] == 1.0
+    assert not torch.equal(weights_of(policy), before)
+
+
 def test_the_auxiliary_loss_is_added_at_every_step() -> None:
     policy = TinyPolicy()
     rollout = sampled_rollout(policy)

@@ -141,6 +141,17 @@ def test_the_plain_template_is_saved_with_the_tokenizer(tmp_path: Path) -> None:
     assert not ensure_template(chatml())
 
 
+def test_the_first_conversation_gives_a_tokenizer_its_template_whatever_the_recipe(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = character_tokenizer("user: assistant\nhi")
+    prompt = Chat.prompt([{"role": "user", "content": "hi"}])
+    for _ in range(2):
+        assert tokenizer.decode(prompt_tokens(tokenizer, prompt)) == "user: hi\nassistant: "
+    assert template_of(tokenizer) == PLAIN
+    assert capsys.readouterr().err.count("the tokenizer has no chat template") == 1
+
+
 def test_several_templates_mean_the_default_one() -> None:
     tokenizer = chatml()
     tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ 1 }}"}

@@ -1,13 +1,30 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BioGptConfig,
+    BloomConfig,
+    FalconConfig,
+    GPTBigCodeConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+    PretrainedConfig,
+    XGLMConfig,
+)
 
 from experiment.errors import UserError
 from llm_rlhf.models.causal import LanguagePolicy, build_policy, frozen_copy, position_ids
-from llm_rlhf.models.loading import ModelConfig, load_language_model, model_folder
+from llm_rlhf.models.loading import ModelConfig, load_language_model, model_folder, without_dropout
 
 ALPHABET = "0123456789+-*/="
 
@@ -237,6 +254,78 @@ def test_dropout_is_switched_off(tmp_path: Path) -> None:
     first, second = (loaded.evaluate(observations, tokens).log_probs for _ in range(2))
     assert torch.equal(first, second)
     assert loaded.model.dtype == torch.float32
+
+
+SMALL: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+ENDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 32}
+WITH_DROPOUT: list[PretrainedConfig] = [
+    BloomConfig(vocab_size=32, hidden_size=16, n_layer=2, n_head=2, hidden_dropout=0.5, attention_dropout=0.5),
+    FalconConfig(**SMALL, hidden_dropout=0.5, attention_dropout=0.5),
+    GPTBigCodeConfig(
+        vocab_size=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5
+    ),
+    XGLMConfig(
+        **ENDS,
+        vocab_size=32,
+        d_model=16,
+        ffn_dim=32,
+        num_layers=2,
+        attention_heads=2,
+        dropout=0.5,
+        attention_dropout=0.5,
+        activation_dropout=0.5,
+        layerdrop=0.5,
+    ),
+    BioGptConfig(
+        **SMALL,
+        **ENDS,
+        intermediate_size=32,
+        hidden_dropout_prob=0.5,
+        attention_probs_dropout_prob=0.5,
+        activation_dropout=0.5,
+    ),
+    OPTConfig(**SMALL, **ENDS, word_embed_proj_dim=16, ffn_dim=32, dropout=0.5, attention_dropout=0.5),
+    GPTNeoXConfig(**SMALL, intermediate_size=32, hidden_dropout=0.5, attention_dropout=0.5),
+    PhiConfig(**SMALL, **ENDS, intermediate_size=32, resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5),
+    MixtralConfig(
+        **SMALL,
+        intermediate_size=32,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        attention_dropout=0.5,
+        router_jitter_noise=0.5,
+    ),
+]
+
+
+@pytest.mark.parametrize("config", WITH_DROPOUT, ids=lambda config: str(config.model_type))
+def test_no_architecture_drops_anything_while_it_learns(config: PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    without_dropout(model)
+    policy = LanguagePolicy(model)
+    tokens = batch(2, 8)
+    observations = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    with torch.no_grad():
+        expected = policy.evaluate(observations, tokens).log_probs
+    policy.checkpoint_gradients()
+    first, second = (policy.evaluate(observations, tokens).log_probs for _ in range(2))
+    assert first.requires_grad  # computed in training mode, as checkpointing needs
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, expected, atol=1e-5, rtol=0)
+
+
+def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tiny_policy().save_pretrained(tmp_path)
+    weights = load_file(str(tmp_path / "model.safetensors"))
+    renamed = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+    save_file(renamed, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    capfd.readouterr()
+    with pytest.raises(UserError, match=r"lacks \d+ of its model's weights, such as .*; they would be random$"):
+        load_language_model(tmp_path)
+    assert capfd.readouterr() == ("", "")  # the error's one line says it all
 
 
 def test_bad_model_paths_are_user_errors(tmp_path: Path) -> None:

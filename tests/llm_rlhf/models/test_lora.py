@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from experiment.errors import UserError
 from llm_rlhf.models.causal import LanguagePolicy, build_policy, frozen_copy
 from llm_rlhf.models.loading import ModelConfig
-from llm_rlhf.models.lora import ADAPTER, WEIGHTS, LoRAConfig, add_lora, base_of, is_adapted, merge
+from llm_rlhf.models.lora import ADAPTER, WEIGHTS, LoRAConfig, add_lora, base_of, is_adapted, merge, merged_writer
+from llm_rlhf.models.tokenizer import load_tokenizer
 from llm_rlhf.train_sft import SupervisedConfig, make_optimizer
 
 IDS = torch.tensor([[4, 9, 7, 5, 8, 6]])
@@ -96,6 +98,35 @@ def test_peft_loads_the_adapter_and_merging_computes_the_same(tmp_path: Path, ba
         torch.testing.assert_close(plain(input_ids=IDS).logits, expected, atol=1e-5, rtol=0)
     assert not any("lora" in name for name in plain.state_dict())
     assert not is_adapted(policy.model)
+
+
+def test_an_adapter_that_was_loaded_is_merged_and_saved_whole(tmp_path: Path, base: Path) -> None:
+    policy = trained(base)
+    policy.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = policy.model(input_ids=IDS).logits
+        loaded = LanguagePolicy.from_pretrained(tmp_path / "adapter")
+        loaded.save_pretrained(tmp_path / "again")
+        assert torch.equal(log_probs(LanguagePolicy.from_pretrained(tmp_path / "again")), log_probs(policy))
+        write = merged_writer(loaded.model, load_tokenizer(base), asked=True)["merged"]
+        write(tmp_path / "written")
+        merge(loaded.model)
+        loaded.save_pretrained(tmp_path / "merged")
+        for name in ("merged", "written"):
+            plain = AutoModelForCausalLM.from_pretrained(str(tmp_path / name))
+            torch.testing.assert_close(plain(input_ids=IDS).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_in_its_base_models_folder_is_merged_and_saved_whole(tmp_path: Path, base: Path) -> None:
+    policy = trained(base)
+    shutil.copytree(base, tmp_path / "both")
+    policy.save_pretrained(tmp_path / "both")
+    loaded = LanguagePolicy.from_pretrained(tmp_path / "both")
+    assert torch.equal(log_probs(loaded), log_probs(policy))
+    merge(loaded.model)
+    loaded.save_pretrained(tmp_path / "merged")
+    again = LanguagePolicy.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(log_probs(again), log_probs(policy), atol=1e-5, rtol=0)
 
 
 def test_a_run_without_lora_learns_the_merged_weights(tmp_path: Path, base: Path) -> None:

@@ -1,10 +1,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from experiment.errors import UserError
+from llm_rlhf.models.causal import build_policy
+from llm_rlhf.models.loading import ModelConfig, new_language_model
 from llm_rlhf.models.tokenizer import character_tokenizer, decode_completions, load_tokenizer, pad_id
+from llm_rlhf.rewards.reward_model import build_reward_model
 
 
 def test_one_token_a_character_and_special_tokens_are_distinct() -> None:
@@ -50,3 +54,36 @@ def test_folder_without_tokenizer_is_a_user_error(tmp_path: Path) -> None:
 def test_empty_alphabet_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one character"):
         character_tokenizer("")
+
+
+def small_model(folder: Path, alphabet: str, tokenizer_alphabet: str | None = None) -> Path:
+    torch.manual_seed(0)
+    config = ModelConfig(layers=1, width=16, heads=2, context=16)
+    new_language_model(config, character_tokenizer(alphabet)).save_pretrained(folder)
+    character_tokenizer(tokenizer_alphabet or alphabet).save_pretrained(str(folder))
+    return folder
+
+
+def test_a_token_that_the_model_does_not_know_is_told_before_it_is_met(tmp_path: Path) -> None:
+    folder = small_model(tmp_path / "model", "ab", "abcd")
+    wanted = (
+        r"model: the tokenizer goes up to id 7 \('d'\), the model has embeddings of 6 tokens; "
+        r"call model\.resize_token_embeddings\(8\)"
+    )
+    with pytest.raises(UserError, match=wanted):
+        build_policy(ModelConfig(path=str(folder)), alphabet="")
+    with pytest.raises(UserError, match=wanted):
+        build_reward_model(ModelConfig(path=str(folder)), alphabet="", objectives=("preference",), heads=1)
+    build_policy(ModelConfig(path=str(small_model(tmp_path / "wide", "abcd", "ab"))), alphabet="")  # rows to spare
+
+
+def test_weights_that_were_cut_short_are_one_line(tmp_path: Path) -> None:
+    folder = small_model(tmp_path / "model", "ab")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for length in (0, 40, len(whole) // 2):
+        weights.write_bytes(whole[:length])
+        with pytest.raises(
+            UserError, match=r"model\.path: .*model could not be loaded as a causal"
+        ):
+            build_policy(ModelConfig(path=str(folder)), alphabet="")

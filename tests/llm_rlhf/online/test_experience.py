@@ -19,8 +19,8 @@ from llm_rlhf.online.experience import (
     build_sampler,
     joined,
     joined_scores,
-    logprob_gap,
     recomputed_log_probs,
+    settled_log_probs,
     with_dense_rewards,
 )
 from llm_rlhf.rewards.functions import Scores
@@ -195,10 +195,38 @@ def test_sampling_and_training_agree_on_log_probs(policy: LanguagePolicy) -> Non
     again = recomputed_log_probs(policy, samples)
     assert float((again - samples.log_probs).abs().max()) <= 1e-5
     assert not again[~samples.mask].any()
-    gap = logprob_gap(policy, samples)["sampling/logprob_gap"]
-    assert 0 <= gap <= 1e-5
+    kept, metrics = settled_log_probs(policy, samples)
+    assert kept is samples
+    assert metrics == {}
+    kept, metrics = settled_log_probs(policy, samples, compare=True)
+    assert kept is samples
+    assert 0 <= metrics["sampling/logprob_gap"] <= 1e-5
     other = replace(samples, log_probs=torch.where(samples.mask, samples.log_probs - 0.25, 0.0))
-    assert logprob_gap(policy, other)["sampling/logprob_gap"] == pytest.approx(0.25, abs=1e-5)
+    _, metrics = settled_log_probs(policy, other, compare=True)
+    assert metrics["sampling/logprob_gap"] == pytest.approx(0.25, abs=1e-5)
+
+
+def test_in_bfloat16_the_training_forward_has_the_last_word() -> None:
+    torch.manual_seed(0)
+    narrow, _ = build_policy(ModelConfig(layers=2, width=32, heads=4, context=64), alphabet="0123456789")
+    for parameter in narrow.parameters():
+        parameter.data *= 2
+    narrow.precision = "bf16"
+    samples = generate(
+        narrow,
+        [[5, 6, 7, 8], [9, 10], [11]] * 8,
+        samples_per_prompt=1,
+        max_new_tokens=40,
+        eos=EOS,
+        pad=PAD,
+        generator=torch.Generator().manual_seed(0),
+    )
+    settled, metrics = settled_log_probs(narrow, samples)
+    assert torch.equal(settled.log_probs, recomputed_log_probs(narrow, samples))
+    difference = float((settled.log_probs - samples.log_probs).abs().max())
+    assert metrics == {"sampling/logprob_gap": difference}
+    assert 1e-4 < difference < 0.2
+    assert settled.input_ids is samples.input_ids
 
 
 def test_draws_with_prompts_of_unequal_length_become_one(policy: LanguagePolicy) -> None:
@@ -215,6 +243,9 @@ def test_draws_with_prompts_of_unequal_length_become_one(policy: LanguagePolicy)
     first, second = (Scores(torch.ones(n), torch.ones(n).bool(), {"a": torch.arange(float(n))}) for n in (2, 1))
     both = joined_scores([first, second])
     assert both.by_name["a"].tolist() == [0.0, 1.0, 0.0]
+    assert both.broken is None
+    ruled = [replace(part, broken=torch.arange(len(part.total)) == 1) for part in (first, second)]
+    assert joined_scores(ruled).broken.tolist() == [False, True, False]  # type: ignore[union-attr]
     assert len(both.total) == len(both.scored) == 3
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from experiment.config import build_from_dict
-from llm_rlhf import train_ppo
+from llm_rlhf import train_grpo, train_ppo
 from llm_rlhf.models.generation import Samples
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.tokenizer import character_tokenizer
@@ -19,10 +20,14 @@ from llm_rlhf.online.monitor import HackingSuspected
 from llm_rlhf.rewards.process_reward import StepScorer
 from llm_rlhf.rewards.reward_model import Scorer, build_reward_model
 from llm_rlhf.tasks.task import TaskConfig, build_task
+from llm_rlhf.train_grpo import TrainGRPOConfig
 from llm_rlhf.train_ppo import TrainPPOConfig
 from llm_rlhf.train_sft import TrainSFTConfig
 from llm_rlhf.train_sft import train as train_sft
+from policy_core.kl import KLController
+from policy_core.rollout import Rollout
 
+SPECIAL = 4
 TASK = {"name": "random_walks", "random_walks": {"walks": 60}}
 
 
@@ -62,7 +67,8 @@ def test_no_reward_buys_off_a_rule(tmp_path: Path, base: Path) -> None:
     assert [row["rewards/rules/never/mean"] for row in rows] == [0.0] * 4
 
 
-def test_every_step_is_paid(tmp_path: Path, base: Path) -> None:
+def step_scorer(folder: Path) -> str:
+    """A process reward model that knows nothing."""
     torch.manual_seed(0)
     model, tokenizer = build_reward_model(
         ModelConfig(layers=1, width=16, heads=2, context=32),
@@ -70,14 +76,90 @@ def test_every_step_is_paid(tmp_path: Path, base: Path) -> None:
         objectives=("reward",),
         heads=1,
     )
-    StepScorer(Scorer(model, tokenizer), "a").save_pretrained(tmp_path / "steps")
+    StepScorer(Scorer(model, tokenizer), "a").save_pretrained(folder)
+    return str(folder)
+
+
+def test_every_step_is_paid(tmp_path: Path, base: Path) -> None:
+    steps = step_scorer(tmp_path / "steps")
     plain = ppo(tmp_path / "plain", base)
     for weight, same in ((0.0, True), (5.0, False)):
-        process = {"model": str(tmp_path / "steps"), "weight": weight, "form": "log_odds"}
+        process = {"model": steps, "weight": weight, "form": "log_odds"}
         paid = ppo(tmp_path / f"paid-{weight}", base, process=process)
         # the first rollout is the same, whatever is paid; what is learned from it is not
         assert paid[0]["objective/scores"] == plain[0]["objective/scores"]
         assert (paid[-1]["loss/value_avg"] == plain[-1]["loss/value_avg"]) is same
+
+
+def test_no_step_of_a_completion_that_broke_a_rule_is_paid(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the process reward model says of its steps, it earns the floor; the others are paid."""
+    (tmp_path / "rules.py").write_text("def short(text):\n    return len(text) < 4\n")
+    earned: list[tuple[Tensor, Tensor]] = []
+    original = train_ppo.gae
+
+    def gae(rollout: Rollout, *, gae_lambda: float) -> tuple[Tensor, Tensor]:
+        assert isinstance(rollout.actions, Tensor)
+        letters = (rollout.mask & (rollout.actions >= SPECIAL)).sum(1)
+        earned.append((letters, rollout.rewards.sum(1)))
+        return original(rollout, gae_lambda=gae_lambda)
+
+    monkeypatch.setattr(train_ppo, "gae", gae)
+    ppo(
+        tmp_path / "run",
+        base,
+        safety={"rules": [f"{tmp_path}/rules.py:short"], "floor": -3.0},
+        process={"model": step_scorer(tmp_path / "steps"), "weight": 50.0, "form": "probability"},
+        sampling={"updates": 1, "prompts": 32},
+    )
+    ((letters, rewards),) = earned
+    broke = letters >= 4
+    assert broke.any()
+    assert rewards[broke].tolist() == [-3.0] * int(broke.sum())
+    assert rewards[~broke].max() > 1.0
+
+
+@pytest.mark.parametrize("module", [train_ppo, train_grpo])
+def test_the_kl_is_steered_by_what_was_drawn_dropped_completions_too(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, module: Any
+) -> None:
+    """One nat a token from the reference: nats a completion are its length, of all that was drawn."""
+    fed: list[tuple[float, int]] = []
+    learned: list[int] = []
+    original, train = KLController.update, module.update
+
+    def steer(self: KLController, kl: float, *, episodes: int) -> float:
+        fed.append((kl, episodes))
+        return original(self, kl, episodes=episodes)
+
+    def update(**given: Any) -> dict[str, float]:
+        learned.append(int(given["rollout"].mask.any(1).sum()))
+        return train(**given)
+
+    monkeypatch.setattr(KLController, "update", steer)
+    monkeypatch.setattr(module, "update", update)
+    monkeypatch.setattr(
+        module, "reference_log_probs", lambda reference, samples: samples.log_probs - samples.mask.float()
+    )
+    tree = {
+        "run": {"folder": str(tmp_path / "run"), "wandb": "disabled"},
+        "task": TASK,
+        "model": {"path": str(base)},
+        "generation": {"max_new_tokens": 3},
+        "shaping": {"cut": "drop"},
+        "sampling": {"updates": 1, "prompts": 16},
+        "kl": {"coef": 0.1, "target": 2.5, "horizon": 1000.0},
+        "validation": {"every": 0},
+    }
+    config = TrainPPOConfig if module is train_ppo else TrainGRPOConfig
+    metrics = module.train(build_from_dict(tree, config)).metrics
+    ((kl, episodes),) = fed
+    assert episodes == metrics["samples"]
+    assert 0 < learned[0] < episodes
+    assert kl == pytest.approx(metrics["completions/mean_length"], rel=1e-5)
+    assert kl == pytest.approx(metrics["objective/kl"], rel=1e-5)
+    assert metrics["completions/finished"] < 0.9
 
 
 def test_the_monitor_stops_a_run_and_names_the_last_good_checkpoint(tmp_path: Path, base: Path) -> None:

@@ -59,7 +59,10 @@ def test_good_answers_are_kept_where_their_prompt_is() -> None:
     assert kept.mask[2].tolist() == [False, False, False, True, False]
 
 
-def test_loss_is_the_weighted_likelihood_of_what_is_kept(policy: LanguagePolicy) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_loss_is_the_weighted_likelihood_of_what_is_kept(policy: LanguagePolicy, temperature: float) -> None:
+    """At temperature 1, whatever the sampling's."""
+    policy.temperature = temperature
     kept = memory()
     nothing, metrics = kept.loss(policy)
     assert float(nothing.detach()) == 0.0
@@ -73,6 +76,7 @@ def test_loss_is_the_weighted_likelihood_of_what_is_kept(policy: LanguagePolicy)
     expected = -(log_probs[0, 1, 7] + log_probs[0, 2, 2]) / 2
     assert float(loss.detach()) == pytest.approx(0.5 * float(expected), abs=1e-5)
     assert float(metrics["self_imitation_nll"]) == pytest.approx(float(expected), abs=1e-5)
+    assert policy.temperature == temperature
     loss.backward()
     assert next(policy.parameters()).grad is not None
 

@@ -133,9 +133,13 @@ def referenced(policy: LanguagePolicy) -> ReferencedPairs:
     return ReferencedPairs(pairs, all_log_probs(policy, both_sides(pairs), rows=4))
 
 
-def stepped(micro: int | None, *, loss: str = "dpo", nll_coef: float = 0.3) -> tuple[Tensor, dict[str, float]]:
+def stepped(
+    micro: int | None, *, loss: str = "dpo", nll_coef: float = 0.3, margins: Sequence[float] | None = None
+) -> tuple[Tensor, dict[str, float]]:
     """All weights after one step of plain gradient descent, and the step's metrics."""
     policy, data = new_policy(), referenced(new_policy(seed=1))
+    if margins is not None:
+        data = replace(data, pairs=replace(data.pairs, margin=torch.tensor(margins)))
     metrics = pair_step(
         policy,
         torch.optim.SGD(policy.parameters(), lr=0.5),
@@ -157,6 +161,20 @@ def test_micro_batches_change_no_gradient_and_no_metric(loss: str) -> None:
     for micro in (1, 2, 4):
         parts, found = stepped(micro, loss=loss)
         assert (whole - parts).abs().max() < 1e-5 * (whole - before).abs().max()
+        assert found == pytest.approx(metrics, rel=1e-6, abs=1e-6)
+
+
+def test_a_pair_without_a_margin_takes_no_other_pairs_margin_away() -> None:
+    """TSO, whole and in micro-batches: the pairs' own margins, and 1 where there is none."""
+    margins = (2.0, float("nan"), 0.5, 3.0, float("nan"))
+    whole, metrics = stepped(None, loss="tso", margins=margins)
+    same, _ = stepped(None, loss="tso", margins=(2.0, 1.0, 0.5, 3.0, 1.0))
+    bare, _ = stepped(None, loss="tso")
+    assert (whole - same).abs().max() < 1e-9
+    assert (whole - bare).abs().max() > 1e-3
+    for micro in (1, 2, 4):
+        parts, found = stepped(micro, loss="tso", margins=margins)
+        assert (whole - parts).abs().max() < 1e-5 * (whole - bare).abs().max()
         assert found == pytest.approx(metrics, rel=1e-6, abs=1e-6)
 
 
@@ -261,7 +279,7 @@ def test_bad_settings_are_refused() -> None:
 
 
 def source(file: Path, *, path: str = "nowhere", shared: bool = False) -> ReferenceSource:
-    return ReferenceSource(path=path, named=False, is_policy=True, file=file, shared=shared)
+    return ReferenceSource(path=path, policy=path, named=False, is_policy=True, file=file, shared=shared)
 
 
 def measure(
@@ -356,6 +374,14 @@ def test_another_vocabulary_is_no_reference(tmp_path: Path) -> None:
     where = replace(source(tmp_path / "c", path=str(tmp_path / "other")), is_policy=False, named=True)
     with pytest.raises(UserError, match=r"reference: .* has a vocabulary of 7 tokens, the policy one of 13"):
         measure(new_policy(), where)
+    as_many = character_tokenizer("ABCDEFGHI")  # as TOKENIZER has, but others
+    assert len(as_many) == len(TOKENIZER)
+    new_policy().save_pretrained(tmp_path / "other")
+    as_many.save_pretrained(str(tmp_path / "other"))
+    new_policy().save_pretrained(tmp_path / "own")
+    TOKENIZER.save_pretrained(str(tmp_path / "own"))
+    with pytest.raises(UserError, match=r"reference: .*other has other tokens than .*own, the policy's start"):
+        measure(new_policy(), replace(where, policy=str(tmp_path / "own")))
     with pytest.raises(UserError, match=r"reference: .* does not exist"):
         measure(new_policy(), replace(where, path=str(tmp_path / "none")))
     assert reference_cache.CACHE.endswith(".safetensors")

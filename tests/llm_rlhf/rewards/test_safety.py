@@ -38,6 +38,8 @@ def test_a_broken_rule_costs_whatever_the_rest_says(tmp_path: Path) -> None:
     assert scores.metrics()["rewards/rules/no_at/mean"] == pytest.approx(2 / 3)
     assert scores.metrics()["rewards/rules/short/mean"] == pytest.approx(2 / 3)
     assert scores.by_name["length"].tolist() == [200.0, 300.0, 700.0]
+    assert scores.broken is not None
+    assert scores.broken.tolist() == [False, True, True]
 
 
 def test_breaking_a_rule_never_pays(tmp_path: Path) -> None:
@@ -57,6 +59,12 @@ def test_breaking_a_rule_never_pays(tmp_path: Path) -> None:
 def test_without_rules_nothing_changes() -> None:
     rewards = RewardSet({"length": length}, {"length": 1.0})
     assert constrained(rewards, SafetyConfig()) is rewards
+    assert rewards(["p"], ["ok"], {}).broken is None
+
+
+def test_the_time_limit_of_the_rewards_stays(tmp_path: Path) -> None:
+    rewards = RewardSet({"length": length}, {"length": 1.0}, timeout=3.0)
+    assert constrained(rewards, SafetyConfig(rules=(f"{rules(tmp_path)}:no_at",))).timeout == 3.0
 
 
 def test_two_rules_of_one_name_are_both_there(tmp_path: Path) -> None:
