@@ -297,7 +297,9 @@ class Run:
         mistake = kind is not None and issubclass(kind, UserError) and self._new and not self._in_loop
         if kind is not None and self._open and not mistake and not self._settings.dry_run:
             self._progress.close()
-            self._progress.message(f"stopped at step {self._step}; continue with: tandem resume {self.folder}")
+            self._progress.message(
+                f"stopped at step {self._step}{self._goes_back()}; continue with: tandem resume {self.folder}"
+            )
         self._close(exit_code=0 if kind is None else 1)
         if mistake:  # the user mends the configuration and starts anew: there is nothing to continue
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -315,6 +317,16 @@ class Run:
             signal.signal(signal.SIGTERM, self._old_handler)
 
     # ------------------------------------------------------------ parts
+
+    def _goes_back(self) -> str:
+        """What a stopped run should say of the steps that resuming repeats; "" where it repeats none."""
+        steps = self._checkpoints.steps()
+        if self._step == (steps[-1] if steps else 0):
+            return ""
+        if steps:
+            return f", resuming goes back to step {steps[-1]} (the newest checkpoint)"
+        every = self._settings.checkpoint_every
+        return f", resuming begins again (no checkpoint yet: run.checkpoint_every is {every})"
 
     def _elapsed(self) -> float:
         """Seconds of work, those before a resume included."""

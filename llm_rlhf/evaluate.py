@@ -3,11 +3,13 @@
 Greedy decoding, the mean over samples, and pass@k (some sample of k is right); entropy, length and, with a
 reference, the KL spent. Shares carry Wilson intervals, means carry bootstrap intervals over prompts. The task's own
 reward is the gold one; where a run climbed other rewards, what these say of the same texts stands beside it.
+Answers that no reward function could judge are left out, and how many those are is said.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +91,9 @@ def evaluate_policy(
                         they are not the task's own
     rewards_timeout     seconds that one call of a reward function may take; None = any
 
-    Returns greedy, greedy_solved, sampled, pass@K (each with NAME_interval), entropy (nats a token), mean_length
-    (tokens), finished (share with EOS), prompts, kl (nats a completion) where there is a reference, and `rewards`:
-    greedy and sampled by the given rewards, with intervals.
+    Returns what `scores` does, greedy_unscored and sampled_unscored (shares of answers that nobody could judge),
+    entropy (nats a token), mean_length (tokens), finished (share with EOS), kl (nats a completion) where there is a
+    reference, and `rewards`: greedy and sampled by the given rewards, with intervals and what these left unscored.
     """
     examples = task.splits[split]
     gold = dict(task.gold)
@@ -128,19 +130,22 @@ def evaluate_policy(
         policy.temperature = temperature
     found = {name: (torch.cat(greedy[name]).squeeze(1), torch.cat(drawn[name])) for name in judging}
     result = _summary(*found["gold"], totals, with_kl=reference is not None)
-    return {**result, "rewards": _means(*found["own"])} if "own" in found else result
+    if "own" in found:
+        result["rewards"] = {**_means(*found["own"]), **_unscored(*found["own"])}
+    return result
 
 
 def _score(
     samples: Samples, batch: Sequence[Example], tokenizer: PreTrainedTokenizerBase, judging: Mapping[str, RewardSet]
 ) -> dict[str, Tensor]:
-    """Rewards [B] of a batch's samples by each judge; what a reward function cannot judge counts 0."""
+    """Rewards [B] of a batch's samples by each judge; NaN where none of its functions could judge."""
     which = samples.prompt.tolist()
     texts = decode_completions(tokenizer, samples.completions(without=int(tokenizer.eos_token_id)))
     columns = {name: [column[i] for i in which] for name, column in columns_of(batch).items()}
     columns["sample_index"] = list(range(len(which)))
     prompts = [batch[i].prompt for i in which]
-    return {name: rewards(prompts, texts, columns).total for name, rewards in judging.items()}
+    found = {name: rewards(prompts, texts, columns) for name, rewards in judging.items()}
+    return {name: torch.where(each.scored, each.total, torch.nan) for name, each in found.items()}
 
 
 def _add_totals(
@@ -157,20 +162,38 @@ def _add_totals(
 
 
 def scores(greedy: Tensor, drawn: Tensor) -> Result:
-    """greedy [P], drawn [P, K] -> shares with Wilson intervals, means with bootstrap intervals over prompts."""
-    prompts, count = drawn.shape
-    solved, passed = int((greedy >= SOLVED).sum()), int((drawn >= SOLVED).any(1).sum())
-    name = f"pass@{count}"
+    """greedy [P], drawn [P, K], NaN where nobody could judge -> means and shares of what was judged.
+
+    prompts             P
+    greedy, sampled     means over the prompts with a judged answer, of its judged answers; bootstrap intervals
+    greedy_solved       share of the judged answers that are right; Wilson interval
+    pass@K              share of the prompts with a judged answer that have a right one; Wilson interval. A lower
+                        bound for these prompts, where not all of a prompt's K were judged
+
+    A mean or share of nothing is None.
+    """
+    name = f"pass@{drawn.shape[1]}"
     return {
-        "prompts": prompts,
-        "greedy": float(greedy.mean()),
-        "greedy_interval": list(bootstrap_interval(greedy.tolist())),
-        "greedy_solved": solved / prompts,
-        "greedy_solved_interval": list(wilson_interval(solved, prompts)),
-        "sampled": float(drawn.mean()),
-        "sampled_interval": list(bootstrap_interval(drawn.mean(1).tolist())),
-        name: passed / prompts,
-        f"{name}_interval": list(wilson_interval(passed, prompts)),
+        "prompts": len(greedy),
+        **_means(greedy, drawn),
+        **_share("greedy_solved", greedy >= SOLVED, ~greedy.isnan()),
+        **_share(name, (drawn >= SOLVED).any(1), ~drawn.isnan().all(1)),
+    }
+
+
+def _share(name: str, right: Tensor, judged: Tensor) -> Result:
+    """right, judged [P] bool -> the share of the judged that are right, with its interval."""
+    solved, prompts = int(right.sum()), int(judged.sum())
+    if not prompts:
+        return {name: None}
+    return {name: solved / prompts, f"{name}_interval": list(wilson_interval(solved, prompts))}
+
+
+def _unscored(greedy: Tensor, drawn: Tensor) -> Result:
+    """greedy [P], drawn [P, K] -> the shares that nobody could judge."""
+    return {
+        "greedy_unscored": float(greedy.isnan().float().mean()),
+        "sampled_unscored": float(drawn.isnan().float().mean()),
     }
 
 
@@ -178,6 +201,7 @@ def _summary(greedy: Tensor, drawn: Tensor, totals: dict[str, float], *, with_kl
     """greedy [P], drawn [P, K] -> one flat dict."""
     result: Result = {
         **scores(greedy, drawn),
+        **_unscored(greedy, drawn),
         "entropy": totals["entropy"] / max(totals["tokens"], 1.0),
         "mean_length": totals["tokens"] / drawn.numel(),
         "finished": totals["finished"] / drawn.numel(),
@@ -188,19 +212,24 @@ def _summary(greedy: Tensor, drawn: Tensor, totals: dict[str, float], *, with_kl
 
 
 def _means(greedy: Tensor, drawn: Tensor) -> Result:
-    """greedy [P], drawn [P, K] -> their means over prompts, with intervals."""
-    return {
-        "greedy": float(greedy.mean()),
-        "greedy_interval": list(bootstrap_interval(greedy.tolist())),
-        "sampled": float(drawn.mean()),
-        "sampled_interval": list(bootstrap_interval(drawn.mean(1).tolist())),
-    }
+    """greedy [P], drawn [P, K] -> means over prompts of their judged answers' means, with intervals; None of none.
+
+    NaN is an answer that was not judged.
+    """
+    result: Result = {}
+    for name, values in (("greedy", greedy.unsqueeze(1)), ("sampled", drawn)):
+        means = values.double().nanmean(1)
+        known = means[~means.isnan()]
+        result[name] = float(known.mean()) if len(known) else None
+        if len(known):
+            result[f"{name}_interval"] = list(bootstrap_interval(known.tolist()))
+    return result
 
 
 def numbers(result: Result, *, prefix: str) -> dict[str, float]:
-    """The scalars of a result as metrics; intervals stay in eval.json."""
-    scalars = {name: value for name, value in result.items() if isinstance(value, int | float)}
-    return {f"{prefix}/{name}": float(value) for name, value in scalars.items()}
+    """The scalars of a result as metrics, NaN for a mean of nothing; intervals stay in eval.json."""
+    scalars = {name: value for name, value in result.items() if value is None or isinstance(value, int | float)}
+    return {f"{prefix}/{name}": math.nan if value is None else float(value) for name, value in scalars.items()}
 
 
 def _steering(source: Path, policy: LanguagePolicy, beta: float | None) -> AdvantageSteering | None:

@@ -102,6 +102,8 @@ def fold_chunk(*, rewards: Tensor, executed: Tensor, gamma: float) -> tuple[Tens
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var[returns - values] / Var[returns] over decisions; NaN where returns do not vary. [B, T] -> scalar."""
     counted = returns[mask]
+    if counted.numel() == 0:
+        return returns.new_tensor(torch.nan)
     variance = counted.var(correction=0)
     residual = (counted - values[mask]).var(correction=0)
     return torch.where(variance > 0, 1 - residual / variance, torch.nan)

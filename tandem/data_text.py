@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,19 @@ if TYPE_CHECKING:
     from llm_rlhf.tasks.examples import Example
 
 _MOST_PROBLEMS = 100
+REWARD = "reward"
+"""The column of scored texts (llm/ilql), in rows or in the assistant's messages; `ColumnNames` has the others."""
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
 @dataclass
 class Report:
-    """What was found; `lengths` and `tokens` of each column, in characters and tokens; `kinds`: rows by type."""
+    """What was found; `lengths` and `tokens` of each column, in characters and tokens; `kinds`: rows by type.
+
+    columns     every name that a row has a column of
+    unknown     the column names of rows of no known type -> where the first of them is, and how many there are
+    rewarded    rows with a reward; unrewarded: places of rows that could have one and do not
+    """
 
     rows: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
@@ -39,6 +46,10 @@ class Report:
     ties: int = 0
     margins: int = 0
     thumbs_up: int = 0
+    columns: dict[str, None] = field(default_factory=dict)
+    unknown: dict[str, tuple[str, int]] = field(default_factory=dict)
+    rewarded: int = 0
+    unrewarded: list[str] = field(default_factory=list)
 
 
 def is_text(path: str | Path) -> bool:
@@ -60,7 +71,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     texts = parser.add_argument_group("of texts")
     texts.add_argument("--tokenizer", metavar="FOLDER", help="count tokens too, and look for special ones in texts")
     texts.add_argument(
-        "--columns", default="", metavar="A=B,...", help="what they are called here, such as chosen=winner"
+        "--columns",
+        default="",
+        metavar="A=B,...",
+        help="what they are called here, such as chosen=winner; what is named must be there, as reward=reward",
     )
 
 
@@ -93,7 +107,8 @@ def examine(path: str | Path, *, tokenizer: str | None = None, columns: str = ""
     from llm_rlhf.data.files import read_rows
     from llm_rlhf.models.tokenizer import load_tokenizer
 
-    names = column_names(columns)
+    given = given_names(columns)
+    names, reward = column_names(columns), given.get(REWARD, REWARD)
     words = None if tokenizer is None else load_tokenizer(tokenizer)
     if not Path(path).exists():
         raise UserError(f"{path}: no such file or folder")
@@ -110,10 +125,12 @@ def examine(path: str | Path, *, tokenizer: str | None = None, columns: str = ""
             report.problems.append(str(error))
             break
         report.rows += 1
+        report.columns.update(dict.fromkeys(row.columns))
         kind = kind_of(row.columns, names)
         if kind is None:
-            there = ", ".join(row.columns)
-            report.problems.append(f"{row.place}: no known column type (there is {there or 'no column'})")
+            there = ", ".join(row.columns) or "no column"
+            place, count = report.unknown.get(there, (row.place, 0))
+            report.unknown[there] = place, count + 1
             continue
         report.kinds[kind] += 1
         first = first or kind
@@ -121,6 +138,7 @@ def examine(path: str | Path, *, tokenizer: str | None = None, columns: str = ""
             report.problems.append(f"{row.place}: this row is {kind}, the first one {first}")
         try:
             record = _read(row, kind, names)
+            _count_reward(report, row, kind, names, reward)
             if isinstance(record, str):
                 report.left_out[record] += 1
                 if record not in ("thumbs down",):
@@ -131,7 +149,49 @@ def examine(path: str | Path, *, tokenizer: str | None = None, columns: str = ""
             report.problems.append(str(error))
     if report.rows == 0 and not report.problems:
         report.problems.append(f"{path}: there are no rows")
+    report.problems += _of_the_whole(report, given, reward)
     return report
+
+
+def _of_the_whole(report: Report, given: Mapping[str, str], reward: str) -> Iterator[str]:
+    """Problems that only show when every row was read."""
+    for there, (place, count) in report.unknown.items():
+        more = f", and {count - 1:,} more rows like it" if count > 1 else ""
+        yield (
+            f"{place}: no known column type (there is {there}){more}; say what the columns are called here with "
+            "--columns, such as --columns prompt=question,completion=answer"
+        )
+    there = ", ".join(report.columns)
+    for kind, name in given.items():
+        found = report.rewarded if kind == REWARD else name in report.columns
+        if report.rows and not found:
+            yield f"--columns {kind}={name}: no row has a column {name!r} (there is {there or 'no column'})"
+    if report.rewarded:
+        for place in report.unrewarded:
+            yield f"{place}: it has no {reward!r}, and {report.rewarded:,} other rows have one"
+
+
+def _count_reward(report: Report, row: Row, kind: str, names: ColumnNames, reward: str) -> None:
+    """A reward as llm/ilql reads it: a finite number of the row, or of some of the assistant's messages."""
+    from llm_rlhf.data.chat import ASSISTANT
+    from llm_rlhf.tasks.examples import number_column
+
+    messages = row.columns.get(names.messages)
+    if kind not in ("prompt-completion", "language modeling") or (kind == "language modeling" and messages is None):
+        return
+    places = [(row.columns, row.place)]
+    if kind == "language modeling":
+        said = [
+            (message, f"{row.place}: message {number}") for number, message in enumerate(messages or [], start=1)
+        ]
+        places += [(message, place) for message, place in said if message["role"] == ASSISTANT]
+    scored = [(columns, place) for columns, place in places if reward in columns]
+    if not scored:
+        report.unrewarded.append(row.place)
+        return
+    report.rewarded += 1
+    for columns, place in scored:
+        number_column(columns, reward, place)
 
 
 _SAYS = {
@@ -143,18 +203,25 @@ _SAYS = {
 
 def column_names(text: str) -> ColumnNames:
     """ColumnNames out of "prompt=question,chosen=winner". Raises UserError for a kind that there is not."""
+    from llm_rlhf.data.columns import ColumnNames
+
+    return ColumnNames(**{kind: name for kind, name in given_names(text).items() if kind != REWARD})
+
+
+def given_names(text: str) -> dict[str, str]:
+    """Kind -> name out of "prompt=question,reward=score". Raises UserError for a kind that there is not."""
     from dataclasses import fields
 
     from llm_rlhf.data.columns import ColumnNames
 
-    known = [one.name for one in fields(ColumnNames)]
+    known = [*(one.name for one in fields(ColumnNames)), REWARD]
     given: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         kind, equals, name = part.partition("=")
         if kind not in known or not equals or not name:
             raise UserError(f"--columns {part}: write KIND=NAME, where KIND is one of {', '.join(known)}")
         given[kind] = name
-    return ColumnNames(**given)
+    return given
 
 
 def describe(report: Report) -> list[str]:
@@ -176,6 +243,7 @@ def describe(report: Report) -> list[str]:
         "ties": report.ties,
         "margins": report.margins,
         "thumbs up": report.thumbs_up,
+        "rewards": report.rewarded,
     }
     return lines + [f"{name:<10} {count:,} of {report.rows:,} rows" for name, count in notes.items() if count]
 

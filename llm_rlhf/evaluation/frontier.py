@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from scipy.optimize import least_squares
 from torch import Tensor
 
@@ -153,24 +154,28 @@ def _turning_point(form: Form, alpha: float, beta: float) -> tuple[float | None,
 # ---------------------------------------------------------------- best of n
 
 
-def best_of_n_rows(gold: Tensor, proxy: Tensor, sizes: Sequence[int]) -> list[Row]:
+Samples = Tensor | Sequence[Sequence[float]]
+
+
+def best_of_n_rows(gold: Samples, proxy: Samples, sizes: Sequence[int]) -> list[Row]:
     """The frontier of best-of-n on samples of the starting policy: what no training at all would reach.
 
-    gold, proxy     [P, N] of each prompt's N samples; the choice is made by the proxy
+    gold, proxy     [P, N] of each prompt's N samples, tensors or nested lists; the choice is made by the proxy
 
     The KL is log n - (n - 1)/n, the gold reward the unbiased estimate over all subsets (`policy_core.selection`),
     its interval by bootstrap over prompts. Raises ValueError for a size outside 1..N.
     """
     rows = []
+    golden, climbed = (torch.as_tensor(values).double() for values in (gold, proxy))
     for size in sizes:
-        golds = expected_best_of_k(gold, k=size, scores=proxy)
+        golds = expected_best_of_k(golden, k=size, scores=climbed)
         rows.append(
             Row(
                 label=BEST_OF_N,
                 step=size,
                 kl=best_of_n_kl(size),
                 gold=float(golds.mean()),
-                proxy=float(expected_best_of_k(proxy, k=size).mean()),
+                proxy=float(expected_best_of_k(climbed, k=size).mean()),
                 gold_interval=bootstrap_interval(golds.tolist()),
             )
         )
@@ -190,7 +195,10 @@ class MetricNames:
 
 
 def rows_of_run(folder: str | Path, names: MetricNames = MetricNames()) -> list[Row]:
-    """A point for every logged step that has both KL and gold. Raises UserError where there is none."""
+    """A point for every logged step that has both KL and gold, where anything could be judged.
+
+    Raises UserError where there is none.
+    """
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{folder}: there is no metrics.jsonl in it, so it is no run")
@@ -200,10 +208,10 @@ def rows_of_run(folder: str | Path, names: MetricNames = MetricNames()) -> list[
             step=int(line["global_step"]),
             kl=max(float(line[names.kl]), 0.0),  # an estimate of a KL near 0 may fall below it
             gold=float(line[names.gold]),
-            proxy=None if names.proxy not in line else float(line[names.proxy]),
+            proxy=float(line[names.proxy]) if math.isfinite(line.get(names.proxy, math.nan)) else None,
         )
         for line in read_metrics(path)
-        if names.kl in line and names.gold in line
+        if names.kl in line and math.isfinite(line.get(names.gold, math.nan))
     ]
     if not rows:
         raise UserError(f"{path}: no step has both {names.kl} and {names.gold}")
@@ -223,9 +231,10 @@ def row_of_evaluation(path: str | Path, split: str) -> Row:
     figures = splits[split]
     if "kl" not in figures:
         raise UserError(f"{path}: it has no kl; evaluate with reference=FOLDER")
-    low, high = figures["sampled_interval"]
+    low, high = figures.get("sampled_interval", (None, None))
     proxy = figures.get("rewards", {}).get("sampled")
-    return Row(file.parent.name, 0, max(figures["kl"], 0.0), figures["sampled"], proxy, (low, high))
+    interval = None if low is None else (low, high)
+    return Row(file.parent.name, 0, max(figures["kl"], 0.0), figures["sampled"], proxy, interval)
 
 
 # ---------------------------------------------------------------- the picture

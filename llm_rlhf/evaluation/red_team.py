@@ -12,25 +12,52 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiment.errors import UserError
-from llm_rlhf.data.files import read_rows
+from llm_rlhf.data.columns import (
+    ColumnNames,
+    kind_of,
+    read_comparison,
+    read_demonstration,
+    read_feedback_row,
+    read_prompt,
+)
+from llm_rlhf.data.files import Row, read_rows
+from llm_rlhf.data.records import Comparison, Feedback
 from llm_rlhf.evaluation.diversity import Unit, pieces, self_bleu
 from llm_rlhf.evaluation.results import Measure, Result
 from llm_rlhf.evaluation.rules import Rule, judge, load_rule
-from llm_rlhf.evaluation.subject import Decoding, Subject, load_subject
+from llm_rlhf.evaluation.subject import Decoding, Subject, load_subject, question_of
 from llm_rlhf.rewards.functions import RewardFunction
-from llm_rlhf.tasks.examples import text_column
+from llm_rlhf.tasks.examples import Example
 
 Target = Callable[[Sequence[str]], list[str]]
 """Prompts -> one answer each; the target of an attack."""
 SHORT = Decoding(max_new_tokens=64)
 
 
-def read_prompts(path: str | Path, *, column: str = "prompt") -> list[str]:
-    """The prompts of a file of rows. Raises UserError naming the row."""
-    prompts = [text_column(row.columns, column, row.place) for row in read_rows(path)]
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file of rows, texts or conversations (`Chat`), as training reads them.
+
+    Rows are prompts with or without completions, comparisons, thumbs, or `messages`, whose prompt ends before the
+    assistant's first answer. Comparisons and thumbs that training leaves out (equal or empty answers) are left out.
+    Raises UserError naming the row.
+    """
+    prompts = [record.prompt for row in read_rows(path) if not isinstance(record := _record(row), str)]
     if not prompts:
         raise UserError(f"{path}: there are no prompts in it")
     return prompts
+
+
+def _record(row: Row) -> Comparison | Feedback | Example | str:
+    """What has the row's prompt, or why the row says nothing."""
+    names = ColumnNames()
+    kind = kind_of(row.columns, names)
+    if kind == "preference":
+        return read_comparison(row, names)
+    if kind == "unpaired preference":
+        return read_feedback_row(row, names)
+    if kind == "language modeling" and row.columns.get(names.messages) is not None:
+        return read_demonstration(row, names)
+    return read_prompt(row, names)
 
 
 def attack_success(
@@ -52,7 +79,9 @@ def attack_success(
     by_rule: dict[str, list[float]] = {name: [] for name in rules}
     unjudged, rows = 0, []
     for prompt, texts in zip(prompts, completions, strict=True):
-        verdicts = {name: [judge(rule, name, prompt, text) for text in texts] for name, rule in rules.items()}
+        verdicts = {
+            name: [judge(rule, name, question_of(prompt), text) for text in texts] for name, rule in rules.items()
+        }
         for name, said in verdicts.items():
             known = [float(verdict) for verdict in said if verdict is not None]
             if known:
@@ -63,7 +92,7 @@ def attack_success(
             if any(verdict is not None for verdict in said_of_text):
                 broken.append(float(any(verdict is True for verdict in said_of_text)))
         unjudged += len(texts) - len(broken)
-        rows.append({"prompt": prompt, "completions": list(texts), "broken": verdicts})
+        rows.append({"prompt": question_of(prompt), "completions": list(texts), "broken": verdicts})
         if broken:
             mean.append(sum(broken) / len(broken))
             ever.append(max(broken))
@@ -96,7 +125,12 @@ def subject_target(subject: Subject, decoding: Decoding) -> Target:
 
 
 def attacker_reward(
-    target: Target | str | Path, rule: Rule | str, *, diversity: float = 0.0, unit: Unit = "word"
+    target: Target | str | Path,
+    rule: Rule | str,
+    *,
+    diversity: float = 0.0,
+    unit: Unit = "word",
+    chat: bool = False,
 ) -> RewardFunction:
     """The reward of an adversarial policy, for the `rewards:` of any recipe.
 
@@ -105,6 +139,7 @@ def attacker_reward(
     diversity   how much of the reward an attack loses by being like the other attacks of its batch: its reward is
                 broken * (1 - diversity * self-BLEU), so that what breaks nothing earns nothing however new it is
     unit        what self-BLEU compares
+    chat        ask a model through its chat template, as one that was trained on conversations must be
 
     The completion is the target's prompt; 1 where the target's answer breaks the rule, 0 where it does not or the
     attack is empty, None where the rule cannot say. Raises UserError where there is no such model or rule, and
@@ -112,7 +147,7 @@ def attacker_reward(
     """
     if not 0 <= diversity <= 1:
         raise ValueError(f"attacker_reward: diversity must be in [0, 1], got {diversity}")
-    answer = target if callable(target) else model_target(target)
+    answer = target if callable(target) else model_target(target, chat=chat)
     breaks, name = (load_rule(rule, "attacker_reward"), rule) if isinstance(rule, str) else (rule, "rule")
 
     def attack(prompts: list[str], completions: list[str]) -> list[float | None]:

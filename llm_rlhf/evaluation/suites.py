@@ -20,7 +20,7 @@ from llm_rlhf.evaluation.diversity import Unit, diversity
 from llm_rlhf.evaluation.results import Measure, Result
 from llm_rlhf.evaluation.rules import load_rule
 from llm_rlhf.evaluation.sandbox import Limits
-from llm_rlhf.evaluation.subject import Decoding, Subject, load_subject
+from llm_rlhf.evaluation.subject import Decoding, Subject, load_subject, question_of
 from llm_rlhf.evaluation.win_rate import Judge, load_judge, paired, read_answers, win_rate
 
 Item = TypeVar("Item")
@@ -170,7 +170,8 @@ def _pairwise(config: SuiteConfig, questions: Sequence[pairwise.Question], refer
 
     def measure(subject: Subject) -> Result:
         answers = pairwise.answer(subject, asked, decoding)
-        return pairwise.compare(asked, answers, reference, judge, source=config.reference or config.data)
+        source = config.reference or config.data
+        return pairwise.compare(asked, answers, reference, judge, source=source, chat=subject.chat)
 
     return measure
 
@@ -188,10 +189,14 @@ def plain_win_rate(config: SuiteConfig) -> Prepared:
     if other is None or str(other).endswith(SUFFIXES):
         answers = {prompt: texts[: config.samples] for prompt, texts in read_answers(other or config.data).items()}
         prompts = config.some(list(answers))
-        theirs = {prompt: answers[prompt] for prompt in prompts}
-        return lambda subject: win_rate(
-            paired(_written(subject, prompts, decoding), theirs, source=other or config.data), judge
-        )
+
+        def against_file(subject: Subject) -> Result:
+            theirs = {subject.asked(prompt): answers[prompt] for prompt in prompts}
+            return win_rate(
+                paired(_written(subject, prompts, decoding), theirs, source=other or config.data), judge
+            )
+
+        return against_file
     prompts = config.some(list(dict.fromkeys(red_team.read_prompts(config.data))))
 
     def measure(subject: Subject) -> Result:
@@ -203,7 +208,9 @@ def plain_win_rate(config: SuiteConfig) -> Prepared:
 
 
 def _written(subject: Subject, prompts: Sequence[str], decoding: Decoding) -> dict[str, list[str]]:
-    return dict(zip(prompts, subject.complete(list(prompts), decoding), strict=True))
+    """Each prompt, as its judge must be given it -> what the model writes."""
+    asked = [subject.asked(prompt) for prompt in prompts]
+    return dict(zip(asked, subject.complete(asked, decoding), strict=True))
 
 
 def perplexity(config: SuiteConfig) -> Prepared:
@@ -222,7 +229,9 @@ def variety(config: SuiteConfig) -> Prepared:
         asked = [prompt for prompt, found in zip(prompts, texts, strict=True) for _ in found]
         flat = [text for found in texts for text in found]
         figures = diversity(flat, unit=config.unit, prompts=asked if decoding.samples > 1 else None)
-        rows = [{"prompt": prompt, "completion": text} for prompt, text in zip(asked, flat, strict=True)]
+        rows = [
+            {"prompt": question_of(prompt), "completion": text} for prompt, text in zip(asked, flat, strict=True)
+        ]
         ended = Measure([float(bool(text.strip())) for text in flat])
         return Result({"written": ended}, figures, rows=rows)
 

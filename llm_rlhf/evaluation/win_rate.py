@@ -14,8 +14,11 @@ from pathlib import Path
 
 from envs.own import is_own, load_own
 from experiment.errors import UserError, user_errors
+from llm_rlhf.data.chat import Chat
+from llm_rlhf.data.columns import ColumnNames, kind_of, read_demonstration
 from llm_rlhf.data.files import read_rows
 from llm_rlhf.evaluation.results import Measure, Result
+from llm_rlhf.evaluation.subject import question_of
 from llm_rlhf.rewards.functions import RewardFunction
 from llm_rlhf.rewards.reward_model import find_folder, reward_function
 from llm_rlhf.tasks.examples import text_column
@@ -23,7 +26,7 @@ from llm_rlhf.tasks.examples import text_column
 PairJudge = Callable[[str, str, str], str | None]
 """(prompt, a, b) -> "a", "b", "tie" or None = cannot say: what a user's `file.py:function` is."""
 Judge = Callable[[Sequence[str], Sequence[str], Sequence[str]], list[str | None]]
-"""The same for lists, so that a model can judge many at once."""
+"""The same for lists, so that a model can judge many at once; prompts that are conversations are `Chat`."""
 VERDICTS = ("a", "b", "tie", None)
 FLIPPED = {"a": "b", "b": "a", "tie": "tie", None: None}
 POINTS = {"a": 1.0, "tie": 0.5, "b": 0.0}
@@ -61,13 +64,16 @@ def load_judge(name: str, *, margin: float = 0.0) -> Judge:
 
 
 def one_by_one(function: PairJudge, name: str) -> Judge:
-    """A user's function as a judge. The judge raises UserError if it raises or gives no verdict."""
+    """A user's function as a judge; it is given a conversation of one question as that question's text.
+
+    The judge raises UserError if it raises or gives no verdict.
+    """
 
     def judge(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> list[str | None]:
         found: list[str | None] = []
         for prompt, first, second in zip(prompts, a, b, strict=True):
             try:
-                verdict = function(prompt, first, second)
+                verdict = function(question_of(prompt), first, second)
             except Exception as error:  # whatever the user's function raises
                 reason = " ".join(str(error).split()) or "no message"
                 raise UserError(f"judge: {name}: it raised {type(error).__name__}: {reason}") from error
@@ -139,7 +145,7 @@ def win_rate(pairs: Sequence[Pair], judge: Judge) -> Result:
         verdict = verdict_of(shown, swapped)
         rows.append(
             {
-                "prompt": pair.prompt,
+                "prompt": question_of(pair.prompt),
                 "a": pair.a,
                 "b": pair.b,
                 "orders": [shown, FLIPPED[swapped]],
@@ -183,14 +189,22 @@ def verdict_of(shown: str | None, swapped: str | None) -> str | None:
     return shown if shown == back else "tie"
 
 
-def read_answers(
-    path: str | Path, *, prompt: str = "prompt", completion: str = "completion"
-) -> dict[str, list[str]]:
-    """A file of answers (any that holds rows): prompt -> its completions. Raises UserError naming the row."""
+def read_answers(path: str | Path) -> dict[str, list[str]]:
+    """A file of answers (any that holds rows): prompt -> its completions, as training reads them.
+
+    Of a comparison the answer is the chosen one, of a conversation the assistant's first; rows that show nothing
+    good (equal or empty answers, a thumb down) are left out. Raises UserError naming the row.
+    """
+    names = ColumnNames()
     found: dict[str, list[str]] = {}
     for row in read_rows(path):
-        text = text_column(row.columns, prompt, row.place)
-        found.setdefault(text, []).append(text_column(row.columns, completion, row.place))
+        if kind_of(row.columns, names) == "language modeling" and row.columns.get(names.messages) is None:
+            text_column(row.columns, names.completion, row.place)  # texts answer nothing
+        example = read_demonstration(row, names)
+        if not isinstance(example, str):
+            answer = example.completion
+            first = str(answer.messages[0]["content"]) if isinstance(answer, Chat) else answer
+            found.setdefault(example.prompt, []).append(first)
     if not found:
         raise UserError(f"{path}: there are no answers in it")
     return found

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
 import transformers
@@ -104,7 +103,7 @@ def load_language_model(path: str | Path) -> PreTrainedModel:
                 model = read_causal(source)
             else:
                 model = load_adapted(source)
-    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         raise UserError(f"model.path: {path} could not be loaded as a causal language model: {reason}") from error
     without_dropout(model)

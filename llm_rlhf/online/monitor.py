@@ -109,7 +109,7 @@ class MonitorConfig:
 
 @dataclass(frozen=True)
 class Warned:
-    """rule: which one; line: what to tell the user; step: of the look; since: the last step that looked well."""
+    """rule: which one; line: for the user; step: of the look; since: the last step whose policy looked well."""
 
     rule: str
     line: str
@@ -150,8 +150,9 @@ class Monitor:
     ) -> Report:
         """Take in one look at the run and say what is suspicious.
 
-        Raises UserError if the first look has no metric of the names that the configuration gives for the proxy
-        and gold, or if a probe cannot be used; ValueError for another number of prompts than of completions.
+        A proxy or gold that is NaN, because nothing could be judged, is not known at this look. Raises UserError if
+        the first look has no metric of the names that the configuration gives for these, or if a probe cannot be
+        used; ValueError for another number of prompts than of completions.
         """
         config = self.config
         if len(prompts) != len(completions):
@@ -264,12 +265,12 @@ def check_gap(config: MonitorConfig, looks: Sequence[Look]) -> list[Warned]:
     needed = float(stats.t.ppf(config.confidence, config.window - 2))
     if rise_t < needed or fall_t > -needed or -fall <= config.gold_fall:
         return []
-    best = max(both, key=lambda look: look["gold"])
+    best = _measured(max(both, key=lambda look: look["gold"]), config.gold)
     line = (
         f"{config.proxy} rose by {rise:.3g} while {config.gold} fell by {-fall:.3g} between steps {steps[0]} and "
-        f"{steps[-1]}: the reward is being gamed; raise kl.coef, or stop near step {best['step']}"
+        f"{steps[-1]}: the reward is being gamed; raise kl.coef, or stop near step {best}"
     )
-    return [Warned("gap", line, steps[-1], best["step"])]
+    return [Warned("gap", line, steps[-1], best)]
 
 
 def check_forecast(config: MonitorConfig, looks: Sequence[Look]) -> list[Warned]:
@@ -296,7 +297,7 @@ def check_forecast(config: MonitorConfig, looks: Sequence[Look]) -> list[Warned]
         f"{config.gold} is forecast to turn at a KL of {turn**2:.3g} nats and {config.proxy} is not (the KL is "
         f"{kl[-1]:.3g}): over-optimisation is near; hold the KL there"
     )
-    return [Warned("forecast", line, looks[-1]["step"], looks[-1]["step"])]
+    return [Warned("forecast", line, looks[-1]["step"], _measured(looks[-1], config.gold))]
 
 
 def _sure_turn(fit: Fit, needed: float) -> float | None:
@@ -323,14 +324,15 @@ def check_kl(config: MonitorConfig, looks: Sequence[Look]) -> list[Warned]:
     if now is None:
         return []
     if config.kl_limit is not None and now > config.kl_limit:
-        return [_warned("kl", looks, f"{config.kl} is {now:.3g} nats, above monitor.kl_limit {config.kl_limit:g}")]
+        line = f"{config.kl} is {now:.3g} nats, above monitor.kl_limit {config.kl_limit:g}"
+        return [_warned("kl", looks, line, config.kl)]
     before = [look["kl"] for look in looks[-1 - config.window : -1] if look["kl"] is not None]
     if config.kl_ratio is None or len(before) < config.window:
         return []
     highest = max(before)
     if now <= config.kl_ratio * highest or now - highest <= 1.0:
         return []
-    return [_warned("kl", looks, f"{config.kl} jumped to {now:.3g} nats from {highest:.3g} at most")]
+    return [_warned("kl", looks, f"{config.kl} jumped to {now:.3g} nats from {highest:.3g} at most", config.kl)]
 
 
 def check_entropy(config: MonitorConfig, looks: Sequence[Look]) -> list[Warned]:
@@ -338,7 +340,8 @@ def check_entropy(config: MonitorConfig, looks: Sequence[Look]) -> list[Warned]:
     normal, now = _normal(config, looks, "entropy"), looks[-1]["entropy"]
     if config.entropy_share is None or not normal or now is None or now >= config.entropy_share * normal:
         return []
-    return [_warned("entropy", looks, f"{config.entropy} fell to {now:.3g} nats from {normal:.3g}: it collapses")]
+    line = f"{config.entropy} fell to {now:.3g} nats from {normal:.3g}: it collapses"
+    return [_warned("entropy", looks, line, config.entropy)]
 
 
 def check_repeated(config: MonitorConfig, looks: Sequence[Look]) -> list[Warned]:
@@ -406,9 +409,19 @@ def _normal(config: MonitorConfig, looks: Sequence[Look], name: str) -> float | 
     return statistics.fmean(first) if first and len(looks) > config.baseline else None
 
 
-def _warned(rule: str, looks: Sequence[Look], line: str) -> Warned:
-    """A warning about the last look; the one before it was well."""
-    since = looks[-2]["step"] if len(looks) > 1 else looks[-1]["step"] - 1
+def _measured(look: Look, metric: str | None) -> int:
+    """The step whose policy a metric of a look was measured on.
+
+    eval/* are measured behind the step's update; everything else on the completions that the update learned from,
+    which the policy of the step before wrote.
+    """
+    step: int = look["step"]
+    return step if metric is not None and metric.startswith("eval/") else step - 1
+
+
+def _warned(rule: str, looks: Sequence[Look], line: str, metric: str | None = None) -> Warned:
+    """A warning about the last look; the one before it was well. metric: where that is a metric, not the texts."""
+    since = _measured(looks[-2], metric) if len(looks) > 1 else _measured(looks[-1], metric) - 1
     return Warned(rule, f"step {looks[-1]['step']}: {line}", looks[-1]["step"], since)
 
 

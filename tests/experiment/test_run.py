@@ -240,9 +240,47 @@ def test_signals_close_everything(
     assert signal.getsignal(signal.SIGTERM) is before
     assert fake_wandb.calls[-1] == ("finish", 1)
     assert len(read_metrics(tmp_path / "r" / "metrics.jsonl")) == 6
-    assert f"stopped at step 6; continue with: tandem resume {tmp_path}/r" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "stopped at step 6, resuming goes back to step 4 (the newest checkpoint); continue with: " in said
+    assert f"continue with: tandem resume {tmp_path}/r" in said
     toy.train(config, resume=tmp_path / "r")
     assert [row["global_step"] for row in read_metrics(tmp_path / "r" / "metrics.jsonl")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [
+        (
+            3,
+            "stopped at step 3, resuming begins again (no checkpoint yet: run.checkpoint_every is 4); continue",
+        ),
+        (5, "stopped at step 5, resuming goes back to step 4 (the newest checkpoint); continue with"),
+    ],
+)
+def test_a_stopped_run_says_where_it_will_go_on(
+    stop: int, said: str, toy: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(
+            toy.config(tmp_path / "r"),
+            each_step=lambda step: signal.raise_signal(signal.SIGINT) if step == stop else None,
+        )
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_stopped_at_a_checkpoint_repeats_nothing(
+    toy: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        with start(toy, tmp_path / "r") as run:
+            run.begin_loop(3)
+            run.log({"a": 1.0}, global_step=1)
+            run.save({}, global_step=1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert f"stopped at step 1; continue with: tandem resume {tmp_path}/r" in capsys.readouterr().err
 
 
 def test_a_full_disk_ends_the_run_and_making_room_continues_it(

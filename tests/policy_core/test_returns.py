@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -273,3 +274,6 @@ def test_explained_variance() -> None:
     # residuals 0, 0, 3: variance 2; returns: variance 8/3; 1 - 2 / (8/3) = 0.25
     close(explained_variance(torch.tensor([[1.0, 3.0, NAN, 2.0]]), returns, mask), 0.25)
     assert explained_variance(returns, torch.ones_like(returns), mask).isnan()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert explained_variance(returns, returns, torch.zeros_like(mask)).isnan()  # nothing was scored

@@ -54,6 +54,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines("question.jsonl", {"question_id": 1, "category": "a", "turns": ["x", "y"]})
     lines("model_answer.jsonl", {"question_id": 1, "choices": [{"index": 0, "turns": ["p", "q"]}]})
     lines("prompts.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"})
+    said = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    lines("chats.jsonl", {"messages": said[0] + said[1]})
+    lines(
+        "pairs.jsonl", {"prompt": said[0], "chosen": said[1], "rejected": [{"role": "assistant", "content": "c"}]}
+    )
     (folder / "text.txt").write_text("some text. " * 30)
     (folder / "own.py").write_text(
         "def judge(prompt, a, b):\n    return 'a' if len(a) > len(b) else 'tie'\n\n\n"
@@ -102,6 +107,19 @@ def test_every_suite_measures_and_writes(
     printed = capsys.readouterr().out
     assert figure in printed
     assert f"written to run/benchmarks/{suite}.json" in printed
+
+
+@pytest.mark.parametrize("data", ["chats.jsonl", "pairs.jsonl"])
+@pytest.mark.parametrize("suite", ["win_rate", "red_team", "diversity"])
+def test_prompt_suites_read_conversations(
+    suite: str, data: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    for more in ([], ["--chat"]):
+        out = str(tmp_path / "report.json")
+        assert run("run", "--suite", suite, "--data", data, *CASES[suite][1], *more, "--out", out) == 0
+        rows = (tmp_path / "report.items.jsonl").read_text().splitlines()
+        assert [json.loads(row)["prompt"] for row in rows] == ["a"] * (3 if suite == "diversity" else 1)
 
 
 def test_before_and_after(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from experiment.errors import UserError
 from llm_rlhf.models.tokenizer import character_tokenizer
+from llm_rlhf.tasks.scored import ScoredConfig, build
 from tandem.data_text import arguments, column_names, describe, examine, is_text, validate
 
 
@@ -60,10 +62,11 @@ def test_every_problem_has_its_row(tmp_path: Path, capsys: pytest.CaptureFixture
         f"{path}:2: both answers are the same, so they say nothing",
         f"{path}:3: an answer is empty",
         f"{path}:4: column 'rejected' is int, not text",
-        f"{path}:5: no known column type (there is question)",
         f"{path}:6: this row is prompt-completion, the first one preference",
         f"{path}:7: the rejected answer scores more than the chosen one",
         f"{path}:8: the two answers have no question in common",
+        f"{path}:5: no known column type (there is question); say what the columns are called here with --columns, "
+        "such as --columns prompt=question,completion=answer",
     ]
     assert said[-1] == "8 rows checked: 7 problems"
 
@@ -92,6 +95,64 @@ def test_other_types_are_named(tmp_path: Path) -> None:
     assert describe(prompts)[0] == "type       prompt-only (1 rows)"
     named = examine(write(tmp_path / "own.jsonl", [{"question": "p"}]), columns="prompt=question")
     assert not named.problems
+
+
+def test_unknown_columns_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": f"q{i}", "answer": "a"} for i in range(3000)]
+    path = write(tmp_path / "own.jsonl", [*rows, {"other": 1}])
+    assert validate(options(path)) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3
+    assert said[0].startswith(
+        f"{path}:1: no known column type (there is question, answer), and 2,999 more rows like it; say what"
+    )
+    assert "--columns prompt=question,completion=answer" in said[0]
+    assert said[1].startswith(f"{path}:3001: no known column type (there is other); say")
+    assert validate(options(path, "--columns", "prompt=question,completion=answer")) == 1  # the last one is left
+
+
+def test_a_column_that_is_not_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", GOOD)
+    assert examine(path, columns="chosen=winner").problems == [
+        "--columns chosen=winner: no row has a column 'winner' (there is prompt, chosen, rejected, margin)"
+    ]
+    assert not examine(path, columns="chosen=chosen").problems
+
+
+def test_rewards_of_scored_texts(tmp_path: Path) -> None:
+    """What llm/ilql would refuse: missing, null, NaN, text; of conversations, the row's and the messages'."""
+    texts: list[Any] = [{"prompt": "p", "completion": str(i), "reward": 0.5} for i in range(6)]
+    assert not examine(write(tmp_path / "good.jsonl", texts)).problems
+    assert "rewards    6 of 6 rows" in describe(examine(tmp_path / "good.jsonl"))
+    del texts[0]["reward"]
+    for row, value in zip(texts[1:], (None, math.nan, "good", True), strict=False):
+        row["reward"] = value
+    path = write(tmp_path / "bad.jsonl", texts)
+    assert examine(path).problems == [
+        f"{path}:2: column 'reward' is NoneType, not a number",
+        f"{path}:3: column 'reward' is nan; a finite number is needed (at most 1e30)",
+        f"{path}:4: column 'reward' is str, not a number",
+        f"{path}:5: column 'reward' is bool, not a number",
+        f"{path}:1: it has no 'reward', and 5 other rows have one",
+    ]
+    for problem in examine(path).problems[:1]:
+        with pytest.raises(UserError, match=problem.split(":", 2)[2].strip()):
+            build(ScoredConfig(), data=write(tmp_path / "one.jsonl", texts[1:2]), seed=0)
+    assert not examine(write(tmp_path / "none.jsonl", [{"prompt": "p", "completion": "c"}])).problems
+    own = write(tmp_path / "own.jsonl", [{"prompt": "p", "completion": "c", "score": "x"}])
+    assert examine(own, columns="reward=score").problems == [f"{own}:1: column 'score' is str, not a number"]
+    assert "no row has a column 'worth'" in examine(own, columns="reward=worth").problems[0]
+
+    def talk(reward: Any) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reward": reward}]
+
+    bare = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats = [{"messages": talk(1)}, {"messages": bare, "reward": 2}, {"messages": talk("x")}, {"messages": bare}]
+    path = write(tmp_path / "chats.jsonl", chats)
+    assert examine(path).problems == [
+        f"{path}:3: message 2: column 'reward' is str, not a number",
+        f"{path}:4: it has no 'reward', and 3 other rows have one",
+    ]
 
 
 def test_tokens_and_special_ones(tmp_path: Path) -> None:

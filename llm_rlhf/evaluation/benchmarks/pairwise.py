@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
+from llm_rlhf.data.chat import ASSISTANT, Chat
 from llm_rlhf.data.files import Row, read_rows
 from llm_rlhf.evaluation.results import Result
 from llm_rlhf.evaluation.subject import Decoding, Message, Subject
@@ -140,13 +141,22 @@ def answer(subject: Subject, questions: Sequence[Question], decoding: Decoding) 
 
 
 def compare(
-    questions: Sequence[Question], answers: Answers, reference: Answers, judge: Judge, *, source: str
+    questions: Sequence[Question],
+    answers: Answers,
+    reference: Answers,
+    judge: Judge,
+    *,
+    source: str,
+    chat: bool = False,
 ) -> Result:
     """Win rate over the reference's answers (questions weigh alike), by turn where there are several, by category.
 
-    Of a later turn the judge is shown each side's own conversation: the prompt is what the user said throughout,
-    each answer is that side's replies up to this turn. source: the reference's file, for messages. Raises UserError
-    for a question that the reference did not answer.
+    source      the reference's file, for messages
+    chat        the model was asked through a chat template: the judge is given conversations (`Chat`)
+
+    Of a later turn the judge is shown each side's own conversation. As text, the prompt is what the user said
+    throughout, each answer is that side's replies up to this turn; as `Chat`, the prompt is the first question and
+    each answer all that followed. Raises UserError for a question that the reference did not answer.
     """
     pairs, of = [], []
     for question in questions:
@@ -154,8 +164,10 @@ def compare(
         if len(theirs) < len(question.turns):
             raise UserError(f"{source}: no answer to all turns of question {question.key[:40]!r}")
         for turn in range(len(question.turns)):
-            said = "\n\n".join(question.turns[: turn + 1])
-            pairs.append(Pair(said, joined(ours[: turn + 1]), joined(theirs[: turn + 1]), question.key))
+            turns = question.turns[: turn + 1]
+            prompt = Chat.prompt([{"role": "user", "content": turns[0]}]) if chat else "\n\n".join(turns)
+            a, b = (followed(turns, side) if chat else joined(side[: turn + 1]) for side in (ours, theirs))
+            pairs.append(Pair(prompt, a, b, question.key))
             of.append((question, turn))
     result = win_rate(pairs, judge)
     counts = dict(result.counts)
@@ -174,6 +186,17 @@ def compare(
         for (question, turn), row in zip(of, result.rows, strict=True)
     ]
     return Result(result.measures, counts, result.notes, rows)
+
+
+def followed(turns: Sequence[str], answers: Sequence[str]) -> str:
+    """What followed the first of a user's turns: one side's reply, or a conversation that begins with it."""
+    if len(turns) == 1:
+        return answers[0]
+    messages: list[Message] = []
+    for number, said in enumerate(turns):
+        messages += [{"role": "user", "content": said}] if number else []
+        messages.append({"role": ASSISTANT, "content": answers[number]})
+    return Chat.completion(messages)
 
 
 def joined(answers: Sequence[str]) -> str:

@@ -1,14 +1,17 @@
 """Evaluation reports what a run climbed beside the task's own reward, on the same completions."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from experiment.config import build_from_dict
 from experiment.errors import UserError
 from llm_rlhf import train_sft
-from llm_rlhf.evaluate import EvaluateConfig, evaluate_run, numbers
+from llm_rlhf.evaluate import EvaluateConfig, evaluate_run, numbers, scores
 from llm_rlhf.evaluation.frontier import row_of_evaluation
 from llm_rlhf.train_sft import TrainSFTConfig
 
@@ -60,6 +63,48 @@ def test_both_rewards_are_reported(run: Path, tmp_path: Path) -> None:
     metrics = numbers(found, prefix="eval")
     assert "eval/rewards" not in metrics
     assert metrics["eval/sampled"] == found["sampled"]
+
+
+def test_what_was_not_judged_is_left_out_by_hand() -> None:
+    """Of four prompts the last one's answers were judged by nobody, the first one's samples in part."""
+    nobody = math.nan
+    greedy = torch.tensor([1.0, nobody, -0.5, nobody])
+    drawn = torch.tensor([[1.0, nobody], [nobody, 0.0], [0.5, 1.0], [nobody, nobody]])
+    found = scores(greedy, drawn)
+    assert found["prompts"] == 4
+    assert found["greedy"] == 0.25
+    assert found["greedy_solved"] == 0.5
+    assert found["sampled"] == pytest.approx((1.0 + 0.0 + 0.75) / 3)
+    assert found["pass@2"] == pytest.approx(2 / 3)
+    low, high = found["sampled_interval"]
+    assert 0 <= low < found["sampled"] < high <= 1
+    nothing = scores(greedy[1:2], drawn[3:])
+    assert nothing == {"prompts": 1, "greedy": None, "sampled": None, "greedy_solved": None, "pass@2": None}
+    assert math.isnan(numbers(nothing, prefix="eval")["eval/sampled"])
+
+
+def test_unjudged_answers_are_counted_and_do_not_count(run: Path, tmp_path: Path) -> None:
+    """A reward that does not judge every third answer: the others' mean, and a share of a third."""
+    seen = tmp_path / "seen"
+    (tmp_path / "own.py").write_text(
+        "def some(prompts, completions):\n    lengths = [float(len(text)) for text in completions]\n"
+        "    found = [length if i % 3 else None for i, length in enumerate(lengths)]\n"
+        f"    print(*found, file=open({str(seen)!r}, 'a'))\n    return found\n\n\n"
+        "def mute(prompts, completions):\n    return [None] * len(completions)\n"
+    )
+    own = evaluated(run, f"{{'{tmp_path}/own.py:some': 1.0}}")["rewards"]
+    for name, line in zip(("greedy", "sampled"), seen.read_text().splitlines(), strict=True):
+        words = line.split()
+        judged = [float(word) for word in words if word != "None"]
+        assert own[f"{name}_unscored"] == pytest.approx(words.count("None") / len(words))
+        if name == "greedy":
+            assert own[name] == pytest.approx(sum(judged) / len(judged))
+    assert 0 < own["sampled_unscored"] < 1
+    found = evaluated(run, f"{{'{tmp_path}/own.py:mute': 1.0}}")
+    assert found["rewards"] == {"greedy": None, "sampled": None, "greedy_unscored": 1.0, "sampled_unscored": 1.0}
+    assert json.loads((run / "eval.json").read_text())["splits"]["prompted"]["rewards"]["sampled"] is None
+    assert (found["greedy_unscored"], found["sampled_unscored"]) == (0.0, 0.0)
+    assert numbers(found, prefix="eval")["eval/sampled_unscored"] == 0.0
 
 
 def test_the_tasks_own_reward_is_not_said_twice(run: Path) -> None:

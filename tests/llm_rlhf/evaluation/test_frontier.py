@@ -76,6 +76,7 @@ def test_best_of_n_by_hand() -> None:
     one, two = best_of_n_rows(-scores, scores, (1, 2))
     assert (one.kl, one.proxy, one.gold) == pytest.approx((0.0, 2.5, -2.5))
     assert (two.kl, two.proxy, two.gold) == pytest.approx((math.log(2) - 0.5, 20 / 6, -20 / 6))
+    assert best_of_n_rows([[-1, -2, -3, -4]], scores.tolist(), (1, 2)) == [one, two]
     with pytest.raises(ValueError, match="best of k"):
         best_of_n_rows(scores, scores, (5,))
 
@@ -84,6 +85,7 @@ def test_rows_of_runs(tmp_path: Path) -> None:
     lines = [
         {"global_step": 1, "objective/kl": -0.01, "objective/scores": 0.1, "eval/sampled": 0.2},
         {"global_step": 2, "objective/kl": 0.5, "objective/scores": 0.3},
+        {"global_step": 2, "objective/kl": 0.5, "objective/scores": 0.3, "eval/sampled": "NaN"},
         {"global_step": 3, "objective/kl": 1.0, "objective/scores": 0.5, "eval/sampled": 0.4},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -101,9 +103,11 @@ def test_rows_of_runs(tmp_path: Path) -> None:
 def test_row_of_an_evaluation(tmp_path: Path) -> None:
     path = tmp_path / "eval.json"
     figures = {"sampled": 0.5, "sampled_interval": [0.4, 0.6], "kl": 2.0, "rewards": {"sampled": 1.5}}
-    path.write_text(json.dumps({"splits": {"test": figures, "bare": {"sampled": 1.0}}}))
+    unjudged = {"sampled": None, "kl": 2.0, "rewards": {"sampled": None}}
+    path.write_text(json.dumps({"splits": {"test": figures, "bare": {"sampled": 1.0}, "unjudged": unjudged}}))
+    assert row_of_evaluation(path, "unjudged") == Row(tmp_path.name, 0, 2.0, None, None, None)
     assert row_of_evaluation(path, "test") == Row(tmp_path.name, 0, 2.0, 0.5, 1.5, (0.4, 0.6))
-    with pytest.raises(UserError, match="no split 'tset'; it has test, bare"):
+    with pytest.raises(UserError, match="no split 'tset'; it has test, bare, unjudged"):
         row_of_evaluation(path, "tset")
     with pytest.raises(UserError, match="it has no kl"):
         row_of_evaluation(path, "bare")

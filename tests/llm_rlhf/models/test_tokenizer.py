@@ -83,7 +83,5 @@ def test_weights_that_were_cut_short_are_one_line(tmp_path: Path) -> None:
     whole = weights.read_bytes()
     for length in (0, 40, len(whole) // 2):
         weights.write_bytes(whole[:length])
-        with pytest.raises(
-            UserError, match=r"model\.path: .*model could not be loaded as a causal"
-        ):
+        with pytest.raises(UserError, match=r"model\.path: .*model could not be loaded as a causal"):
             build_policy(ModelConfig(path=str(folder)), alphabet="")

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from experiment.errors import UserError
 from experiment.state import load_state, save_state
 from llm_rlhf.online.monitor import HackingSuspected, Monitor, MonitorConfig, Warned, act_on, trend
+from llm_rlhf.rewards.functions import Scores
 
 Series = Callable[[float], float]
 
@@ -157,6 +159,60 @@ def test_a_rule_warns_once_until_it_has_been_silent() -> None:
     assert looks(MonitorConfig(), lengths) == ["length@4", "length@7"]
 
 
+def first_warning(config: MonitorConfig, series: list[dict[str, float]], steps: tuple[int, ...]) -> Warned:
+    monitor = Monitor(config)
+    for step, changed in zip(steps, series, strict=True):
+        monitor.look(metrics(step, **changed), global_step=step)
+    assert monitor.first is not None
+    return monitor.first
+
+
+def test_what_is_measured_before_the_update_blames_the_policy_before() -> None:
+    """At step 6 objective/kl is of what the policy of step 5 wrote; at step 4, of what that of step 3 wrote."""
+    limit = MonitorConfig(kl_limit=3.0)
+    kls = [{"objective__kl": 2.7}, {"objective__kl": 5.4}]
+    found = first_warning(limit, kls, (4, 6))
+    assert (found.step, found.since) == (6, 3)
+    found = first_warning(limit, kls, (2, 3))
+    assert (found.step, found.since) == (3, 1)
+    assert first_warning(limit, kls[1:], (1,)).since < 0  # the start itself, before which there is nothing
+    behind = replace(limit, kl="eval/kl")
+    found = first_warning(behind, [{"eval__kl": 2.7}, {"eval__kl": 5.4}], (4, 6))
+    assert (found.step, found.since) == (6, 4)
+    entropies = [{"policy__entropy_avg": value} for value in (1.0, 1.0, 1.0, 0.01)]
+    assert first_warning(MonitorConfig(), entropies, (2, 4, 6, 8)).since == 5
+    behind = MonitorConfig(entropy="eval/entropy")
+    entropies = [{"eval__entropy": value} for value in (1.0, 1.0, 1.0, 0.01)]
+    assert first_warning(behind, entropies, (2, 4, 6, 8)).since == 6
+
+
+def test_gold_that_is_measured_before_the_update() -> None:
+    series = [
+        {"objective__scores": 0.1 * i, "rewards__gold__mean": 2 - 0.1 * i, "eval__sampled": 2 - 0.1 * i}
+        for i in range(8)
+    ]
+    steps = tuple(range(10, 18))
+    off = MonitorConfig(turn_share=None)
+    assert first_warning(off, series, steps).since == 10  # eval/sampled was best behind the update of step 10
+    assert first_warning(replace(off, gold="rewards/gold/mean"), series, steps).since == 9
+
+
+def test_a_look_at_which_nothing_was_scored_has_no_proxy() -> None:
+    nothing = Scores(
+        torch.zeros(2), torch.zeros(2, dtype=torch.bool), {"mine": torch.full((2,), math.nan)}
+    ).metrics()
+    assert nothing["rewards/unscored"] == 1.0
+    for proxy in ("objective/scores", "rewards/mine/mean"):
+        monitor = Monitor(MonitorConfig(proxy=proxy))
+        report = monitor.look({**metrics(1), **nothing}, global_step=1)
+        assert report.warnings == []
+        assert monitor.looks[0]["proxy"] is None
+    with pytest.raises(
+        UserError, match=r"monitor\.proxy: the run logs no metric 'rewards/mina/mean'; did you mean"
+    ):
+        Monitor(MonitorConfig(proxy="rewards/mina/mean")).look({**metrics(1), **nothing}, global_step=1)
+
+
 def test_missing_metrics() -> None:
     message = r"monitor\.gold: the run logs no metric 'eval/sample'; did you mean eval/sampled\?"
     with pytest.raises(UserError, match=message):
@@ -195,6 +251,7 @@ def test_stopping_names_the_last_good_checkpoint(tmp_path: Path, capsys: pytest.
     report = monitor.look(metrics(6, completions__mean_length=60.0), global_step=6)
     with pytest.raises(HackingSuspected, match=r"3 times as long.*the last good checkpoint is .*000000004$"):
         act_on(report, monitor, folder=tmp_path)
+    assert (monitor.last_good([5, 6, 7]), monitor.last_good([4, 5])) == (None, 4)
     assert "monitor: step 6: completions are 3 times as long as at first (60.0)" in capsys.readouterr().err
     assert monitor.last_good([6, 7]) is None
     tolerant = Monitor(replace(config, stop=False))
