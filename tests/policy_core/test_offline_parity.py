@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from d3rlpy.algos import AWACConfig as TheirAWACConfig
 from d3rlpy.algos import CalQLConfig, ReBRACConfig, TD3PlusBCConfig
 from d3rlpy.algos import CQLConfig as TheirCQLConfig
 from d3rlpy.algos import IQLConfig as TheirIQLConfig
 from torch import Tensor
 
-from policy_core import cql, iql, td3_bc
+from policy_core import awac, cql, iql, td3_bc
 from policy_core.cql import CQLConfig, Multiplier, Noise
 from policy_core.critics import ActorCritic
-from policy_core.iql import IQLConfig
+from policy_core.iql import IQLConfig, weighted_likelihood_loss
 from policy_core.sac import Coefficient, Optimizers, SACConfig
 from policy_core.td3_bc import TD3BCConfig, TD3Networks
 from tests.policy_core import d3rlpy_twins as peers
@@ -179,6 +180,30 @@ def test_a_hundred_cql_updates(
     assert temperature().item() == pytest.approx(impl._modules.log_temp._parameter.exp().item(), rel=1e-9)
     assert coefficient().item() == pytest.approx(impl._modules.log_alpha._parameter.exp().item(), rel=1e-9)
     assert (coefficient().item() != 1.0) == lagrange
+
+
+# ---------------------------------------------------------------- AWAC
+
+
+def test_awac_policy_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """d3rlpy's loss is the sum over the batch, ours the mean; its critics learn by SAC's squashed samples, another
+    policy than the one that it weighs, so that their targets are not compared."""
+    impl = peers.build(TheirAWACConfig(**networks_config(lam=0.4, n_action_samples=SAMPLES)))
+    networks = peers.twins(impl, squashed=False)
+    theirs, ours = peers.batches(0)
+    own = torch.randn(SAMPLES, peers.BATCH, peers.ACTIONS, dtype=torch.float64).clamp(-1, 1)
+    monkeypatch.setattr(
+        "d3rlpy.models.torch.distributions.GaussianDistribution.sample_n", lambda self, n: own.transpose(0, 1)
+    )
+    expected = impl.compute_actor_loss(theirs, impl._modules.policy(theirs.observations)).actor_loss
+    expected.backward()
+    judged = networks.critic(ours.observations, torch.cat([ours.actions.unsqueeze(0), own])).amin(0)
+    weights = awac.batch_weights(advantages=judged[0] - judged[1:].mean(0), mask=ours.mask, temperature=0.4)
+    log_probs = networks.policy.distribution_of(ours.observations).log_prob(ours.actions).sum(-1)
+    loss = peers.BATCH * weighted_likelihood_loss(log_probs=log_probs, weights=weights, mask=ours.mask)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=EXACT, atol=EXACT)
+    peers.assert_same_module(networks.policy.policy, impl._modules.policy, "grad", EXACT)
 
 
 # ---------------------------------------------------------------- TD3+BC and ReBRAC
