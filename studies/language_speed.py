@@ -54,6 +54,7 @@ VOCABULARY, BATCH, LENGTH, GROUP, EPOCHS, ROWS = 2048, 16, 32, 4, 4, 1024
 KINDS = ("grpo", "grpo-bf16", "ppo", "ppo_shared", "sft", "sft-bf16", "dpo", "dpo-bf16")
 CELLS = [f"{size}-{kind}" for size in SIZES for kind in KINDS]
 ROUNDS = 7
+THREADS = 2  # a run sets them itself
 STEPS = {"small": 10, "large": 3}
 Step = Callable[[], object]
 
@@ -62,7 +63,7 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
     """Medians of seconds a step, and of the rounds' ratios to ours."""
     size, algorithm, *narrow = cell.split("-")
     precision: Precision = "bf16" if narrow else "float32"
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         folder = Path(place)
         write_model(folder / "model", size)
@@ -186,7 +187,7 @@ def task(reward: RewardFunction = even_words) -> Task:
 def ours_grpo(folder: Path, precision: Precision) -> Iterator[Step]:
     """`train_grpo.iterate`: what the recipe does an update."""
     config = train_grpo.TrainGRPOConfig(
-        run=RunConfig(folder=str(folder / "grpo"), wandb="disabled"),
+        run=RunConfig(folder=str(folder / "grpo"), wandb="disabled", threads=THREADS),
         model=ModelConfig(path=str(folder / "model")),
         grpo=GRPOConfig(group_size=GROUP),
         ppo=PPOConfig(learning_rate=1e-6, epochs=1, minibatch_size=BATCH, gamma=1.0, normalize_advantages=False),
@@ -203,7 +204,7 @@ def ours_ppo(folder: Path, precision: Precision, critic: Literal["shared", "sepa
     """`train_ppo.iterate`, scored by a random reward model of the same size."""
     scored = task(reward_function(random_reward_model(folder)))
     config = train_ppo.TrainPPOConfig(
-        run=RunConfig(folder=str(folder / "ppo"), wandb="disabled"),
+        run=RunConfig(folder=str(folder / "ppo"), wandb="disabled", threads=THREADS),
         model=ModelConfig(path=str(folder / "model")),
         critic=CriticConfig(model=critic),
         ppo=PPOConfig(
