@@ -189,7 +189,7 @@ def test_awac_policy_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """d3rlpy's loss is the sum over the batch, ours the mean; its critics learn by SAC's squashed samples, another
     policy than the one that it weighs, so that their targets are not compared."""
     impl = peers.build(TheirAWACConfig(**networks_config(lam=0.4, n_action_samples=SAMPLES)))
-    networks = peers.twins(impl, squashed=False)
+    networks: Any = peers.twins(impl, squashed=False)
     theirs, ours = peers.batches(0)
     own = torch.randn(SAMPLES, peers.BATCH, peers.ACTIONS, dtype=torch.float64).clamp(-1, 1)
     monkeypatch.setattr(
@@ -197,7 +197,7 @@ def test_awac_policy_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     expected = impl.compute_actor_loss(theirs, impl._modules.policy(theirs.observations)).actor_loss
     expected.backward()
-    judged = networks.critic(ours.observations, torch.cat([ours.actions.unsqueeze(0), own])).amin(0)
+    judged = networks.critic(ours.observations, torch.cat([theirs.actions.unsqueeze(0), own])).amin(0)
     weights = awac.batch_weights(advantages=judged[0] - judged[1:].mean(0), mask=ours.mask, temperature=0.4)
     log_probs = networks.policy.distribution_of(ours.observations).log_prob(ours.actions).sum(-1)
     loss = peers.BATCH * weighted_likelihood_loss(log_probs=log_probs, weights=weights, mask=ours.mask)
