@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +34,6 @@ from embodied.logged.offline import (
     precision,
 )
 from embodied.logged.transitions import OfflineData, mixed, reward_scale, to_transitions
-from embodied.policies.numpy_actor import Array
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector, Experience
 from envs.stepper import EpisodeRecord
@@ -149,8 +147,7 @@ class Learner:
         if saved is not None:
             learner.load_state_dict(saved)
         elif config.init is not None:
-            observations = np.concatenate([episode.observations for episode in inputs.episodes])
-            check_units(Path(config.init), config, learner, observations)
+            check_units(Path(config.init), config, learner)
         return learner
 
     def remember(self, experience: Experience, config: TrainRLPDConfig) -> None:
@@ -219,11 +216,8 @@ def begin_from(
         raise UserError(f"init: {run} does not fit policy and critic of this configuration: {reason}") from error
 
 
-def check_units(run: Path, config: TrainRLPDConfig, learner: Learner, observations: Array) -> None:
-    """UserError if the run's values or its policy's observations are in other units than this run's.
-
-    observations: [N, D] of the data.
-    """
+def check_units(run: Path, config: TrainRLPDConfig, learner: Learner) -> None:
+    """UserError if the run's values or its policy's observations are in other units than this run's."""
     theirs = read_tree(run / "config.yaml").values.get("data") or {}
     ours = asdict(config.data)
     for name in ("gamma", "rewards", "shift"):
@@ -233,7 +227,8 @@ def check_units(run: Path, config: TrainRLPDConfig, learner: Learner, observatio
                 f"say data.{name}={theirs[name]}"
             )
     limit = learner.policy.normalizer.limit
-    seen = learner.policy.normalizer(torch.from_numpy(observations))
+    seen = learner.prior.transitions.observations
+    assert isinstance(seen, Tensor)
     saturated = float((seen.abs() >= limit).float().mean())
     if saturated > SATURATED:
         raise UserError(

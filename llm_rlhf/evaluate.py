@@ -27,7 +27,7 @@ from experiment.statistics import bootstrap_interval, wilson_interval
 from llm_rlhf.data.texts import columns_of, encode_prompts
 from llm_rlhf.logged.value_heads import AdvantageSteering
 from llm_rlhf.models.causal import LanguagePolicy
-from llm_rlhf.models.generation import Samples, generate
+from llm_rlhf.models.generation import Samples, at_temperature, generate
 from llm_rlhf.models.loading import model_folder
 from llm_rlhf.models.tokenizer import decode_completions, load_tokenizer, pad_id
 from llm_rlhf.online.experience import reference_log_probs
@@ -104,12 +104,11 @@ def evaluate_policy(
         for name, weights in judges.items()
     }
     limit = max_new_tokens or task.max_new_tokens
-    temperature, policy.temperature = policy.temperature, config.temperature
     generator = torch.Generator().manual_seed(config.seed)
     greedy: dict[str, list[Tensor]] = {name: [] for name in judging}
     drawn: dict[str, list[Tensor]] = {name: [] for name in judging}
     totals = {"entropy": 0.0, "tokens": 0.0, "finished": 0.0, "kl": 0.0}
-    try:
+    with at_temperature(policy, config.temperature):
         for start in range(0, len(examples), config.batch_size):
             batch = examples[start : start + config.batch_size]
             for count, source, results in ((1, None, greedy), (config.samples, generator, drawn)):
@@ -126,8 +125,6 @@ def evaluate_policy(
                     results[name].append(scores.view(len(batch), count))
                 if source is not None:
                     _add_totals(totals, samples, reference, config.temperature)
-    finally:
-        policy.temperature = temperature
     found = {name: (torch.cat(greedy[name]).squeeze(1), torch.cat(drawn[name])) for name in judging}
     result = _summary(*found["gold"], totals, with_kl=reference is not None)
     if "own" in found:
@@ -155,9 +152,8 @@ def _add_totals(
     totals["tokens"] += float(samples.mask.sum())
     totals["finished"] += float(samples.finished.sum())
     if reference is not None:
-        before, reference.temperature = reference.temperature, temperature
-        log_probs = reference_log_probs(reference, samples)
-        reference.temperature = before
+        with at_temperature(reference, temperature):
+            log_probs = reference_log_probs(reference, samples)
         totals["kl"] += float((samples.log_probs - log_probs).sum())
 
 

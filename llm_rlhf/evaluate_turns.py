@@ -19,6 +19,7 @@ from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
 from llm_rlhf.evaluate import Result, numbers, scores
 from llm_rlhf.models.causal import LanguagePolicy
+from llm_rlhf.models.generation import at_temperature
 from llm_rlhf.models.tokenizer import load_tokenizer
 from llm_rlhf.online.learner import ValidationConfig
 from llm_rlhf.tasks.examples import Example
@@ -57,13 +58,11 @@ def evaluate_player(player: Player, examples: Sequence[Example], config: Evaluat
     Returns greedy, greedy_solved, sampled, pass@K (each with NAME_interval), turns, calls and failed_calls (of the
     samples), mean_length (tokens that the policy wrote), finished (share that the environment ended), prompts.
     """
-    policy = player.policy
-    temperature, policy.temperature = policy.temperature, config.temperature
     generator = torch.Generator().manual_seed(config.seed)
     greedy: list[Tensor] = []
     drawn: list[Tensor] = []
     looks: list[Played] = []
-    try:
+    with at_temperature(player.policy, config.temperature):
         for start in range(0, len(examples), config.batch_size):
             batch = examples[start : start + config.batch_size]
             best = player.play(batch, samples_per_prompt=1, generator=None, first_index=start)
@@ -76,8 +75,6 @@ def evaluate_player(player: Player, examples: Sequence[Example], config: Evaluat
             )
             drawn.append(look.scores.total.view(len(batch), config.samples))
             looks.append(look)
-    finally:
-        policy.temperature = temperature
     return {**scores(torch.cat(greedy), torch.cat(drawn)), **_course(looks)}
 
 

@@ -20,6 +20,7 @@ from experiment.errors import UserError
 from llm_rlhf.data.files import SUFFIXES, read_rows
 from llm_rlhf.evaluation.results import Measure, Result
 from llm_rlhf.evaluation.subject import Subject
+from llm_rlhf.models.generation import at_temperature
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.tasks.examples import text_column
 
@@ -73,9 +74,8 @@ def windows(ids: Sequence[int], *, start: int, context: int, stride: int) -> lis
 def token_log_probs(subject: Subject, document: Sequence[Window]) -> list[list[float]]:
     """Nats of every judged token, a list a window, at temperature 1."""
     policy, fill = subject.policy, pad_id(subject.tokenizer)
-    before, policy.temperature = policy.temperature, 1.0
     found: list[list[float]] = []
-    try:
+    with at_temperature(policy, 1.0):
         for begin in range(0, len(document), subject.batch_size):
             batch = document[begin : begin + subject.batch_size]
             width = max(len(window.tokens) for window in batch)
@@ -87,8 +87,6 @@ def token_log_probs(subject: Subject, document: Sequence[Window]) -> list[list[f
             log_probs = policy.log_probs(observations, tokens).double().tolist()
             for row, window in zip(log_probs, batch, strict=True):
                 found.append(row[window.known : len(window.tokens)])
-    finally:
-        policy.temperature = before
     return found
 
 

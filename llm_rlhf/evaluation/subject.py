@@ -16,7 +16,7 @@ from llm_rlhf.data.chat import Chat, render
 from llm_rlhf.data.texts import encode_prompts, keep_end
 from llm_rlhf.logged.value_heads import AdvantageSteering
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
-from llm_rlhf.models.generation import generate
+from llm_rlhf.models.generation import at_temperature, generate
 from llm_rlhf.models.loading import ModelConfig, model_folder
 from llm_rlhf.models.tokenizer import decode_completions, pad_id
 
@@ -104,9 +104,8 @@ class Subject:
         ids = [self._fitting(one, room) for one in encode_prompts(self.tokenizer, [*map(self.text_of, prompts)])]
         eos = int(self.tokenizer.eos_token_id)
         generator = torch.Generator().manual_seed(decoding.seed) if decoding.temperature > 0 else None
-        before, self.policy.temperature = self.policy.temperature, decoding.temperature or 1.0
         texts: list[str] = []
-        try:
+        with at_temperature(self.policy, decoding.temperature or 1.0):
             for start in range(0, len(ids), self.batch_size):
                 samples = generate(
                     self.policy,
@@ -118,8 +117,6 @@ class Subject:
                     generator=generator,
                 )
                 texts += decode_completions(self.tokenizer, samples.completions(without=eos))
-        finally:
-            self.policy.temperature = before
         stopped = [cut_at(text, decoding.stop) for text in texts]
         return [stopped[row : row + decoding.samples] for row in range(0, len(stopped), decoding.samples)]
 
@@ -132,8 +129,7 @@ class Subject:
         prompts = encode_prompts(self.tokenizer, [self.text_of(prompt) for prompt, _ in pairs])
         ends = [list(self.tokenizer.encode(text, add_special_tokens=False)) for _, text in pairs]
         found: list[Likelihood] = []
-        before, self.policy.temperature = self.policy.temperature, 1.0
-        try:
+        with at_temperature(self.policy, 1.0):
             for start in range(0, len(pairs), self.batch_size):
                 rows = range(start, min(start + self.batch_size, len(pairs)))
                 right = max(len(ends[row]) for row in rows)
@@ -161,8 +157,6 @@ class Subject:
                 sums = torch.where(decisions, log_probs, 0.0).double().sum(1).tolist()
                 for row, value in zip(rows, sums, strict=True):
                     found.append(Likelihood(value, len(ends[row]), len(pairs[row][1].encode())))
-        finally:
-            self.policy.temperature = before
         return found
 
     def _fitting(self, ids: list[int], room: int) -> list[int]:
