@@ -13,13 +13,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from experiment.checkpoint import Which, find_checkpoint, write_atomically
+from experiment.checkpoint import find_checkpoint, write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.device import find_device
 from experiment.errors import UserError
@@ -29,14 +29,17 @@ from llm_rlhf.logged.value_heads import AdvantageSteering
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.generation import Samples, at_temperature, generate
 from llm_rlhf.models.loading import model_folder
-from llm_rlhf.models.tokenizer import decode_completions, load_tokenizer, pad_id
+from llm_rlhf.models.tokenizer import decode_completions, load_tokenizer, pad_id, require_known_tokens
 from llm_rlhf.online.experience import reference_log_probs
 from llm_rlhf.rewards.functions import RewardSet, resolve
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
+from policy_core.selection import best_of_n_kl, expected_best_of_k
 
 SOLVED = 1.0 - 1e-6
+START = "reference"
+"""In a run's folder: the policy as it was when the run began."""
 Result = dict[str, Any]
 
 
@@ -45,11 +48,13 @@ class EvaluateConfig:
     """What to measure.
 
     splits          names of the task's prompt sets; empty = all but "validation"
+    prompts         at most so many of each, the first ones; None = all
     samples         completions drawn per prompt (the k of pass@k)
     temperature     of those samples
     batch_size      prompts at once
     seed            of the draws
-    checkpoint      which one of a run
+    checkpoint      which one of a run; "start": the policy as it was before the run, where the run kept it
+    best_of         sizes n, at most `samples`: what the best of n samples is worth, chosen by the run's own rewards
     reference       a model to measure the KL to; None = the run's own reference, if it has one
     beta            of a run with value heads (llm/ilql): how strongly they steer, 0 = the language model alone;
                     None = as the run was configured
@@ -58,11 +63,13 @@ class EvaluateConfig:
     """
 
     splits: tuple[str, ...] = ()
+    prompts: int | None = None
     samples: int = 8
     temperature: float = 1.0
     batch_size: int = 256
     seed: int = 10_000
-    checkpoint: Which = "last"
+    checkpoint: Literal["auto", "best", "last", "start"] = "last"
+    best_of: tuple[int, ...] = ()
     reference: str | None = None
     beta: float | None = None
     own_rewards: bool = True
@@ -71,6 +78,12 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch_size < 1:
             raise ValueError("evaluation: samples and batch_size must be at least 1")
+        if self.prompts is not None and self.prompts < 1:
+            raise ValueError(f"evaluation.prompts must be at least 1, got {self.prompts}")
+        if any(not 1 <= size <= self.samples for size in self.best_of):
+            raise ValueError(
+                f"evaluation.best_of: sizes are from 1 to samples ({self.samples}), got {self.best_of}"
+            )
 
 
 def evaluate_policy(
@@ -93,9 +106,10 @@ def evaluate_policy(
 
     Returns what `scores` does, greedy_unscored and sampled_unscored (shares of answers that nobody could judge),
     entropy (nats a token), mean_length (tokens), finished (share with EOS), kl (nats a completion) where there is a
-    reference, and `rewards`: greedy and sampled by the given rewards, with intervals and what these left unscored.
+    reference, what `best_of` does, and `rewards`: greedy, sampled and best of n by the given rewards, with
+    intervals and what these left unscored.
     """
-    examples = task.splits[split]
+    examples = task.splits[split][: config.prompts]
     gold = dict(task.gold)
     judges = {"gold": gold} if not rewards or dict(rewards) == gold else {"gold": gold, "own": dict(rewards)}
     columns = list(columns_of(examples))
@@ -127,8 +141,14 @@ def evaluate_policy(
                     _add_totals(totals, samples, reference, config.temperature)
     found = {name: (torch.cat(greedy[name]).squeeze(1), torch.cat(drawn[name])) for name in judging}
     result = _summary(*found["gold"], totals, with_kl=reference is not None)
+    gold_drawn, chosen_by = found["gold"][1], found.get("own", found["gold"])[1]
+    result |= best_of(gold_drawn, chosen_by, config.best_of)
     if "own" in found:
-        result["rewards"] = {**_means(*found["own"]), **_unscored(*found["own"])}
+        result["rewards"] = {
+            **_means(*found["own"]),
+            **unscored(*found["own"]),
+            **best_of(chosen_by, chosen_by, config.best_of),
+        }
     return result
 
 
@@ -177,6 +197,25 @@ def scores(greedy: Tensor, drawn: Tensor) -> Result:
     }
 
 
+def best_of(rewards: Tensor, chosen_by: Tensor, sizes: Sequence[int]) -> Result:
+    """rewards, chosen_by [P, K], NaN where nobody could judge -> what the best of n samples earns, for all sizes n.
+
+    best_of_n           mean over the prompts of which all K were judged by both; bootstrap interval
+    best_of_n_kl        what choosing costs, log n - (n - 1)/n nats; exact where no two samples score alike
+    best_of_prompts     how many prompts those are
+    """
+    known = ~(rewards.isnan() | chosen_by.isnan()).any(1)
+    result: Result = {"best_of_prompts": int(known.sum())} if sizes else {}
+    for size in sizes:
+        name = f"best_of_{size}"
+        earned = expected_best_of_k(rewards[known], k=size, scores=chosen_by[known])
+        result[name] = float(earned.mean()) if len(earned) else None
+        if len(earned):
+            result[f"{name}_interval"] = list(bootstrap_interval(earned.tolist()))
+        result[f"{name}_kl"] = best_of_n_kl(size)
+    return result
+
+
 def _share(name: str, right: Tensor, judged: Tensor) -> Result:
     """right, judged [P] bool -> the share of the judged that are right, with its interval."""
     solved, prompts = int(right.sum()), int(judged.sum())
@@ -185,7 +224,7 @@ def _share(name: str, right: Tensor, judged: Tensor) -> Result:
     return {name: solved / prompts, f"{name}_interval": list(wilson_interval(solved, prompts))}
 
 
-def _unscored(greedy: Tensor, drawn: Tensor) -> Result:
+def unscored(greedy: Tensor, drawn: Tensor) -> Result:
     """greedy [P], drawn [P, K] -> the shares that nobody could judge."""
     return {
         "greedy_unscored": float(greedy.isnan().float().mean()),
@@ -197,7 +236,7 @@ def _summary(greedy: Tensor, drawn: Tensor, totals: dict[str, float], *, with_kl
     """greedy [P], drawn [P, K] -> one flat dict."""
     result: Result = {
         **scores(greedy, drawn),
-        **_unscored(greedy, drawn),
+        **unscored(greedy, drawn),
         "entropy": totals["entropy"] / max(totals["tokens"], 1.0),
         "mean_length": totals["tokens"] / drawn.numel(),
         "finished": totals["finished"] / drawn.numel(),
@@ -245,27 +284,38 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     or a split does not exist.
     """
     folder = Path(run_folder)
+    checkpoint, results = measure_run(folder, config)
+    written = {"checkpoint": checkpoint, "seed": config.seed, "splits": results}
+    write_atomically(folder / "eval.json", json.dumps(written, indent=2) + "\n")
+    return results
+
+
+def measure_run(folder: Path, config: EvaluateConfig) -> tuple[str, dict[str, Result]]:
+    """As `evaluate_run`, without writing: the checkpoint's name, and split -> figures."""
     values = read_tree(folder / "config.yaml").values
     rewards: dict[str, float] = (values.get("rewards") or {}) if config.own_rewards else {}
     task = build_task(
         build_from_dict(values.get("task") or {}, TaskConfig, str(folder / "config.yaml")), rewards=rewards
     )
-    source = find_checkpoint(folder, config.checkpoint) / "policy"
-    tokenizer = load_tokenizer(source)
+    source = _source(folder, config.checkpoint)
+    tokenizer = load_tokenizer(find_checkpoint(folder, "auto") / "policy" if source == folder / START else source)
     device = find_device(config.device, setting="evaluation.device")
     policy = LanguagePolicy.from_pretrained(source).eval().to(device)
     policy.steering = _steering(source, policy, config.beta)
-    reference_path = config.reference or (folder / "reference" if (folder / "reference").is_dir() else None)
     reference = None
-    if reference_path is not None:
-        reference = LanguagePolicy.from_pretrained(model_folder(reference_path)).eval().to(device)
+    if config.reference is not None:
+        reference = load_reference(config.reference, tokenizer)
+    elif (folder / START).is_dir():
+        reference = LanguagePolicy.from_pretrained(folder / START).eval()
+    if reference is not None:
+        reference.to(device)
     limit = (values.get("generation") or {}).get("max_new_tokens")
     results = {}
     for split in config.splits or tuple(name for name in task.splits if name != "validation"):
         if split not in task.splits:
             raise UserError(f"evaluation.splits: this task has no {split!r}; it has {', '.join(task.splits)}")
         require_room(
-            task.splits[split],
+            task.splits[split][: config.prompts],
             tokenizer,
             context=policy.context,
             max_new_tokens=limit or task.max_new_tokens,
@@ -283,6 +333,29 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
             rewards=rewards,
             rewards_timeout=values.get("rewards_timeout"),
         )
-    written = {"checkpoint": source.parent.name, "seed": config.seed, "splits": results}
-    write_atomically(folder / "eval.json", json.dumps(written, indent=2) + "\n")
-    return results
+    return START if source == folder / START else source.parent.name, results
+
+
+def _source(folder: Path, checkpoint: Literal["auto", "best", "last", "start"]) -> Path:
+    """Where a run's policy lies. Raises UserError for one that is not there."""
+    if checkpoint != "start":
+        return find_checkpoint(folder, checkpoint) / "policy"
+    if not (folder / START).is_dir():
+        raise UserError(
+            f"{folder}: checkpoint=start: this run kept no policy of its start; evaluate that one itself"
+        )
+    return folder / START
+
+
+def load_reference(path: str, tokenizer: PreTrainedTokenizerBase) -> LanguagePolicy:
+    """A model that a KL is measured to. Raises UserError for none, or one that reads another tokenizer's tokens."""
+    source = model_folder(path)
+    reference = LanguagePolicy.from_pretrained(source).eval()
+    require_known_tokens(tokenizer, reference.model, path=path)
+    own = Path(source, "tokenizer_config.json").is_file()  # a run's own reference is a model alone
+    if own and load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"evaluation.reference: {path} reads another tokenizer's tokens than the policy, so there is no KL "
+            "between them"
+        )
+    return reference

@@ -17,10 +17,11 @@ from torch import Tensor
 from experiment.checkpoint import Which, find_checkpoint, write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError
-from llm_rlhf.evaluate import Result, numbers, scores
+from llm_rlhf.evaluate import START, Result, numbers, scores, unscored
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.generation import at_temperature
 from llm_rlhf.models.tokenizer import load_tokenizer
+from llm_rlhf.online.experience import reference_log_probs
 from llm_rlhf.online.learner import ValidationConfig
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import TaskConfig, build_task
@@ -52,11 +53,18 @@ class EvaluateConfig:
             raise ValueError("evaluation: samples and batch_size must be at least 1")
 
 
-def evaluate_player(player: Player, examples: Sequence[Example], config: EvaluateConfig) -> Result:
+def evaluate_player(
+    player: Player,
+    examples: Sequence[Example],
+    config: EvaluateConfig,
+    *,
+    reference: LanguagePolicy | None = None,
+) -> Result:
     """Measure the player's policy on rows.
 
     Returns greedy, greedy_solved, sampled, pass@K (each with NAME_interval), turns, calls and failed_calls (of the
-    samples), mean_length (tokens that the policy wrote), finished (share that the environment ended), prompts.
+    samples), mean_length (tokens that the policy wrote), finished (share that the environment ended), prompts,
+    greedy_unscored and sampled_unscored (shares that nobody could judge), and kl where there is a reference.
     """
     generator = torch.Generator().manual_seed(config.seed)
     greedy: list[Tensor] = []
@@ -66,16 +74,36 @@ def evaluate_player(player: Player, examples: Sequence[Example], config: Evaluat
         for start in range(0, len(examples), config.batch_size):
             batch = examples[start : start + config.batch_size]
             best = player.play(batch, samples_per_prompt=1, generator=None, first_index=start)
-            greedy.append(best.scores.total)
+            greedy.append(_judged(best))
             look = player.play(
                 batch,
                 samples_per_prompt=config.samples,
                 generator=generator,
                 first_index=start * config.samples,
             )
-            drawn.append(look.scores.total.view(len(batch), config.samples))
+            drawn.append(_judged(look).view(len(batch), config.samples))
             looks.append(look)
-    return {**scores(torch.cat(greedy), torch.cat(drawn)), **_course(looks)}
+    asked, answers = torch.cat(greedy), torch.cat(drawn)
+    result = {**scores(asked, answers), **unscored(asked, answers), **_course(looks)}
+    if reference is not None:
+        with at_temperature(reference, config.temperature):
+            result["kl"] = _kl(looks, reference)
+    return result
+
+
+def _judged(look: Played) -> Tensor:
+    """[B] what episodes earned, NaN where nobody could judge."""
+    return torch.where(look.scores.scored, look.scores.total, torch.nan)
+
+
+def _kl(looks: Sequence[Played], reference: LanguagePolicy) -> float:
+    """The sampled episodes' mean KL, nats an episode; answers cost nothing."""
+    spent = 0.0
+    for look in looks:
+        samples = look.episodes.samples
+        apart = samples.log_probs - reference_log_probs(reference, samples)
+        spent += float(torch.where(samples.mask, apart, 0.0).sum())
+    return spent / sum(len(look.examples) for look in looks)
 
 
 def _course(looks: Sequence[Played]) -> Result:
@@ -119,11 +147,12 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     policy = LanguagePolicy.from_pretrained(source).eval()
     limit = (values.get("generation") or {}).get("max_new_tokens")
     player = build_player(policy, load_tokenizer(source), task, turns, rewards={}, max_new_tokens=limit)
+    reference = LanguagePolicy.from_pretrained(folder / START).eval() if (folder / START).is_dir() else None
     results = {}
     for split in config.splits or tuple(name for name in task.splits if name != "validation"):
         if split not in task.splits:
             raise UserError(f"evaluation.splits: this task has no {split!r}; it has {', '.join(task.splits)}")
-        results[split] = evaluate_player(player, task.splits[split], config)
+        results[split] = evaluate_player(player, task.splits[split], config, reference=reference)
     written = {"checkpoint": source.parent.name, "seed": config.seed, "splits": results}
     write_atomically(folder / "eval.json", json.dumps(written, indent=2) + "\n")
     return results

@@ -35,6 +35,7 @@ from llm_rlhf.online.learner import (
     stopping_on_nan,
 )
 from llm_rlhf.online.monitor import MonitorConfig
+from llm_rlhf.online.moved import Moved
 from llm_rlhf.online.pretraining_mix import PretrainingMixConfig
 from llm_rlhf.online.self_imitation import SelfImitationConfig
 from llm_rlhf.rewards.process_term import ProcessTermConfig
@@ -153,7 +154,14 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
             began = time.process_time()
-            rate = set_rates(config, learner, step=step, total=total)
+            rate = set_rates(
+                config.ppo,
+                config.critic,
+                learner,
+                step=step,
+                total=total,
+                max_seconds=config.sampling.max_seconds,
+            )
             with stopping_on_nan(run, "ppo.learning_rate"):
                 metrics = iterate(config, learner, step=step, train_policy=step > warmup)
             learner.counters.seconds += time.process_time() - began
@@ -173,17 +181,25 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
         return run.finish()
 
 
-def set_rates(config: TrainPPOConfig, learner: Learner, *, step: int, total: int) -> float:
+def set_rates(
+    ppo: PPOConfig,
+    critic: CriticConfig,
+    learner: Moved,
+    *,
+    step: int,
+    total: int,
+    max_seconds: float | None,
+) -> float:
     """Set the learning rates of update `step`; returns the policy's."""
-    progress = progress_of(step, total, learner.counters, config.sampling.max_seconds)
+    progress = progress_of(step, total, learner.counters, max_seconds)
 
     def now(initial: float) -> float:
-        return scheduled(initial, schedule=config.ppo.schedule, progress=progress, warmup=config.ppo.warmup)
+        return scheduled(initial, schedule=ppo.schedule, progress=progress, warmup=ppo.warmup)
 
-    rate = now(config.ppo.learning_rate)
+    rate = now(ppo.learning_rate)
     set_learning_rate(learner.optimizer, rate)
-    if config.critic.learning_rate is not None:
-        learner.optimizer.param_groups[-1]["lr"] = now(config.critic.learning_rate)
+    if critic.learning_rate is not None:
+        learner.optimizer.param_groups[-1]["lr"] = now(critic.learning_rate)
     return rate
 
 

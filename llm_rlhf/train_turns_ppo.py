@@ -7,21 +7,22 @@ sees.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.evaluate_turns import validate_player
-from llm_rlhf.models.causal import LanguagePolicy, build_policy
-from llm_rlhf.models.generation import GenerationConfig
+from llm_rlhf.models.causal import build_policy
+from llm_rlhf.models.generation import GenerationConfig, Samples
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import Precision, require_precision
+from llm_rlhf.online.critic import CriticConfig, with_values
 from llm_rlhf.online.experience import (
+    Shaper,
+    ShapingConfig,
     policy_metrics,
     reference_log_probs,
     sample_metrics,
@@ -33,24 +34,29 @@ from llm_rlhf.online.learner import (
     ValidationConfig,
     announce,
     checkpoint_policy,
+    conclude,
     frozen_reference,
-    log_and_save,
-    progress_of,
+    optimizer_of,
+    pretraining_mix,
     require_trained,
+    separate_critic,
     steer_kl,
     stopping_on_nan,
     validation_prompts,
-    writer,
 )
+from llm_rlhf.online.monitor import Monitor, MonitorConfig
+from llm_rlhf.online.moved import Moved
+from llm_rlhf.online.pretraining_mix import PretrainingMixConfig
+from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
-from llm_rlhf.train_ppo import language_ppo
+from llm_rlhf.train_ppo import language_ppo, set_rates
 from llm_rlhf.turns.episodes import TurnsConfig, turns_to_rollout
-from llm_rlhf.turns.playing import Played, Player, build_player
+from llm_rlhf.turns.playing import Played, Player, build_player, written
 from policy_core.kl import KLConfig, KLController
 from policy_core.ppo import PPOConfig, update
 from policy_core.returns import explained_variance, gae
-from policy_core.schedules import scheduled, set_learning_rate
+from policy_core.rollout import Rollout
 
 RECIPE = "llm/turns_ppo"
 
@@ -79,6 +85,8 @@ class TrainTurnsPPOConfig:
     rewards     name (or file.py:function) -> weight; `environment` is what the environment gives by turn; empty =
                 the environment's own or, with tools, the task's
     rewards_timeout     seconds that one call of a reward function may take; null = any
+    safety      rules that no reward buys off; they are shown what the policy wrote, without the answers
+    shaping     `cut` and `missing_eos_penalty` are of episodes that nobody ended
     precision   "bf16": the model's matrix products in bfloat16 (autocast), in playing and in updates
     """
 
@@ -89,46 +97,32 @@ class TrainTurnsPPOConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     rewards: dict[str, float] = field(default_factory=dict)
     rewards_timeout: float | None = None
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
     sampling: PlayingConfig = field(default_factory=PlayingConfig)
     ppo: PPOConfig = field(default_factory=language_ppo)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01))
+    ptx: PretrainingMixConfig = field(default_factory=PretrainingMixConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     precision: Precision = "float32"
     log_every: int = 1
 
+    def __post_init__(self) -> None:
+        if self.shaping.cut_of(self.generation) == "bootstrap" and self.critic.model == "separate":
+            raise ValueError(
+                "critic.model separate: a value model of its own has not read the answer behind the last turn, so "
+                "cut episodes cannot bootstrap; take shaping.cut penalise or drop, or the shared critic"
+            )
 
-@dataclass
-class Learner:
-    """What a run moves, and what it must remember to go on after a break."""
 
-    policy: LanguagePolicy
-    reference: LanguagePolicy
-    optimizer: torch.optim.Optimizer
+@dataclass(kw_only=True)
+class Learner(Moved):
+    """What a run of several turns moves besides."""
+
     player: Player
     task: Task
-    prompts: Batches
-    sampling: torch.Generator
-    shuffling: torch.Generator
-    controller: KLController
-    counters: Counters
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights, which have a folder of their own."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "prompts": self.prompts.state_dict(),
-            "controller": self.controller.state_dict(),
-            "counters": self.counters.state_dict(),
-            "sampling": self.sampling.get_state(),
-            "shuffling": self.shuffling.get_state(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`."""
-        for name in ("optimizer", "prompts", "controller", "counters"):
-            getattr(self, name).load_state_dict(state[name])
-        self.sampling.set_state(state["sampling"])
-        self.shuffling.set_state(state["shuffling"])
 
 
 def train(config: TrainTurnsPPOConfig, *, resume: Path | None = None) -> RunResult:
@@ -145,13 +139,14 @@ def train(config: TrainTurnsPPOConfig, *, resume: Path | None = None) -> RunResu
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
             began = time.process_time()
-            rate = scheduled(
-                config.ppo.learning_rate,
-                schedule=config.ppo.schedule,
-                progress=progress_of(step, total, learner.counters, config.sampling.max_seconds),
-                warmup=config.ppo.warmup,
+            rate = set_rates(
+                config.ppo,
+                config.critic,
+                learner,
+                step=step,
+                total=total,
+                max_seconds=config.sampling.max_seconds,
             )
-            set_learning_rate(learner.optimizer, rate)
             with stopping_on_nan(run, "ppo.learning_rate"):
                 metrics, played = iterate(config, learner, train_policy=step > warmup)
             learner.counters.seconds += time.process_time() - began
@@ -161,15 +156,16 @@ def train(config: TrainTurnsPPOConfig, *, resume: Path | None = None) -> RunResu
             looked = validate_player(learner.player, task.splits["validation"], config.validation, due=due)
             if looked:
                 log_episodes(run, played, global_step=step)
-            log_and_save(
+            conclude(
                 run,
                 learner,
+                learner.player.tokenizer,
                 {**metrics, "lr": rate},
                 looked,
+                written=([str(example.prompt) for example in played.examples], written(played.episodes)),
                 global_step=step,
                 last=last,
                 log_every=config.log_every,
-                folders=writer(learner.policy, learner.player.tokenizer),
             )
             if last:
                 break
@@ -182,7 +178,7 @@ def build_learner(run: Run, task: Task, config: TrainTurnsPPOConfig) -> Learner:
         checkpoint_policy(run, config.model),
         alphabet=task.alphabet,
         temperature=config.generation.temperature,
-        value_head=True,
+        value_head=config.critic.model == "shared",
     )
     require_room(
         [*task.train, *validation_prompts(task, config.validation)],
@@ -194,10 +190,13 @@ def build_learner(run: Run, task: Task, config: TrainTurnsPPOConfig) -> Learner:
     )
     policy.precision = config.precision
     seed = config.run.seed
+    critic = separate_critic(
+        run, config.critic, policy, tokenizer, longest=policy.context, model_path=str(config.model.path)
+    )
     learner = Learner(
         policy=policy,
         reference=frozen_reference(run, policy),
-        optimizer=torch.optim.AdamW(policy.parameters(), lr=config.ppo.learning_rate, weight_decay=0.0, fused=True),
+        optimizer=optimizer_of(policy, critic, learning_rate=config.ppo.learning_rate),
         player=build_player(
             policy,
             tokenizer,
@@ -206,6 +205,7 @@ def build_learner(run: Run, task: Task, config: TrainTurnsPPOConfig) -> Learner:
             rewards=config.rewards,
             rewards_timeout=config.rewards_timeout,
             max_new_tokens=config.generation.max_new_tokens,
+            safety=config.safety,
         ),
         task=task,
         prompts=Batches(len(task.train), config.sampling.prompts, seed=seed),
@@ -213,6 +213,10 @@ def build_learner(run: Run, task: Task, config: TrainTurnsPPOConfig) -> Learner:
         shuffling=torch.Generator().manual_seed(seed + 1),
         controller=KLController(config.kl),
         counters=Counters(),
+        shaper=Shaper(config.shaping, config.shaping.cut_of(config.generation)),
+        monitor=Monitor(config.monitor),
+        critic=critic,
+        ptx=pretraining_mix(config.ptx, tokenizer, context=policy.context, seed=seed + 3),
     )
     if run.checkpoint is not None:
         learner.load_state_dict(run.checkpoint.state)
@@ -230,24 +234,25 @@ def iterate(
         samples_per_prompt=config.sampling.samples_per_prompt,
         generator=learner.sampling,
         first_index=learner.counters.samples,
-        bootstrap=not config.generation.cut_is_end,
+        bootstrap=not learner.shaper.cut_is_end,
     )
     scores = played.scores
     samples, gap = settled_log_probs(learner.policy, played.episodes.samples)
     ref_log_probs = reference_log_probs(learner.reference, samples)
-    rollout = turns_to_rollout(
-        replace(played.episodes, samples=samples),
-        played.final,
-        scored=scores.scored,
+    rollout, shaping_metrics = as_learned(
+        played,
+        samples,
+        learner.shaper,
         turn_weight=learner.player.judge.environment,
-        ref_log_probs=ref_log_probs,
-        cut_is_end=config.generation.cut_is_end,
         gamma=config.ppo.gamma,
     )
+    rollout = replace(rollout, ref_log_probs=ref_log_probs)
+    if learner.critic is not None:
+        rollout = with_values(rollout, learner.critic)
     rollout, kl_metrics = with_kl_rewards(rollout, config=config.kl, coef=learner.controller.coef)
     advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
     statistics = update(
-        policy=learner.policy,
+        policy=learner.trained,
         optimizer=learner.optimizer,
         rollout=rollout,
         advantages=advantages,
@@ -256,11 +261,13 @@ def iterate(
         generator=learner.shuffling,
         kl=config.kl,
         kl_coef=learner.controller.coef,
+        auxiliary=learner.auxiliary(),
         train_policy=train_policy,
     )
     metrics = {
         **sample_metrics(samples, scores, ref_log_probs),
         **played.episodes.metrics(),
+        **shaping_metrics,
         **gap,
         **kl_metrics,
         **policy_metrics(statistics),
@@ -272,6 +279,31 @@ def iterate(
     learner.counters.samples += len(scores.total)
     learner.counters.tokens += int(samples.mask.sum())
     return metrics, played
+
+
+def as_learned(
+    played: Played, samples: Samples, shaper: Shaper, *, turn_weight: float, gamma: float
+) -> tuple[Rollout, dict[str, float]]:
+    """Episodes as decisions with their shaped rewards, and what shaping did.
+
+    samples     the episodes', with the log-probs that the update starts from
+    turn_weight of the environment's rewards
+
+    What an episode loses that nobody ended, it loses at its end; what scores are divided by, the environment's
+    rewards by turn are, too.
+    """
+    judged = shaper.judged(samples, played.scores)
+    final = torch.where(judged.scored, played.final + judged.total - played.scores.total, 0.0)
+    divisor, metrics = shaper.divisor(judged)
+    rollout = turns_to_rollout(
+        replace(played.episodes, samples=samples),
+        final / divisor,
+        scored=judged.scored,
+        turn_weight=turn_weight / divisor,
+        cut_is_end=shaper.cut_is_end,
+        gamma=gamma,
+    )
+    return rollout, metrics
 
 
 def log_episodes(run: Run, played: Played, *, global_step: int, rows: int = 16) -> None:

@@ -268,6 +268,12 @@ def _chat(arguments: argparse.Namespace) -> int:
     return chat(arguments)
 
 
+def _frontier(arguments: argparse.Namespace) -> int:
+    from tandem.frontier import frontier
+
+    return frontier(arguments)
+
+
 def _config(arguments: argparse.Namespace) -> int:
     from tandem.verbs import show_config
 
@@ -335,6 +341,14 @@ VERBS: dict[str, Verb] = {
         "",
         _compare_arguments,
         _compare,
+    ),
+    "frontier": Verb(
+        "RUN RUN ... [--best-of N]",
+        "reward against KL of language runs: where gold turns",
+        "Gold is the task's own reward on validation prompts, climbed what the run was trained on. --best-of\n"
+        "draws best-of-n of the policy that the first run began with beside them, which costs no training.",
+        _module_arguments("frontier"),
+        _frontier,
     ),
     "data inspect": Verb(
         "PATH",

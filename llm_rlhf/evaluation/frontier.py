@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -179,6 +180,20 @@ def best_of_n_rows(gold: Samples, proxy: Samples, sizes: Sequence[int]) -> list[
                 gold_interval=bootstrap_interval(golds.tolist()),
             )
         )
+    return rows
+
+
+def rows_of_best_of(figures: Mapping[str, Any]) -> list[Row]:
+    """The frontier of best-of-n as an evaluation measured it (`best_of=[1, 2, 4]`): a split's figures."""
+    climbed = figures.get("rewards") or figures  # without rewards of its own, a run climbs the task's
+    rows = []
+    for name in figures:
+        if (match := re.fullmatch(r"best_of_(\d+)", name)) is None:
+            continue
+        low, high = figures.get(f"{name}_interval", (None, None))
+        interval = None if low is None else (low, high)
+        size = int(match[1])
+        rows.append(Row(BEST_OF_N, size, figures[f"{name}_kl"], figures[name], climbed.get(name), interval))
     return rows
 
 

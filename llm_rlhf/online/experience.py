@@ -132,14 +132,18 @@ class Shaper:
 
     def scaled(self, scores: Scores) -> tuple[Scores, dict[str, float]]:
         """Judged scores by their standard deviation, where they differ at all; and metrics. Once a rollout."""
+        divisor, metrics = self.divisor(scores)
+        return replace(scores, total=scores.total / divisor), metrics
+
+    def divisor(self, scores: Scores) -> tuple[float, dict[str, float]]:
+        """What judged scores are divided by, and metrics. Once a rollout."""
         if self.config.scale == "none":
-            return scores, {}
+            return 1.0, {}
         if self.config.scale == "batch":
             self.spread = Spread()
         self.spread.add(scores.total[scores.scored])
         deviation = self.spread.deviation
-        divisor = deviation if deviation > 1e-8 else 1.0
-        return replace(scores, total=scores.total / divisor), {"objective/score_deviation": deviation}
+        return deviation if deviation > 1e-8 else 1.0, {"objective/score_deviation": deviation}
 
     def state_dict(self) -> dict[str, float]:
         """What the running deviation is made of."""

@@ -23,9 +23,10 @@ from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.lora import merged_writer
 from llm_rlhf.models.precision import Precision
 from llm_rlhf.models.tokenizer import decode_completions
-from llm_rlhf.online.critic import FOLDER, ActorCritic, CriticConfig, ValueModel, build_critic
+from llm_rlhf.online.critic import FOLDER, CriticConfig, ValueModel, build_critic
 from llm_rlhf.online.experience import OverlongConfig, Sampler, Shaper, ShapingConfig, build_sampler
 from llm_rlhf.online.monitor import Monitor, MonitorConfig, Report, act_on
+from llm_rlhf.online.moved import Counters, Imitated, Moved
 from llm_rlhf.online.pretraining_mix import PretrainingMix, PretrainingMixConfig
 from llm_rlhf.online.self_imitation import GoodAnswers, SelfImitationConfig
 from llm_rlhf.rewards.functions import Scores
@@ -35,8 +36,7 @@ from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import Task
 from policy_core.kl import KLConfig, KLController, kl_in_unit
-from policy_core.policy import Policy
-from policy_core.ppo import AuxiliaryLoss, NonFiniteLoss
+from policy_core.ppo import NonFiniteLoss
 
 
 @dataclass(frozen=True)
@@ -52,98 +52,31 @@ class ValidationConfig:
             raise ValueError("validation: every must be at least 0, samples and prompts at least 1")
 
 
-@dataclass
-class Counters:
-    """How much a run has done: what `samples`, `tokens` and `time` limits are counted by."""
+@dataclass(kw_only=True)
+class Learner(Moved):
+    """What a run on single answers moves besides.
 
-    samples: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """All three."""
-        return {"samples": self.samples, "tokens": self.tokens, "seconds": self.seconds}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
-        self.samples, self.tokens = int(state["samples"]), int(state["tokens"])
-        self.seconds = float(state["seconds"])
-
-
-@dataclass
-class Learner:
-    """What a reinforcement-learning run moves, and what it must remember to go on after a break.
-
-    critic      a value model of its own, or None where the policy has a value head or there are no values
-    ptx         texts whose likelihood is learned beside, or None
     process     what pays every step of a completion, or None
+    latest      of the last rollout, to show; not part of the state
     """
 
-    policy: LanguagePolicy
-    reference: LanguagePolicy
-    optimizer: torch.optim.Optimizer
     sampler: Sampler
-    prompts: Batches
-    shuffling: torch.Generator
-    controller: KLController
-    counters: Counters
     good_answers: GoodAnswers
-    shaper: Shaper
-    monitor: Monitor
-    critic: ValueModel | None = None
-    ptx: PretrainingMix | None = None
     process: ProcessTerm | None = None
-    latest: tuple[Samples, Scores] | None = None  # of the last rollout, to show; not part of the state
+    latest: tuple[Samples, Scores] | None = None
 
-    @property
-    def trained(self) -> Policy:
-        """What `ppo.update` improves: the policy, with its separate value model where there is one."""
-        return self.policy if self.critic is None else ActorCritic(self.policy, self.critic)
-
-    def auxiliary(self) -> AuxiliaryLoss | None:
+    def imitated(self) -> list[Imitated]:
         """Self-imitation and PPO-ptx, where the configuration asks for them."""
-        asked: list[GoodAnswers | PretrainingMix] = []
-        if self.good_answers.config.coef > 0:
-            asked.append(self.good_answers)
-        if self.ptx is not None:
-            asked.append(self.ptx)
-        if not asked:
-            return None
-
-        def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            parts = [texts.loss(self.policy) for texts in asked]
-            total = parts[0][0] if len(parts) == 1 else parts[0][0] + parts[1][0]
-            return total, {name: value for _, metrics in parts for name, value in metrics.items()}
-
-        return loss
+        return [*([self.good_answers] if self.good_answers.config.coef > 0 else []), *super().imitated()]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights, which have a folder of their own."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "prompts": self.prompts.state_dict(),
-            "controller": self.controller.state_dict(),
-            "counters": self.counters.state_dict(),
-            "good_answers": self.good_answers.state_dict(),
-            "shaper": self.shaper.state_dict(),
-            "ptx": None if self.ptx is None else self.ptx.state_dict(),
-            "monitor": self.monitor.state_dict(),
-            "sampling": self.sampler.generator.get_state(),
-            "shuffling": self.shuffling.get_state(),
-        }
+        return {**super().state_dict(), "good_answers": self.good_answers.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`; what its run began without (a term that was added since) is new."""
-        for name in ("optimizer", "prompts", "controller", "counters", "good_answers"):
-            getattr(self, name).load_state_dict(state[name])
-        if state.get("shaper") is not None:
-            self.shaper.load_state_dict(state["shaper"])
-        if state.get("monitor") is not None:
-            self.monitor.load_state_dict(state["monitor"])
-        if self.ptx is not None and state.get("ptx") is not None:
-            self.ptx.load_state_dict(state["ptx"])
-        self.sampler.generator.set_state(state["sampling"])
-        self.shuffling.set_state(state["shuffling"])
+        """Continue from `state_dict()`."""
+        super().load_state_dict(state)
+        self.good_answers.load_state_dict(state["good_answers"])
 
 
 def build_learner(
@@ -197,13 +130,20 @@ def build_learner(
     )
     require_room_to_sample(sampler, model=model, validation=validation)
     shaping = shaping or ShapingConfig()
-    values = separate_critic(run, critic, sampler, model_path=str(model.path))
-    learned = [{"params": list(module.parameters())} for module in (policy, values) if module is not None]
+    values = separate_critic(
+        run,
+        critic,
+        policy,
+        tokenizer,
+        longest=max(len(prompt) for prompt in sampler.prompts) + sampler.max_new_tokens,
+        model_path=str(model.path),
+    )
     learner = Learner(
         policy=policy,
         reference=frozen_reference(run, policy),
-        optimizer=torch.optim.AdamW(learned, lr=learning_rate, weight_decay=0.0, fused=True),
+        optimizer=optimizer_of(policy, values, learning_rate=learning_rate),
         sampler=sampler,
+        sampling=sampler.generator,
         prompts=Batches(len(task.train), prompts, seed=seed),
         shuffling=torch.Generator().manual_seed(seed + 1),
         controller=KLController(kl),
@@ -219,33 +159,51 @@ def build_learner(
         monitor=Monitor(monitor or MonitorConfig()),
         process=ProcessTerm.of(process or ProcessTermConfig(), sampler),
         critic=values,
-        ptx=pretraining_mix(ptx, sampler, seed=seed + 3),
+        ptx=pretraining_mix(ptx, tokenizer, context=policy.context, seed=seed + 3),
     )
     if run.checkpoint is not None:
         learner.load_state_dict(run.checkpoint.state)
     return learner
 
 
+def optimizer_of(
+    policy: LanguagePolicy, critic: ValueModel | None, *, learning_rate: float
+) -> torch.optim.Optimizer:
+    """AdamW on the policy's parameters and, in a group of their own, the separate value model's."""
+    learned = [{"params": list(module.parameters())} for module in (policy, critic) if module is not None]
+    return torch.optim.AdamW(learned, lr=learning_rate, weight_decay=0.0, fused=True)
+
+
 def separate_critic(
-    run: Run, config: CriticConfig | None, sampler: Sampler, *, model_path: str
+    run: Run,
+    config: CriticConfig | None,
+    policy: LanguagePolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest: int,
+    model_path: str,
 ) -> ValueModel | None:
-    """The value model of its own that the configuration asks for: as the checkpoint has it, or new."""
+    """The value model of its own that the configuration asks for: as the checkpoint has it, or new.
+
+    longest     tokens of the longest prompt and completion
+    """
     if config is None or config.model == "shared":
         return None
     if run.checkpoint is not None:
         critic = ValueModel.from_pretrained(run.checkpoint.folder / FOLDER)
     else:
-        longest = max(len(prompt) for prompt in sampler.prompts) + sampler.max_new_tokens
-        critic = build_critic(config, model_path=model_path, tokenizer=sampler.tokenizer, longest=longest)
-    critic.precision = sampler.policy.precision
-    return critic.to(sampler.policy.device)
+        critic = build_critic(config, model_path=model_path, tokenizer=tokenizer, longest=longest)
+    critic.precision = policy.precision
+    return critic.to(policy.device)
 
 
-def pretraining_mix(config: PretrainingMixConfig | None, sampler: Sampler, *, seed: int) -> PretrainingMix | None:
+def pretraining_mix(
+    config: PretrainingMixConfig | None, tokenizer: PreTrainedTokenizerBase, *, context: int, seed: int
+) -> PretrainingMix | None:
     """The texts of PPO-ptx, where the configuration asks for them; tells what they are."""
     if config is None or config.coef == 0:
         return None
-    mix = PretrainingMix(config, sampler.tokenizer, context=sampler.policy.context, seed=seed)
+    mix = PretrainingMix(config, tokenizer, context=context, seed=seed)
     announce_line(mix.note)
     return mix
 
@@ -286,13 +244,46 @@ def record(
         max_new_tokens=sampler.max_new_tokens,
         rewards_timeout=sampler.rewards.timeout,
     )
-    report = Report([], [], {})
+    written = None
     if looked and learner.latest is not None:
-        prompts, completions = texts_of(learner.latest[0], sampler.tokenizer)
-        seen = {**metrics, **looked}
-        report = learner.monitor.look(seen, global_step=global_step, prompts=prompts, completions=completions)
+        written = texts_of(learner.latest[0], sampler.tokenizer)
         log_completions(run, sampler, *learner.latest, global_step=global_step)
-    folders = writer(learner.policy, sampler.tokenizer)
+    conclude(
+        run,
+        learner,
+        sampler.tokenizer,
+        metrics,
+        looked,
+        written=written,
+        global_step=global_step,
+        last=last,
+        log_every=log_every,
+    )
+
+
+def conclude(
+    run: Run,
+    learner: Moved,
+    tokenizer: PreTrainedTokenizerBase,
+    metrics: Mapping[str, float],
+    looked: Mapping[str, float],
+    *,
+    written: tuple[list[str], list[str]] | None,
+    global_step: int,
+    last: bool,
+    log_every: int,
+) -> None:
+    """Show an update to the monitor where it was looked at, log it, save when that is due.
+
+    written     the rollout's prompts and what the policy wrote, for the monitor; None = it has nothing to see
+
+    Raises UserError where the monitor is to stop the run.
+    """
+    report = Report([], [], {})
+    if looked and written is not None:
+        seen = {**metrics, **looked}
+        report = learner.monitor.look(seen, global_step=global_step, prompts=written[0], completions=written[1])
+    folders = writer(learner.policy, tokenizer)
     if learner.critic is not None:
         folders[FOLDER] = learner.critic.save_pretrained
     log_and_save(

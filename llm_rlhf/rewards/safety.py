@@ -50,19 +50,28 @@ class ConstrainedRewards(RewardSet):
 
     def __call__(self, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]) -> Scores:
         """As the rewards score, and then the rules. Raises UserError naming a rule that raised or gave no bool."""
-        scores = self.rewards(prompts, completions, columns)
-        kept = {name: check(name, rule, completions) for name, rule in self.rules.items()}
-        broken = torch.zeros(len(completions), dtype=torch.bool)
-        for allowed in kept.values():
-            broken |= ~allowed
-        total = torch.where(scores.scored, scores.total, self.floor)
-        return replace(
-            scores,
-            total=torch.where(broken, total.clamp(max=self.floor), scores.total),
-            scored=scores.scored | broken,
-            by_name={**scores.by_name, **{f"rules/{name}": allowed.float() for name, allowed in kept.items()}},
-            broken=broken,
-        )
+        return under_rules(self.rewards(prompts, completions, columns), self.rules, completions, floor=self.floor)
+
+
+def under_rules(scores: Scores, rules: Mapping[str, Rule], completions: list[str], *, floor: float) -> Scores:
+    """The scores with the floor for completions that break a rule; the scores themselves without rules.
+
+    Raises UserError naming a rule that raised or gave no bool.
+    """
+    if not rules:
+        return scores
+    kept = {name: check(name, rule, completions) for name, rule in rules.items()}
+    broken = torch.zeros(len(completions), dtype=torch.bool)
+    for allowed in kept.values():
+        broken |= ~allowed
+    total = torch.where(scores.scored, scores.total, floor)
+    return replace(
+        scores,
+        total=torch.where(broken, total.clamp(max=floor), scores.total),
+        scored=scores.scored | broken,
+        by_name={**scores.by_name, **{f"rules/{name}": allowed.float() for name, allowed in kept.items()}},
+        broken=broken,
+    )
 
 
 def check(name: str, rule: Rule, completions: list[str]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from llm_rlhf.data.texts import Encoded, TokenizedTexts, columns_of, encode, enc
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.rewards.functions import RewardSet, Scores, resolve
+from llm_rlhf.rewards.safety import Rule, SafetyConfig, load_rules, under_rules
 from llm_rlhf.tasks.examples import Example, Piece
 from llm_rlhf.tasks.task import Task
 from llm_rlhf.turns.decoding import play
@@ -29,10 +30,14 @@ ENVIRONMENT = "environment"
 
 @dataclass(frozen=True)
 class Judge:
-    """functions: of whole completions, or None; environment: the weight of what the environment gives by turn."""
+    """functions: of whole completions, or None; environment: the weight of what the environment gives by turn;
+    rules: what the policy's own turns must not break, whatever they earn (`rewards/safety.py`); floor: the most
+    that an episode earns which breaks one."""
 
     functions: RewardSet | None
     environment: float
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    floor: float = 0.0
 
     def __call__(
         self, episodes: Episodes, examples: Sequence[Example], completions: list[str], *, first_index: int
@@ -53,15 +58,26 @@ class Judge:
                 "replies": [[turn.reply.text for turn in turns if turn.reply] for turns in episodes.turns],
             }
             scores = self.functions([example.prompt for example in examples], completions, columns)
-        if self.environment == 0:
-            return scores, scores.total
-        total = scores.total + self.environment * given
-        everyone = torch.ones(count, dtype=torch.bool)
-        return Scores(total, everyone, {**scores.by_name, ENVIRONMENT: given}), scores.total
+        if self.environment != 0:
+            everyone = torch.ones(count, dtype=torch.bool)
+            total = scores.total + self.environment * given
+            scores = Scores(total, everyone, {**scores.by_name, ENVIRONMENT: given})
+        scores = under_rules(scores, self.rules, written(episodes), floor=self.floor)
+        return scores, scores.total - self.environment * given
+
+
+def written(episodes: Episodes) -> list[str]:
+    """What the policy wrote in each episode, a line a turn; answers are left out."""
+    return ["\n".join(turn.text for turn in turns) for turns in episodes.turns]
 
 
 def build_judge(
-    weights: Mapping[str, float], task: Task, turns: TurnsConfig, *, rewards_timeout: float | None = None
+    weights: Mapping[str, float],
+    task: Task,
+    turns: TurnsConfig,
+    *,
+    rewards_timeout: float | None = None,
+    safety: SafetyConfig | None = None,
 ) -> Judge:
     """The rewards of a configuration (name -> weight); empty = the environment's own or, with tools, the task's.
 
@@ -75,9 +91,11 @@ def build_judge(
     functions = {name: weight for name, weight in weights.items() if name != ENVIRONMENT}
     columns = [*columns_of(task.train), "turns", "replies"]
     environment = weights.get(ENVIRONMENT, 0.0)
-    if not functions:
-        return Judge(None, environment)
-    return Judge(resolve(functions, own=task.rewards, columns=columns, timeout=rewards_timeout), environment)
+    found = None
+    if functions:
+        found = resolve(functions, own=task.rewards, columns=columns, timeout=rewards_timeout)
+    rules = safety or SafetyConfig()
+    return Judge(found, environment, load_rules(rules.rules), rules.floor)
 
 
 @dataclass(frozen=True)
@@ -148,9 +166,10 @@ def build_player(
     rewards: Mapping[str, float],
     max_new_tokens: int | None,
     rewards_timeout: float | None = None,
+    safety: SafetyConfig | None = None,
 ) -> Player:
     """A player of the task. max_new_tokens: None = the task's. Raises UserError for what cannot be used."""
-    judge = build_judge(rewards, task, turns, rewards_timeout=rewards_timeout)
+    judge = build_judge(rewards, task, turns, rewards_timeout=rewards_timeout, safety=safety)
     limit = max_new_tokens or task.max_new_tokens
     return Player(policy, tokenizer, make_referee(turns), turns, judge, limit)
 

@@ -14,9 +14,11 @@ from experiment.config import build_from_dict
 from experiment.errors import UserError
 from experiment.run import Run, RunResult
 from llm_rlhf import train_turns_ppo, train_turns_sft
-from llm_rlhf.evaluate_turns import EvaluateConfig, evaluate_run
+from llm_rlhf.evaluate_turns import EvaluateConfig, evaluate_player, evaluate_run
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.loading import ModelConfig
+from llm_rlhf.online.experience import Shaper, ShapingConfig
+from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 from llm_rlhf.tasks.tool_calculator import (
@@ -26,10 +28,11 @@ from llm_rlhf.tasks.tool_calculator import (
     read_problems,
     without_annotations,
 )
-from llm_rlhf.train_turns_ppo import TrainTurnsPPOConfig
+from llm_rlhf.train_turns_ppo import TrainTurnsPPOConfig, as_learned
 from llm_rlhf.train_turns_sft import TrainTurnsSFTConfig
 from llm_rlhf.turns.episodes import TurnsConfig
-from llm_rlhf.turns.playing import build_judge, build_player, tokenize_demonstrations
+from llm_rlhf.turns.playing import Judge, Played, build_judge, build_player, tokenize_demonstrations
+from tests.llm_rlhf.turns.test_turn_rollouts import two_turns
 
 DATA = Path(os.environ.get("TANDEM_DATA", Path(__file__).parents[3] / "shared" / "data"))
 GSM8K = DATA / "gsm8k_train.jsonl.gz"
@@ -262,6 +265,81 @@ def test_in_bfloat16_the_first_ratio_is_1(tmp_path: Path, base: Path, monkeypatc
     rows = logged(train_turns_ppo.train(replace(small_ppo(tmp_path / "run", base, 2), precision="bf16")).folder)
     assert all(row["sampling/logprob_gap"] > 1e-5 for row in rows)
     assert max(float((ratio - 1).abs().max()) for ratio in ratios) < 1e-5
+
+
+# ---------------------------------------------------------------- what it shares with single answers
+
+
+def test_a_separate_critic_texts_beside_and_the_monitor_resume_to_the_bit(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "There are 12 boxes."}\n' * 4)
+    sections: dict[str, Any] = {
+        "critic": {"model": "separate", "learning_rate": 1e-3},
+        "ptx": {"coef": 0.5, "path": str(tmp_path / "texts.jsonl"), "batch_size": 2},
+        "shaping": {"cut": "penalise", "missing_eos_penalty": 0.5, "scale": "running"},
+        "monitor": {"kl_limit": 1e-4},
+    }
+    resumed(train_turns_ppo.train, lambda folder: small_ppo(folder, base, **sections), tmp_path)
+    rows = logged(tmp_path / "whole")
+    assert {"loss/ptx", "objective/score_deviation", "monitor/warnings"} <= rows[-1].keys()
+    assert (tmp_path / "whole" / "checkpoints" / "last" / "critic").is_dir()
+    with pytest.raises(UserError, match="has not read the answer behind the last turn"):
+        small_ppo(tmp_path / "no", base, critic={"model": "separate"}, generation={"cut_is_end": False})
+
+
+def hand_played() -> Played:
+    """Two episodes, the second of which nobody ended; the environment gives by turn, functions 10 and 20."""
+    episodes = two_turns()
+    final = torch.tensor([10.0, 20.0])
+    total = final + episodes.turn_rewards.sum(1)
+    return Played(episodes, Scores(total, torch.tensor([True, True]), {}), final, [], [])
+
+
+def test_shaping_of_episodes_by_hand() -> None:
+    played = hand_played()
+    samples = played.episodes.samples
+    penalised = Shaper(ShapingConfig(missing_eos_penalty=3.0), "penalise")
+    rollout, metrics = as_learned(played, samples, penalised, turn_weight=1.0, gamma=1.0)
+    assert metrics == {}
+    assert rollout.rewards.tolist() == [[0, 0, 0, 1, 0, 0, 12], [0, 0, 17.5, 0, 0, 0, 0]]
+    assert not rollout.truncated.any()
+    rollout, _ = as_learned(played, samples, Shaper(ShapingConfig(cut="drop"), "drop"), turn_weight=1.0, gamma=1.0)
+    assert rollout.mask.any(1).tolist() == [True, False]
+    assert rollout.rewards[1].tolist() == [0.0] * 7
+    scaled = Shaper(ShapingConfig(scale="batch"), "penalise")
+    rollout, metrics = as_learned(played, samples, scaled, turn_weight=1.0, gamma=1.0)
+    assert metrics["objective/score_deviation"] == pytest.approx((20.5 - 13.0) / 2)  # of totals 13 and 20.5
+    torch.testing.assert_close(rollout.rewards.sum(1), torch.tensor([13.0, 20.5]) / 3.75)
+
+
+def test_rules_see_what_the_policy_wrote_and_no_reward_buys_them_off() -> None:
+    """The second episode wrote a c and nothing else; the answer "bb" of the first one breaks no rule."""
+    episodes = two_turns()
+    shown: list[str] = []
+
+    def no_b(text: str) -> bool:
+        shown.append(text)
+        return "b" not in text and text != "c"
+
+    judge = Judge(None, 1.0, {"no_b": no_b}, floor=-4.0)
+    rows = [Example("p", "c", {})] * 2
+    scores, final = judge(episodes, rows, ["", ""], first_index=0)
+    assert shown == ["cd\nc", "c"]
+    assert scores.total.tolist() == [3.0, -4.0]
+    assert final.tolist() == [0.0, -4.5]  # with the half that its turn earned, the floor
+    assert scores.by_name["rules/no_b"].tolist() == [1.0, 0.0]
+
+
+def test_episodes_that_nobody_can_judge_do_not_count(tmp_path: Path, base: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("def mute(prompts, completions):\n    return [None] * len(completions)\n")
+    task = build_task(TaskConfig(name="tool_calculator", tool_calculator=ToolCalculatorConfig(problems=60, validation=5, test=6)))
+    policy, tokenizer = build_policy(ModelConfig(path=str(base)), alphabet=task.alphabet)
+    player = build_player(
+        policy, tokenizer, task, TurnsConfig(tools=("calculator",)), rewards={f"{file}:mute": 1.0}, max_new_tokens=8
+    )
+    found = evaluate_player(player, task.splits["test"], EvaluateConfig(samples=2), reference=policy)
+    assert (found["sampled"], found["sampled_unscored"], found["greedy_unscored"]) == (None, 1.0, 1.0)
+    assert found["kl"] == pytest.approx(0.0, abs=1e-4)
 
 
 # ---------------------------------------------------------------- the task, and its texts

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import torch
 from experiment.config import build_from_dict
 from experiment.errors import UserError
 from llm_rlhf import train_sft
-from llm_rlhf.evaluate import EvaluateConfig, evaluate_run, numbers, scores
-from llm_rlhf.evaluation.frontier import row_of_evaluation
+from llm_rlhf.evaluate import EvaluateConfig, best_of, evaluate_run, numbers, scores
+from llm_rlhf.evaluation.frontier import row_of_evaluation, rows_of_best_of
+from llm_rlhf.models.loading import ModelConfig, new_language_model
+from llm_rlhf.models.tokenizer import character_tokenizer
 from llm_rlhf.train_sft import TrainSFTConfig
 
 QUICK = EvaluateConfig(splits=("prompted",), samples=2)
@@ -128,3 +132,51 @@ def test_an_evaluation_is_a_point_of_the_frontier(run: Path) -> None:
     assert row.kl == pytest.approx(0.0, abs=1e-3)
     assert row.gold_interval is not None
     assert row.gold_interval[0] <= (row.gold or 0.0) <= row.gold_interval[1]
+
+
+def test_best_of_n_by_hand(run: Path, tmp_path: Path) -> None:
+    """Of two prompts that both judges know; the third's second sample has no gold."""
+    gold = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, math.nan]])
+    climbed = torch.tensor([[2.0, 1.0], [5.0, 4.0], [0.0, 0.0]])
+    found = best_of(gold, climbed, (1, 2))
+    assert found["best_of_prompts"] == 2
+    assert (found["best_of_1"], found["best_of_2"]) == (0.5, 0.5)  # the climbed reward picks a 0 and a 1
+    assert best_of(gold, gold, (2,))["best_of_2"] == 1.0
+    assert found["best_of_2_kl"] == pytest.approx(math.log(2) - 0.5)
+    assert best_of(gold, climbed, ()) == {}
+    assert best_of(gold[2:], climbed[2:], (1,)) == {"best_of_prompts": 0, "best_of_1": None, "best_of_1_kl": 0.0}
+    (tmp_path / "own.py").write_text("def length(prompts, completions):\n    return [*map(len, completions)]\n")
+    measured = evaluated(run, f"{{'{tmp_path}/own.py:length': 1.0}}", replace(QUICK, best_of=(1, 2)))
+    own = measured["rewards"]
+    assert own["best_of_1"] == pytest.approx(own["sampled"])
+    assert own["best_of_2"] > own["sampled"]
+    rows = rows_of_best_of(measured)
+    assert [(row.step, row.proxy) for row in rows] == [(1, own["best_of_1"]), (2, own["best_of_2"])]
+    assert [row.gold for row in rows] == [measured["best_of_1"], measured["best_of_2"]]
+    with pytest.raises(ValueError, match=r"best_of: sizes are from 1 to samples \(2\)"):
+        replace(QUICK, best_of=(4,))
+    few = evaluate_run(run, replace(QUICK, prompts=3))["prompted"]
+    assert few["prompts"] == 3
+
+
+def test_the_start_and_the_reference(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="checkpoint=start: this run kept no policy of its start"):
+        evaluate_run(run, replace(QUICK, checkpoint="start"))
+    shutil.copytree(run / "checkpoints" / "last" / "policy", run / "reference")
+    try:
+        start, last = (
+            evaluate_run(run, replace(QUICK, checkpoint=which))["prompted"] for which in ("start", "last")
+        )
+    finally:
+        shutil.rmtree(run / "reference")
+    assert start == last
+    assert start["kl"] == pytest.approx(0.0, abs=1e-3)
+    other = tmp_path / "other"
+    model = new_language_model(ModelConfig(layers=1, width=16, heads=2), character_tokenizer("xyz"))
+    model.save_pretrained(other)
+    with pytest.raises(UserError, match=r"the tokenizer goes up to id \d+"):
+        evaluate_run(run, replace(QUICK, reference=str(other)))
+    shutil.copytree(run / "checkpoints" / "last" / "policy", tmp_path / "same")
+    character_tokenizer("xyz").save_pretrained(tmp_path / "same")
+    with pytest.raises(UserError, match="reads another tokenizer's tokens"):
+        evaluate_run(run, replace(QUICK, reference=str(tmp_path / "same")))
