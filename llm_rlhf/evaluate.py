@@ -30,7 +30,7 @@ from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.generation import Samples, at_temperature, generate
 from llm_rlhf.models.loading import model_folder
 from llm_rlhf.models.tokenizer import decode_completions, load_tokenizer, pad_id, require_known_tokens
-from llm_rlhf.online.experience import reference_log_probs
+from llm_rlhf.online.experience import kl_spent, reference_log_probs
 from llm_rlhf.rewards.functions import RewardSet, resolve
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.room import require_room
@@ -174,7 +174,7 @@ def _add_totals(
     if reference is not None:
         with at_temperature(reference, temperature):
             log_probs = reference_log_probs(reference, samples)
-        totals["kl"] += float((samples.log_probs - log_probs).sum())
+        totals["kl"] += float(kl_spent(samples, log_probs).sum())
 
 
 def scores(greedy: Tensor, drawn: Tensor) -> Result:

@@ -21,7 +21,7 @@ from llm_rlhf.evaluate import START, Result, numbers, scores, unscored
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.generation import at_temperature
 from llm_rlhf.models.tokenizer import load_tokenizer
-from llm_rlhf.online.experience import reference_log_probs
+from llm_rlhf.online.experience import kl_spent, reference_log_probs
 from llm_rlhf.online.learner import ValidationConfig
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import TaskConfig, build_task
@@ -101,8 +101,7 @@ def _kl(looks: Sequence[Played], reference: LanguagePolicy) -> float:
     spent = 0.0
     for look in looks:
         samples = look.episodes.samples
-        apart = samples.log_probs - reference_log_probs(reference, samples)
-        spent += float(torch.where(samples.mask, apart, 0.0).sum())
+        spent += float(kl_spent(samples, reference_log_probs(reference, samples)).sum())
     return spent / sum(len(look.examples) for look in looks)
 
 

@@ -8,6 +8,7 @@ completions' likelihood beside the loss (2404.19733; Llama 3 weighs it 0.2).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.pairs import TokenizedPairs
 from llm_rlhf.data.texts import Batches, TokenizedTexts, concatenate
+from llm_rlhf.evaluate import START
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import GenerationConfig, Samples
 from llm_rlhf.models.loading import ModelConfig
@@ -29,8 +31,11 @@ from llm_rlhf.models.precision import require_precision
 from llm_rlhf.online.experience import (
     OverlongConfig,
     Sampler,
+    Shaper,
+    ShapingConfig,
     build_sampler,
     joined_scores,
+    kl_spent,
     reference_log_probs,
 )
 from llm_rlhf.online.learner import (
@@ -38,15 +43,17 @@ from llm_rlhf.online.learner import (
     ValidationConfig,
     announce,
     checkpoint_policy,
-    log_and_save,
+    conclude,
     log_completions,
     progress_of,
     require_room_to_sample,
     require_trained,
     stopping_on_nan,
+    texts_of,
     validate,
     writer,
 )
+from llm_rlhf.online.monitor import Monitor, MonitorConfig, Shown
 from llm_rlhf.preferences.learning import (
     LearningConfig,
     ReferencedPairs,
@@ -55,6 +62,7 @@ from llm_rlhf.preferences.learning import (
     pair_step,
 )
 from llm_rlhf.rewards.functions import Scores
+from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.preference import NEEDS_REFERENCE, PreferenceConfig
 from policy_core.schedules import scheduled
@@ -90,6 +98,8 @@ class TrainIterativeDPOConfig:
 
     rewards             name (or file.py:function, or a reward model's run) -> weight; empty = the task's own
     rewards_timeout     seconds that one call of a reward function may take; null = any
+    safety              rules that no reward buys off
+    shaping             what answers are worth that were cut: "penalise" them or "drop" them
     nll_coef            weight of the chosen completions' negative log-likelihood (nats per token) beside the loss
     """
 
@@ -99,17 +109,21 @@ class TrainIterativeDPOConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     rewards: dict[str, float] = field(default_factory=dict)
     rewards_timeout: float | None = None
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     overlong: OverlongConfig | None = None
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
     iterative: IterativeConfig = field(default_factory=IterativeConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     nll_coef: float = 0.2
     learning: LearningConfig = field(default_factory=LearningConfig)
     validation: ValidationConfig = field(default_factory=lambda: ValidationConfig(every=100))
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     log_every: int = 1
 
     def __post_init__(self) -> None:
         if self.nll_coef < 0:
             raise ValueError(f"nll_coef must not be negative, got {self.nll_coef}")
+        self.shaping.require_selection(self.generation)
         if self.preference.loss not in NEEDS_REFERENCE and self.iterative.reference == "start":
             raise ValueError(f"iterative.reference: preference.loss {self.preference.loss!r} has no reference")
 
@@ -151,6 +165,7 @@ class Learner:
     """What an iterative run moves, and what it must remember to go on after a break.
 
     reference   folder of the policy as it was when the run began
+    shown       of the round, what the monitor sees; None before the first one
     """
 
     policy: LanguagePolicy
@@ -161,6 +176,9 @@ class Learner:
     counters: Counters
     reference: Path
     round: Round
+    shaper: Shaper
+    monitor: Monitor
+    shown: Shown | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights, which have a folder of their own."""
@@ -170,6 +188,8 @@ class Learner:
             "counters": self.counters.state_dict(),
             "sampling": self.sampler.generator.get_state(),
             "round": self.round.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "shown": None if self.shown is None else self.shown.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, batch_size: int) -> None:
@@ -178,6 +198,10 @@ class Learner:
             getattr(self, name).load_state_dict(state[name])
         self.sampler.generator.set_state(state["sampling"])
         self.round = Round.from_state(state["round"], batch_size=batch_size)
+        if state.get("monitor") is not None:
+            self.monitor.load_state_dict(state["monitor"])
+        if state.get("shown") is not None:
+            self.shown = Shown(**state["shown"])
 
 
 def train(config: TrainIterativeDPOConfig, *, resume: Path | None = None) -> RunResult:
@@ -211,11 +235,12 @@ def train(config: TrainIterativeDPOConfig, *, resume: Path | None = None) -> Run
                 max_new_tokens=learner.sampler.max_new_tokens,
                 rewards_timeout=config.rewards_timeout,
             )
-            log_and_save(
+            conclude(
                 run,
                 learner,
                 losses,
                 {**metrics, **looked},
+                shown=learner.shown if looked else None,
                 global_step=step,
                 last=last,
                 log_every=config.log_every,
@@ -247,6 +272,7 @@ def build_learner(run: Run, config: TrainIterativeDPOConfig) -> Learner:
         seed=seed,
         rewards_timeout=config.rewards_timeout,
         overlong=config.overlong,
+        safety=config.safety,
     )
     require_room_to_sample(sampler, model=config.model, validation=config.validation)
     learner = Learner(
@@ -256,8 +282,10 @@ def build_learner(run: Run, config: TrainIterativeDPOConfig) -> Learner:
         sampler=sampler,
         prompts=Batches(len(task.train), min(config.iterative.prompts, len(task.train)), seed=seed),
         counters=Counters(),
-        reference=run.folder / "reference",
+        reference=run.folder / START,
         round=Round(None, None),
+        shaper=Shaper(config.shaping, config.shaping.cut_of(config.generation)),
+        monitor=Monitor(config.monitor),
     )
     if run.checkpoint is None:
         policy.save_pretrained(learner.reference)
@@ -290,11 +318,13 @@ def update(learner: Learner, config: TrainIterativeDPOConfig, *, step: int) -> d
 
 @dataclass(frozen=True)
 class Drawn:
-    """A round's completions, block by block of prompts, as they were drawn and scored."""
+    """A round's completions, block by block of prompts, as they were drawn and scored; judged: by what they are
+    paired."""
 
     rows: list[list[int]]
     samples: list[Samples]
     scores: list[Scores]
+    judged: list[Scores]
 
 
 def new_round(run: Run, learner: Learner, config: TrainIterativeDPOConfig, *, step: int) -> dict[str, float]:
@@ -312,6 +342,8 @@ def new_round(run: Run, learner: Learner, config: TrainIterativeDPOConfig, *, st
         )
     begun = LanguagePolicy.from_pretrained(learner.reference, temperature=learner.policy.temperature).eval()
     metrics = metrics_of(drawn, begun)
+    texts = texts_of(drawn.samples[0], learner.tokenizer)
+    learner.shown = Shown(*texts, {name: value for name, value in metrics.items() if math.isfinite(value)})
     referenced: ReferencedPairs | None = None
     if pairs is not None:
         known: Tensor | None = None
@@ -333,7 +365,7 @@ def new_round(run: Run, learner: Learner, config: TrainIterativeDPOConfig, *, st
 def draw(learner: Learner, config: TrainIterativeDPOConfig) -> Drawn:
     """Completions of the next prompts, scored."""
     settings = config.iterative
-    drawn = Drawn([], [], [])
+    drawn = Drawn([], [], [], [])
     for block in learner.prompts.next().split(settings.at_once):
         rows = block.tolist()
         samples, scores = learner.sampler.draw(
@@ -344,6 +376,7 @@ def draw(learner: Learner, config: TrainIterativeDPOConfig) -> Drawn:
         drawn.rows.append(rows)
         drawn.samples.append(samples)
         drawn.scores.append(scores)
+        drawn.judged.append(learner.shaper.judged(samples, scores))
     return drawn
 
 
@@ -356,7 +389,7 @@ def best_against_worst(drawn: Drawn, config: IterativeConfig) -> TokenizedPairs 
     rejected: list[TokenizedTexts] = []
     margins: list[Tensor] = []
     prompts: list[Tensor] = []
-    for rows, samples, scores in zip(drawn.rows, drawn.samples, drawn.scores, strict=True):
+    for rows, samples, scores in zip(drawn.rows, drawn.samples, drawn.judged, strict=True):
         rewards, scored = (part.view(len(rows), -1) for part in (scores.total, scores.scored))
         best = torch.where(scored, rewards, -torch.inf).argmax(1)
         worst = torch.where(scored, rewards, torch.inf).argmin(1)
@@ -384,10 +417,7 @@ def metrics_of(drawn: Drawn, reference: LanguagePolicy) -> dict[str, float]:
     masks = [samples.mask for samples in drawn.samples]
     lengths = torch.cat([mask.sum(1) for mask in masks]).float()
     entropy = torch.cat([samples.entropy.sum(1) for samples in drawn.samples])
-    kl = [
-        torch.where(samples.mask, samples.log_probs - reference_log_probs(reference, samples), 0.0).sum(1)
-        for samples in drawn.samples
-    ]
+    kl = [kl_spent(samples, reference_log_probs(reference, samples)) for samples in drawn.samples]
     return {
         **joined_scores(drawn.scores).metrics(),
         "completions/mean_length": float(lengths.mean()),

@@ -17,24 +17,35 @@ import torch
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.texts import Batches, TokenizedTexts, columns_of, concatenate, tokenize
-from llm_rlhf.models.causal import build_policy
+from llm_rlhf.evaluate import START
+from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import GenerationConfig, at_temperature
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.models.tokenizer import pad_id
-from llm_rlhf.online.experience import Sampler, build_sampler
+from llm_rlhf.online.experience import (
+    Sampler,
+    Shaper,
+    ShapingConfig,
+    build_sampler,
+    kl_spent,
+    reference_log_probs,
+)
 from llm_rlhf.online.learner import (
     Counters,
     ValidationConfig,
     announce,
     checkpoint_policy,
-    log_and_save,
+    conclude,
     require_room_to_sample,
     require_trained,
     stopping_on_nan,
+    texts_of,
     validate,
     writer,
 )
+from llm_rlhf.online.monitor import Monitor, MonitorConfig, Shown
+from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from llm_rlhf.train_sft import SupervisedConfig, make_optimizer, supervised_step
@@ -46,7 +57,9 @@ RECIPE = "llm/rejection"
 class RejectionConfig:
     """source: what is filtered; samples_per_prompt: drawn each round; threshold: reward that a text must reach;
     keep: most texts kept per prompt and round, the best first; steps_per_round: updates between draws;
-    accumulate: train on all rounds' texts, not the last round's only; prompts: drawn for at once."""
+    accumulate: train on all rounds' texts, not the last round's only; restart: every round's texts are imitated by
+    the model that the run began with, not by the one that wrote them (STaR, 2203.14465 section 3.1); prompts: drawn
+    for at once."""
 
     source: Literal["samples", "demonstrations"] = "samples"
     samples_per_prompt: int = 8
@@ -54,11 +67,14 @@ class RejectionConfig:
     keep: int = 1
     steps_per_round: int = 1000
     accumulate: bool = True
+    restart: bool = False
     prompts: int = 256
 
     def __post_init__(self) -> None:
         if min(self.samples_per_prompt, self.keep, self.steps_per_round, self.prompts) < 1:
             raise ValueError("rejection: samples_per_prompt, keep, steps_per_round and prompts must be at least 1")
+        if self.restart and self.source != "samples":
+            raise ValueError("rejection.restart is of rounds, and demonstrations are filtered once: leave it out")
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,9 @@ class TrainRejectionConfig:
 
     rewards             name (or file.py:function) -> weight
     rewards_timeout     seconds that one call of a reward function may take; null = any
+    safety              rules that no reward buys off
+    shaping             what completions are worth that were cut: "penalise" them or "drop" them; of samples
+    monitor             of samples; demonstrations climb no reward
     """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="rejection", checkpoint_every=500))
@@ -75,10 +94,16 @@ class TrainRejectionConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     rewards: dict[str, float] = field(default_factory=dict)
     rewards_timeout: float | None = None
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     sft: SupervisedConfig = field(default_factory=SupervisedConfig)
     validation: ValidationConfig = field(default_factory=lambda: ValidationConfig(every=500))
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     log_every: int = 50
+
+    def __post_init__(self) -> None:
+        self.shaping.require_selection(self.generation)
 
 
 @dataclass
@@ -103,12 +128,17 @@ class Kept:
 
 @dataclass
 class Learner:
-    """What a run moves, and what it must remember to go on after a break."""
+    """What a run moves, and what it must remember to go on after a break. reference: folder of the
+    policy as it was when the run began; shown: of the round, what the monitor sees."""
 
     optimizer: torch.optim.Optimizer
     sampler: Sampler
     counters: Counters
+    reference: Path
+    shaper: Shaper
+    monitor: Monitor
     kept: Kept | None = None
+    shown: Shown | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights, which have a folder of their own."""
@@ -117,6 +147,8 @@ class Learner:
             "sampling": self.sampler.generator.get_state(),
             "counters": self.counters.state_dict(),
             "kept": None if self.kept is None else self.kept.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "shown": None if self.shown is None else self.shown.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, batch_size: int) -> None:
@@ -126,6 +158,10 @@ class Learner:
         self.counters.load_state_dict(state["counters"])
         if state["kept"] is not None:
             self.kept = Kept.from_state(state["kept"], batch_size=batch_size)
+        if state.get("monitor") is not None:
+            self.monitor.load_state_dict(state["monitor"])
+        if state.get("shown") is not None:
+            self.shown = Shown(**state["shown"])
 
 
 def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunResult:
@@ -150,13 +186,23 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
             generation=config.generation,
             seed=config.run.seed,
             rewards_timeout=config.rewards_timeout,
+            safety=config.safety,
         )
         require_room_to_sample(
             sampler, model=config.model, validation=config.validation, training=chosen.source == "samples"
         )
-        learner = Learner(make_optimizer(policy, config.sft), sampler, Counters())
+        learner = Learner(
+            make_optimizer(policy, config.sft),
+            sampler,
+            Counters(),
+            run.folder / START,
+            Shaper(config.shaping, config.shaping.cut_of(config.generation)),
+            Monitor(config.monitor),
+        )
         if run.checkpoint is not None:
             learner.load_state_dict(run.checkpoint.state, batch_size=config.sft.batch_size)
+        elif chosen.source == "samples":
+            policy.save_pretrained(learner.reference)
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sft.steps
         run.begin_loop(total)
@@ -186,11 +232,12 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
                 max_new_tokens=sampler.max_new_tokens,
                 rewards_timeout=config.rewards_timeout,
             )
-            log_and_save(
+            conclude(
                 run,
                 learner,
                 losses,
                 {**metrics, **looked},
+                shown=learner.shown if looked else None,
                 global_step=step,
                 last=last,
                 log_every=config.log_every,
@@ -205,7 +252,9 @@ def filtered(learner: Learner, config: TrainRejectionConfig, *, step: int) -> tu
     """The texts of update `step`, new ones where a round begins; and metrics of what was filtered for them."""
     chosen, size, seed = config.rejection, config.sft.batch_size, config.run.seed
     if chosen.source == "samples" and (step - 1) % chosen.steps_per_round == 0:
-        texts, metrics = best_samples(learner.sampler, chosen, learner.counters)
+        texts, metrics, learner.shown = best_samples(learner, chosen)
+        if chosen.restart and step > 1:
+            start_again(learner)
         if learner.kept is not None and chosen.accumulate:
             texts = concatenate([learner.kept.texts, texts])
         learner.kept = Kept(texts, Batches(len(texts), size, seed=seed + step))
@@ -217,14 +266,19 @@ def filtered(learner: Learner, config: TrainRejectionConfig, *, step: int) -> tu
     return learner.kept, metrics
 
 
-def best_samples(
-    sampler: Sampler, config: RejectionConfig, counters: Counters
-) -> tuple[TokenizedTexts, dict[str, float]]:
-    """Draw for every training prompt; keep its best distinct completions that reach the threshold."""
+def best_samples(learner: Learner, config: RejectionConfig) -> tuple[TokenizedTexts, dict[str, float], Shown]:
+    """Draw for every training prompt; keep its best distinct completions that reach the threshold.
+
+    Returns them, metrics, and what the monitor sees of the round: these metrics and the first block of completions.
+    """
+    sampler, counters = learner.sampler, learner.counters
+    written: tuple[list[str], list[str]] | None = None
     rows = range(len(sampler.task.train))
     parts: list[TokenizedTexts] = []
-    solved = 0
-    reward = 0.0
+    begun = LanguagePolicy.from_pretrained(learner.reference, temperature=sampler.policy.temperature).eval()
+    begun.to(sampler.policy.device)
+    solved = scored = 0
+    reward = spent = 0.0
     for begin in range(0, len(rows), config.prompts):
         block = list(rows[begin : begin + config.prompts])
         samples, scores = sampler.draw(
@@ -233,7 +287,11 @@ def best_samples(
         counters.samples += len(scores.total)
         counters.tokens += int(samples.mask.sum())
         reward += float(scores.total.sum())
-        good = torch.where(scores.scored, scores.total, -torch.inf).view(len(block), -1)
+        scored += int(scores.scored.sum())
+        spent += float(kl_spent(samples, reference_log_probs(begun, samples)).sum())
+        written = written or texts_of(samples, sampler.tokenizer)
+        judged = learner.shaper.judged(samples, scores)
+        good = torch.where(judged.scored, judged.total, -torch.inf).view(len(block), -1)
         index: list[int] = []
         for prompt, rewards in enumerate(good):
             chosen = _best_distinct(samples.input_ids, rewards, prompt * config.samples_per_prompt, config)
@@ -250,11 +308,20 @@ def best_samples(
             "lower it, or draw more samples per prompt"
         )
     texts = concatenate(parts)
-    return texts, {
+    metrics = {
         "rejection/kept": float(len(texts)),
         "rejection/prompts_solved": solved / len(rows),
-        "objective/scores": reward / (len(rows) * config.samples_per_prompt),
+        "objective/scores": reward / max(scored, 1),
+        "objective/kl": spent / (len(rows) * config.samples_per_prompt),
     }
+    assert written is not None
+    return texts, metrics, Shown(*written, metrics)
+
+
+def start_again(learner: Learner) -> None:
+    """The policy is the one that the run began with, and its optimizer a new one."""
+    learner.sampler.policy.load_state_dict(LanguagePolicy.from_pretrained(learner.reference).state_dict())
+    learner.optimizer.state.clear()
 
 
 def _best_distinct(

@@ -35,6 +35,7 @@ from llm_rlhf.online.learner import (
     announce,
     checkpoint_policy,
     conclude,
+    folders_of,
     frozen_reference,
     optimizer_of,
     pretraining_mix,
@@ -44,7 +45,7 @@ from llm_rlhf.online.learner import (
     stopping_on_nan,
     validation_prompts,
 )
-from llm_rlhf.online.monitor import Monitor, MonitorConfig
+from llm_rlhf.online.monitor import Monitor, MonitorConfig, Shown
 from llm_rlhf.online.moved import Moved
 from llm_rlhf.online.pretraining_mix import PretrainingMixConfig
 from llm_rlhf.rewards.safety import SafetyConfig
@@ -159,13 +160,13 @@ def train(config: TrainTurnsPPOConfig, *, resume: Path | None = None) -> RunResu
             conclude(
                 run,
                 learner,
-                learner.player.tokenizer,
                 {**metrics, "lr": rate},
                 looked,
-                written=([str(example.prompt) for example in played.examples], written(played.episodes)),
+                shown=shown_of(played) if looked else None,
                 global_step=step,
                 last=last,
                 log_every=config.log_every,
+                folders=folders_of(learner, learner.player.tokenizer),
             )
             if last:
                 break
@@ -304,6 +305,11 @@ def as_learned(
         gamma=gamma,
     )
     return rollout, metrics
+
+
+def shown_of(played: Played) -> Shown:
+    """What the monitor sees: prompts, and what the policy wrote."""
+    return Shown([str(example.prompt) for example in played.examples], written(played.episodes))
 
 
 def log_episodes(run: Run, played: Played, *, global_step: int, rows: int = 16) -> None:

@@ -82,6 +82,14 @@ class ShapingConfig:
             raise ValueError(f"shaping.cut {chosen} contradicts generation.cut_is_end false; leave the latter out")
         return chosen
 
+    def require_selection(self, generation: GenerationConfig) -> None:
+        """For recipes that choose among completions, where nothing bootstraps. Raises ValueError for what a choice
+        cannot have."""
+        if self.cut_of(generation) == "bootstrap":
+            raise ValueError("shaping.cut bootstrap needs a critic, and there is none here: penalise or drop")
+        if self.scale != "none":
+            raise ValueError("shaping.scale is of policy gradients: a choice is by the scores as they are")
+
 
 @dataclass
 class Spread:
@@ -331,6 +339,11 @@ def reference_log_probs(reference: LanguagePolicy, samples: Samples) -> Tensor:
     return recomputed_log_probs(reference, samples)
 
 
+def kl_spent(samples: Samples, ref_log_probs: Tensor) -> Tensor:
+    """[B] log-ratio of each completion to the reference in nats: its mean estimates the KL."""
+    return torch.where(samples.mask, samples.log_probs - ref_log_probs, 0.0).sum(1)
+
+
 def sample_metrics(samples: Samples, scores: Scores, ref_log_probs: Tensor | None) -> dict[str, float]:
     """TRL's names: what was drawn, what it earned, and how far from the reference it is (nats a completion)."""
     lengths = samples.mask.sum(1).float()
@@ -342,8 +355,7 @@ def sample_metrics(samples: Samples, scores: Scores, ref_log_probs: Tensor | Non
         "policy/entropy_avg": float(samples.entropy.sum() / samples.mask.sum().clamp(min=1)),
     }
     if ref_log_probs is not None:
-        difference = torch.where(samples.mask, samples.log_probs - ref_log_probs, 0.0)
-        metrics["objective/kl"] = float(difference.sum(1).mean())
+        metrics["objective/kl"] = float(kl_spent(samples, ref_log_probs).mean())
     return metrics
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf.data.texts import Batches
-from llm_rlhf.evaluate import EvaluateConfig, evaluate_policy, numbers
+from llm_rlhf.evaluate import START, EvaluateConfig, evaluate_policy, numbers
 from llm_rlhf.models.card import with_cards
 from llm_rlhf.models.causal import LanguagePolicy, build_policy, frozen_copy
 from llm_rlhf.models.generation import GenerationConfig, Samples
@@ -25,7 +25,7 @@ from llm_rlhf.models.precision import Precision
 from llm_rlhf.models.tokenizer import decode_completions
 from llm_rlhf.online.critic import FOLDER, CriticConfig, ValueModel, build_critic
 from llm_rlhf.online.experience import OverlongConfig, Sampler, Shaper, ShapingConfig, build_sampler
-from llm_rlhf.online.monitor import Monitor, MonitorConfig, Report, act_on
+from llm_rlhf.online.monitor import Monitor, MonitorConfig, Report, Shown, act_on
 from llm_rlhf.online.moved import Counters, Imitated, Moved
 from llm_rlhf.online.pretraining_mix import PretrainingMix, PretrainingMixConfig
 from llm_rlhf.online.self_imitation import GoodAnswers, SelfImitationConfig
@@ -244,48 +244,71 @@ def record(
         max_new_tokens=sampler.max_new_tokens,
         rewards_timeout=sampler.rewards.timeout,
     )
-    written = None
+    shown = None
     if looked and learner.latest is not None:
-        written = texts_of(learner.latest[0], sampler.tokenizer)
+        shown = Shown(*texts_of(learner.latest[0], sampler.tokenizer))
         log_completions(run, sampler, *learner.latest, global_step=global_step)
     conclude(
         run,
         learner,
-        sampler.tokenizer,
         metrics,
         looked,
-        written=written,
+        shown=shown,
         global_step=global_step,
         last=last,
         log_every=log_every,
+        folders=folders_of(learner, sampler.tokenizer),
     )
+
+
+def folders_of(learner: Moved, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[Path], None]]:
+    """The checkpoint's folders: the policy, and the value model of its own where there is one."""
+    folders = writer(learner.policy, tokenizer)
+    if learner.critic is not None:
+        folders[FOLDER] = learner.critic.save_pretrained
+    return folders
+
+
+class Resumable(Protocol):
+    """What a run moves, the weights apart: how much it has done, and all that it must remember."""
+
+    counters: Counters
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into a checkpoint."""
+        ...
+
+
+class Watched(Resumable, Protocol):
+    """What is moved under the monitor's eyes."""
+
+    monitor: Monitor
 
 
 def conclude(
     run: Run,
-    learner: Moved,
-    tokenizer: PreTrainedTokenizerBase,
+    learner: Watched,
     metrics: Mapping[str, float],
     looked: Mapping[str, float],
     *,
-    written: tuple[list[str], list[str]] | None,
+    shown: Shown | None,
     global_step: int,
     last: bool,
     log_every: int,
+    folders: Mapping[str, Callable[[Path], None]],
 ) -> None:
-    """Show an update to the monitor where it was looked at, log it, save when that is due.
+    """Show a look to the monitor, log the update, save when that is due.
 
-    written     the rollout's prompts and what the policy wrote, for the monitor; None = it has nothing to see
+    shown       what the monitor sees besides; None = it was not looked at the validation prompts
 
-    Raises UserError where the monitor is to stop the run.
+    Other arguments and errors are those of `log_and_save` and `act_on`.
     """
     report = Report([], [], {})
-    if looked and written is not None:
-        seen = {**metrics, **looked}
-        report = learner.monitor.look(seen, global_step=global_step, prompts=written[0], completions=written[1])
-    folders = writer(learner.policy, tokenizer)
-    if learner.critic is not None:
-        folders[FOLDER] = learner.critic.save_pretrained
+    if shown is not None:
+        seen = {**shown.metrics, **metrics, **looked}
+        report = learner.monitor.look(
+            seen, global_step=global_step, prompts=shown.prompts, completions=shown.completions
+        )
     log_and_save(
         run,
         learner,
@@ -297,16 +320,6 @@ def conclude(
         folders=folders,
     )
     act_on(report, learner.monitor, folder=run.folder)
-
-
-class Resumable(Protocol):
-    """What a run moves, the weights apart: how much it has done, and all that it must remember."""
-
-    counters: Counters
-
-    def state_dict(self) -> dict[str, Any]:
-        """What goes into a checkpoint."""
-        ...
 
 
 def log_and_save(
@@ -380,7 +393,7 @@ def require_trained(model: ModelConfig) -> None:
 
 def frozen_reference(run: Run, policy: LanguagePolicy) -> LanguagePolicy:
     """The policy as it was when the run began; kept in RUN/reference, so that a resumed run has the same one."""
-    folder = run.folder / "reference"
+    folder = run.folder / START
     if run.checkpoint is not None:
         reference = LanguagePolicy.from_pretrained(folder, temperature=policy.temperature).to(policy.device)
         reference.precision = policy.precision

@@ -126,6 +126,19 @@ class Report:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a look is about besides the update's metrics: some of what was written, and metrics of when it was."""
+
+    prompts: list[str]
+    completions: list[str]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return {"prompts": self.prompts, "completions": self.completions, "metrics": self.metrics}
+
+
 Look = dict[str, Any]
 
 

@@ -18,6 +18,7 @@ from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.online.experience import ShapingConfig
+from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.task import TaskConfig
 from llm_rlhf.train_grpo import TrainGRPOConfig
 from llm_rlhf.train_ppo import TrainPPOConfig
@@ -235,6 +236,50 @@ def test_what_is_kept_is_learned_at_temperature_1(tmp_path: Path, base: Path) ->
         config = build_from_dict(settings(tmp_path / str(temperature)) | sections, TrainRejectionConfig)
         learned.append(weights(train_rejection.train(config).folder))
     assert all(torch.equal(learned[0][name], learned[1][name]) for name in learned[0])
+
+
+def test_star_imitates_with_the_model_it_began_with(tmp_path: Path, base: Path) -> None:
+    """At a round's first update the weights and the optimizer are those of the run's start, the texts the last
+    round's; without `restart` the run goes on."""
+    begun = LanguagePolicy.from_pretrained(base).state_dict()
+    for restart in (True, False):
+        config = small_rejection(tmp_path / str(restart), base)
+        config = replace(config, rejection=replace(config.rejection, restart=restart, accumulate=False))
+        seen: list[bool] = []
+        original = train_rejection.supervised_step
+
+        def step(policy: LanguagePolicy, optimizer: Any, *rest: Any, **named: Any) -> Any:
+            same = all(torch.equal(value, begun[name]) for name, value in policy.state_dict().items())
+            seen.append(same and not optimizer.state)  # noqa: B023
+            return original(policy, optimizer, *rest, **named)  # noqa: B023
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_rejection, "supervised_step", step)
+            found = rows(train_rejection.train(config).folder)
+        assert seen == [True, False, restart, False, restart, False]
+        assert found[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)
+        assert found[2]["objective/kl"] > 1e-3  # the second round was drawn from a model that had learned
+    with pytest.raises(UserError, match=r"rejection\.restart is of rounds"):
+        build_from_dict({"rejection": {"source": "demonstrations", "restart": True}}, TrainRejectionConfig)
+
+
+def test_cut_answers_and_broken_rules_are_not_kept(tmp_path: Path, base: Path) -> None:
+    """With room for one token only what is empty ends: dropped, the others cannot be kept."""
+    config = small_rejection(tmp_path / "cut", base)
+    short = replace(config, generation=replace(config.generation, max_new_tokens=1))
+    whole = rows(train_rejection.train(short).folder)[0]
+    dropping = replace(
+        short, run=replace(config.run, folder=str(tmp_path / "drop")), shaping=ShapingConfig(cut="drop")
+    )
+    dropped = rows(train_rejection.train(dropping).folder)[0]
+    assert 0 < dropped["rejection/kept"] <= 14 < whole["rejection/kept"]  # an empty text for a prompt at most
+    assert dropped["objective/scores"] == whole["objective/scores"]
+    (tmp_path / "rules.py").write_text("def never(text):\n    return False\n")
+    ruled = replace(config, run=replace(config.run, folder=str(tmp_path / "ruled")))
+    with pytest.raises(UserError, match="no completion reached"):
+        train_rejection.train(replace(ruled, safety=SafetyConfig(rules=(f"{tmp_path}/rules.py:never",))))
+    with pytest.raises(UserError, match=r"shaping\.scale is of policy gradients"):
+        build_from_dict({"shaping": {"scale": "batch"}}, TrainRejectionConfig)
 
 
 def test_nothing_good_enough_is_said(tmp_path: Path, base: Path) -> None:

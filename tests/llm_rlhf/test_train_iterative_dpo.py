@@ -86,7 +86,8 @@ def drawn(rewards: Sequence[Sequence[float | None]], tokens: Sequence[Sequence[i
         total = torch.tensor([reward or 0.0 for reward in known])
         blocks.append((samples, Scores(total, torch.tensor([reward is not None for reward in known]), {})))
     prompts = [[4, 7], list(range(20, 18 + len(rewards)))]
-    return Drawn(prompts, [samples for samples, _ in blocks], [scores for _, scores in blocks])
+    scores = [scores for _, scores in blocks]
+    return Drawn(prompts, [samples for samples, _ in blocks], scores, scores)
 
 
 def test_the_best_meets_the_worst() -> None:
@@ -194,6 +195,35 @@ def test_the_strength_of_a_preference_is_the_difference_of_rewards(tmp_path: Pat
     (only,) = rows(train_iterative_dpo.train(config).folder)
     assert only["offset"] > 0
     assert only["loss/preference"] > math.log(2)
+
+
+def test_what_broke_a_rule_or_was_cut_loses(tmp_path: Path, base: Path) -> None:
+    """No answer that a rule forbids is ever chosen, and dropped answers are in no pair at all."""
+    (tmp_path / "rules.py").write_text("def short(text):\n    return len(text) < 4\n")
+    seen: list[tuple[Any, Any]] = []
+    original = train_iterative_dpo.best_against_worst
+
+    def pairs(drawn: Any, settings: Any) -> Any:
+        seen.append((drawn, original(drawn, settings)))
+        return seen[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_iterative_dpo, "best_against_worst", pairs)
+        ruled = small(base, tmp_path / "ruled", steps=1, safety={"rules": [f"{tmp_path}/rules.py:short"]})
+        train_iterative_dpo.train(ruled)
+        dropped = small(base, tmp_path / "cut", steps=1, generation={"max_new_tokens": 6}, shaping={"cut": "drop"})
+        train_iterative_dpo.train(dropped)
+    (_, kept), (drawn, ended) = seen
+    long = kept.chosen.mask.sum(1) > 4  # three letters and the end
+    assert kept.rejected.mask.sum(1).max() > 4
+    assert not bool(long.any())
+    assert not bool(torch.cat([block.finished for block in drawn.samples]).all())
+    first = drawn.samples[0]
+    eos = first.input_ids[first.finished][0][first.mask[first.finished][0]][-1]
+    for side in (ended.chosen, ended.rejected):
+        assert bool(((side.input_ids == eos) & side.mask).any(1).all())
+    with pytest.raises(UserError, match=r"shaping\.cut bootstrap needs a critic"):
+        small(base, tmp_path / "no", shaping={"cut": "bootstrap"})
 
 
 def test_a_round_without_a_pair_changes_nothing(tmp_path: Path, base: Path) -> None:

@@ -332,7 +332,9 @@ def test_rules_see_what_the_policy_wrote_and_no_reward_buys_them_off() -> None:
 def test_episodes_that_nobody_can_judge_do_not_count(tmp_path: Path, base: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("def mute(prompts, completions):\n    return [None] * len(completions)\n")
-    task = build_task(TaskConfig(name="tool_calculator", tool_calculator=ToolCalculatorConfig(problems=60, validation=5, test=6)))
+    task = build_task(
+        TaskConfig(name="tool_calculator", tool_calculator=ToolCalculatorConfig(problems=60, validation=5, test=6))
+    )
     policy, tokenizer = build_policy(ModelConfig(path=str(base)), alphabet=task.alphabet)
     player = build_player(
         policy, tokenizer, task, TurnsConfig(tools=("calculator",)), rewards={f"{file}:mute": 1.0}, max_new_tokens=8
