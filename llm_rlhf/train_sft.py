@@ -41,13 +41,15 @@ RECIPE = "llm/sft"
 
 @dataclass(frozen=True)
 class SupervisedConfig:
-    """steps, batch_size: updates and texts (of a packed run: rows) per update; learning_rate, schedule, warmup:
+    """steps, batch_size: updates and texts (of a packed run: rows) per update; micro_batch_size: of those per
+    backward pass, None = all at once, which changes no number beyond rounding; learning_rate, schedule, warmup:
     AdamW's and its course; precision: with "bf16" the model's matrix products are (autocast to bfloat16), while
     log-softmax, loss, weights and optimizer stay float32; max_seconds: stop after this much CPU time of training (a
     run that uses it cannot be repeated to the bit)."""
 
     steps: int = 2000
     batch_size: int = 64
+    micro_batch_size: int | None = None
     learning_rate: float = 2e-3
     schedule: Schedule = "constant"
     warmup: float = 0.0
@@ -59,6 +61,8 @@ class SupervisedConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
         if self.learning_rate < 0 or self.weight_decay < 0 or self.max_grad_norm <= 0:
             raise ValueError("learning_rate and weight_decay must not be negative, max_grad_norm must be above 0")
 
@@ -246,18 +250,22 @@ def supervised_step(
     )
     set_learning_rate(optimizer, rate)
     rows = batches.next()
-    with autocast(policy, config.precision):
-        if isinstance(data, PackedTexts):
-            log_probs = data.log_probs(policy, rows)
-        else:
-            log_probs = policy.evaluate(data.observations(rows), data.input_ids[rows]).log_probs
-    loss, _ = bc_loss(log_probs=log_probs, mask=data.mask[rows])
+    learned = float(data.mask[rows].sum().clamp(min=1))
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    total = 0.0
+    for part in rows.split(config.micro_batch_size or len(rows)):
+        with autocast(policy, config.precision):
+            if isinstance(data, PackedTexts):
+                log_probs = data.log_probs(policy, part)
+            else:
+                log_probs = policy.evaluate(data.observations(part), data.input_ids[part]).log_probs
+        loss, _ = bc_loss(log_probs=log_probs, mask=data.mask[part], denominator=learned)
+        loss.backward()
+        total += loss.item()
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
     if not torch.isfinite(grad_norm):
-        raise NonFiniteLoss(f"NaN or infinity in the update (loss {loss.item():g}, gradient {float(grad_norm):g})")
+        raise NonFiniteLoss(f"NaN or infinity in the update (loss {total:g}, gradient {float(grad_norm):g})")
     optimizer.step()
     counters.samples += len(rows)
     counters.tokens += int(data.attention_mask[rows].sum())
-    return {"loss/sft": loss.item(), "policy/grad_norm": float(grad_norm), "lr": rate}
+    return {"loss/sft": total, "policy/grad_norm": float(grad_norm), "lr": rate}

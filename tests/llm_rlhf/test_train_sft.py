@@ -180,13 +180,20 @@ def test_only_adapters_are_in_the_optimizer(base: Path) -> None:
     assert sum(parameter.numel() for parameter in group["params"]) < sum(p.numel() for p in policy.parameters()) / 4
 
 
-def one_step(precision: str, *, checkpointing: bool = False) -> tuple[float, Tensor]:
+def one_step(
+    precision: str, *, checkpointing: bool = False, micro_batch_size: int | None = None
+) -> tuple[float, Tensor]:
     """Loss of one small update, and the weights after it."""
     torch.manual_seed(0)
     model = ModelConfig(layers=2, width=32, heads=2, context=48, gradient_checkpointing=checkpointing)
     policy, _ = build_policy(model, alphabet="abcdefgh")
-    texts = [Encoded([4 + i], [5, 6 + i, 2], [True] * 3) for i in range(5)]
-    config = SupervisedConfig(batch_size=5, learning_rate=1e-2, precision=precision)  # type: ignore[arg-type]
+    texts = [Encoded([4 + i], [5, *[6 + i] * i, 2], [True] * (i + 2)) for i in range(5)]
+    config = SupervisedConfig(
+        batch_size=5,
+        micro_batch_size=micro_batch_size,
+        learning_rate=1e-2,
+        precision=precision,  # type: ignore[arg-type]
+    )
     data, batches = lay_out(texts, pad=0), Batches(5, 5, seed=0)
     optimizer = make_optimizer(policy, config)
     counters = Counters()
@@ -208,6 +215,14 @@ def test_bfloat16_is_near_float32_and_is_not_it() -> None:
 
 def test_gradient_checkpointing_trains_the_same() -> None:
     (loss, weights), (other, others) = one_step("float32"), one_step("float32", checkpointing=True)
+    assert loss == pytest.approx(other, abs=1e-6)
+    torch.testing.assert_close(weights, others, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_micro_batches_change_nothing(size: int) -> None:
+    """Texts of different lengths: each part's share is of all that the step learns, not of its own."""
+    (loss, weights), (other, others) = one_step("float32"), one_step("float32", micro_batch_size=size)
     assert loss == pytest.approx(other, abs=1e-6)
     torch.testing.assert_close(weights, others, atol=1e-5, rtol=0)
 
