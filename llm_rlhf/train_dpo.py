@@ -18,15 +18,9 @@ from llm_rlhf.data.texts import Batches
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import require_precision
-from llm_rlhf.online.learner import (
-    Counters,
-    checkpoint_policy,
-    log_and_save,
-    progress_of,
-    require_trained,
-    stopping_on_nan,
-    writer,
-)
+from llm_rlhf.online.learner import checkpoint_policy, require_trained, stopping_on_nan
+from llm_rlhf.online.moved import Counters, progress_of
+from llm_rlhf.online.recording import log_and_save, writer
 from llm_rlhf.preferences.learning import (
     HeldOutConfig,
     LearningConfig,

@@ -35,13 +35,13 @@ from llm_rlhf.online.learner import (
     ValidationConfig,
     announce,
     build_learner,
-    progress_of,
     record,
     require_trained,
     steer_kl,
     stopping_on_nan,
 )
 from llm_rlhf.online.monitor import MonitorConfig
+from llm_rlhf.online.moved import set_rates
 from llm_rlhf.online.pretraining_mix import PretrainingMixConfig
 from llm_rlhf.online.self_imitation import SelfImitationConfig
 from llm_rlhf.rewards.functions import Scores
@@ -50,7 +50,6 @@ from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.grpo import GRPOConfig, group_advantages, is_flat, with_signal
 from policy_core.kl import KLConfig
 from policy_core.ppo import PPOConfig, update
-from policy_core.schedules import scheduled, set_learning_rate
 
 RECIPE = "llm/grpo"
 
@@ -168,13 +167,7 @@ def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
         run.begin_loop(total)
         for step in range(start + 1, total + 1):
             began = time.process_time()
-            rate = scheduled(
-                config.ppo.learning_rate,
-                schedule=config.ppo.schedule,
-                progress=progress_of(step, total, learner.counters, config.sampling.max_seconds),
-                warmup=config.ppo.warmup,
-            )
-            set_learning_rate(learner.optimizer, rate)
+            rate = set_rates(learner, config.ppo, step=step, total=total, max_seconds=config.sampling.max_seconds)
             with stopping_on_nan(run, "ppo.learning_rate"):
                 metrics = iterate(config, learner, step=step)
             learner.counters.seconds += time.process_time() - began

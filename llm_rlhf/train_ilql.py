@@ -23,17 +23,15 @@ from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.loading import ModelConfig, model_folder
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.online.learner import (
-    Counters,
     ValidationConfig,
     announce,
     checkpoint_policy,
-    log_and_save,
-    progress_of,
     stopping_on_nan,
     validate,
     validation_prompts,
-    writer,
 )
+from llm_rlhf.online.moved import Counters, progress_of
+from llm_rlhf.online.recording import log_and_save, writer
 from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.critics import polyak_

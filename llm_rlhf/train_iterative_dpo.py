@@ -39,21 +39,17 @@ from llm_rlhf.online.experience import (
     reference_log_probs,
 )
 from llm_rlhf.online.learner import (
-    Counters,
     ValidationConfig,
     announce,
     checkpoint_policy,
-    conclude,
-    log_completions,
-    progress_of,
     require_room_to_sample,
     require_trained,
     stopping_on_nan,
-    texts_of,
     validate,
-    writer,
 )
 from llm_rlhf.online.monitor import Monitor, MonitorConfig, Shown
+from llm_rlhf.online.moved import Counters, progress_of
+from llm_rlhf.online.recording import conclude, log_completions, texts_of, writer
 from llm_rlhf.preferences.learning import (
     LearningConfig,
     ReferencedPairs,

@@ -26,14 +26,9 @@ from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.models.tokenizer import pad_id
-from llm_rlhf.online.learner import (
-    checkpoint_policy,
-    log_and_save,
-    progress_of,
-    require_trained,
-    stopping_on_nan,
-    writer,
-)
+from llm_rlhf.online.learner import checkpoint_policy, require_trained, stopping_on_nan
+from llm_rlhf.online.moved import progress_of
+from llm_rlhf.online.recording import log_and_save, writer
 from llm_rlhf.preferences.learning import (
     HeldOutConfig,
     LearningConfig,

@@ -28,14 +28,13 @@ from llm_rlhf.online.learner import (
     ValidationConfig,
     announce,
     build_learner,
-    progress_of,
     record,
     require_trained,
     steer_kl,
     stopping_on_nan,
 )
 from llm_rlhf.online.monitor import MonitorConfig
-from llm_rlhf.online.moved import Moved
+from llm_rlhf.online.moved import set_rates
 from llm_rlhf.online.pretraining_mix import PretrainingMixConfig
 from llm_rlhf.online.self_imitation import SelfImitationConfig
 from llm_rlhf.rewards.process_term import ProcessTermConfig
@@ -44,7 +43,6 @@ from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.kl import KLConfig
 from policy_core.ppo import PPOConfig, update
 from policy_core.returns import explained_variance, gae
-from policy_core.schedules import scheduled, set_learning_rate
 
 RECIPE = "llm/ppo"
 
@@ -155,12 +153,12 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
         for step in range(start + 1, total + 1):
             began = time.process_time()
             rate = set_rates(
-                config.ppo,
-                config.critic,
                 learner,
+                config.ppo,
                 step=step,
                 total=total,
                 max_seconds=config.sampling.max_seconds,
+                critic_rate=config.critic.learning_rate,
             )
             with stopping_on_nan(run, "ppo.learning_rate"):
                 metrics = iterate(config, learner, step=step, train_policy=step > warmup)
@@ -179,28 +177,6 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
             if last:
                 break
         return run.finish()
-
-
-def set_rates(
-    ppo: PPOConfig,
-    critic: CriticConfig,
-    learner: Moved,
-    *,
-    step: int,
-    total: int,
-    max_seconds: float | None,
-) -> float:
-    """Set the learning rates of update `step`; returns the policy's."""
-    progress = progress_of(step, total, learner.counters, max_seconds)
-
-    def now(initial: float) -> float:
-        return scheduled(initial, schedule=ppo.schedule, progress=progress, warmup=ppo.warmup)
-
-    rate = now(ppo.learning_rate)
-    set_learning_rate(learner.optimizer, rate)
-    if critic.learning_rate is not None:
-        learner.optimizer.param_groups[-1]["lr"] = now(critic.learning_rate)
-    return rate
 
 
 def iterate(config: TrainPPOConfig, learner: Learner, *, step: int, train_policy: bool = True) -> dict[str, float]:

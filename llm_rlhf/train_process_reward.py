@@ -25,7 +25,8 @@ from experiment.statistics import wilson_interval
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.models.card import with_cards
 from llm_rlhf.models.loading import ModelConfig
-from llm_rlhf.online.learner import Counters, progress_of, stopping_on_nan
+from llm_rlhf.online.learner import stopping_on_nan
+from llm_rlhf.online.moved import Counters, progress_of
 from llm_rlhf.rewards.process_reward import (
     FOLDER,
     StepData,

@@ -32,22 +32,20 @@ from llm_rlhf.online.experience import (
     reference_log_probs,
 )
 from llm_rlhf.online.learner import (
-    Counters,
     ValidationConfig,
     announce,
     checkpoint_policy,
-    conclude,
     require_room_to_sample,
     require_trained,
     stopping_on_nan,
-    texts_of,
     validate,
-    writer,
 )
 from llm_rlhf.online.monitor import Monitor, MonitorConfig, Shown
+from llm_rlhf.online.moved import Counters
+from llm_rlhf.online.recording import conclude, texts_of, writer
 from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.examples import Example
-from llm_rlhf.tasks.task import TaskConfig, build_task
+from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 from llm_rlhf.train_sft import SupervisedConfig, make_optimizer, supervised_step
 
 RECIPE = "llm/rejection"
@@ -173,36 +171,8 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
     task = build_task(config.task, rewards=config.rewards)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
-        policy, tokenizer = build_policy(
-            checkpoint_policy(run, config.model),
-            alphabet=task.alphabet,
-            temperature=config.generation.temperature,
-        )
-        sampler = build_sampler(
-            policy,
-            tokenizer,
-            task,
-            rewards=config.rewards,
-            generation=config.generation,
-            seed=config.run.seed,
-            rewards_timeout=config.rewards_timeout,
-            safety=config.safety,
-        )
-        require_room_to_sample(
-            sampler, model=config.model, validation=config.validation, training=chosen.source == "samples"
-        )
-        learner = Learner(
-            make_optimizer(policy, config.sft),
-            sampler,
-            Counters(),
-            run.folder / START,
-            Shaper(config.shaping, config.shaping.cut_of(config.generation)),
-            Monitor(config.monitor),
-        )
-        if run.checkpoint is not None:
-            learner.load_state_dict(run.checkpoint.state, batch_size=config.sft.batch_size)
-        elif chosen.source == "samples":
-            policy.save_pretrained(learner.reference)
+        learner = build_learner(run, task, config)
+        policy, tokenizer = learner.sampler.policy, learner.sampler.tokenizer
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sft.steps
         run.begin_loop(total)
@@ -229,7 +199,7 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
                 task,
                 config.validation,
                 due=due,
-                max_new_tokens=sampler.max_new_tokens,
+                max_new_tokens=learner.sampler.max_new_tokens,
                 rewards_timeout=config.rewards_timeout,
             )
             conclude(
@@ -246,6 +216,43 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
             if last:
                 break
         return run.finish()
+
+
+def build_learner(run: Run, task: Task, config: TrainRejectionConfig) -> Learner:
+    """A learner at the run's start or, when resuming, exactly where its checkpoint left it.
+
+    The policy as it is at the start of a run that draws is kept in RUN/reference, for the KL and for restarts.
+    """
+    drawing = config.rejection.source == "samples"
+    policy, tokenizer = build_policy(
+        checkpoint_policy(run, config.model),
+        alphabet=task.alphabet,
+        temperature=config.generation.temperature,
+    )
+    sampler = build_sampler(
+        policy,
+        tokenizer,
+        task,
+        rewards=config.rewards,
+        generation=config.generation,
+        seed=config.run.seed,
+        rewards_timeout=config.rewards_timeout,
+        safety=config.safety,
+    )
+    require_room_to_sample(sampler, model=config.model, validation=config.validation, training=drawing)
+    learner = Learner(
+        make_optimizer(policy, config.sft),
+        sampler,
+        Counters(),
+        run.folder / START,
+        Shaper(config.shaping, config.shaping.cut_of(config.generation)),
+        Monitor(config.monitor),
+    )
+    if run.checkpoint is not None:
+        learner.load_state_dict(run.checkpoint.state, batch_size=config.sft.batch_size)
+    elif drawing:
+        policy.save_pretrained(learner.reference)
+    return learner
 
 
 def filtered(learner: Learner, config: TrainRejectionConfig, *, step: int) -> tuple[Kept, dict[str, float]]:

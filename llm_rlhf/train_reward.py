@@ -27,7 +27,8 @@ from llm_rlhf.data.texts import Batches
 from llm_rlhf.models.card import with_cards
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import Precision, require_precision
-from llm_rlhf.online.learner import Counters, progress_of, stopping_on_nan
+from llm_rlhf.online.learner import stopping_on_nan
+from llm_rlhf.online.moved import Counters, progress_of
 from llm_rlhf.rewards.reward_data import RewardData, objectives_of, reward_data
 from llm_rlhf.rewards.reward_model import (
     FOLDER,

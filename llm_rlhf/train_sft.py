@@ -19,17 +19,15 @@ from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import Precision, autocast, require_precision
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.online.learner import (
-    Counters,
     ValidationConfig,
     announce,
     checkpoint_policy,
-    log_and_save,
-    progress_of,
     stopping_on_nan,
     validate,
     validation_prompts,
-    writer,
 )
+from llm_rlhf.online.moved import Counters, progress_of
+from llm_rlhf.online.recording import log_and_save, writer
 from llm_rlhf.tasks.room import leaving_room, require_room
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 from policy_core.bc import bc_loss

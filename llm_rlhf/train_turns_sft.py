@@ -16,11 +16,10 @@ from llm_rlhf.online.learner import (
     ValidationConfig,
     announce,
     checkpoint_policy,
-    log_and_save,
     stopping_on_nan,
     validation_prompts,
-    writer,
 )
+from llm_rlhf.online.recording import log_and_save, writer
 from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from llm_rlhf.train_sft import SupervisedConfig, build_learner, supervised_step

@@ -137,7 +137,7 @@ def draw(base: Path, task: Task, each: int, *, seed: int, block: int = 256) -> D
     from llm_rlhf.models.generation import GenerationConfig
     from llm_rlhf.models.loading import ModelConfig
     from llm_rlhf.online.experience import build_sampler
-    from llm_rlhf.online.learner import texts_of
+    from llm_rlhf.online.recording import texts_of
 
     policy, tokenizer = build_policy(ModelConfig(path=str(base)), alphabet=task.alphabet)
     sampler = build_sampler(policy, tokenizer, task, rewards={}, generation=GenerationConfig(), seed=seed)

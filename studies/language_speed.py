@@ -35,7 +35,8 @@ from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import Precision
 from llm_rlhf.online.critic import CriticConfig
-from llm_rlhf.online.learner import Counters, Learner, build_learner
+from llm_rlhf.online.learner import Learner, build_learner
+from llm_rlhf.online.moved import Counters
 from llm_rlhf.online.self_imitation import SelfImitationConfig
 from llm_rlhf.preferences.learning import LearningConfig, ReferencedPairs, pair_step
 from llm_rlhf.preferences.learning import make_optimizer as make_preference_optimizer

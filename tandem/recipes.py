@@ -40,6 +40,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "llm/rejection": ("llm_rlhf.train_rejection", "TrainRejectionConfig"),
     "llm/reward": ("llm_rlhf.train_reward", "TrainRewardConfig"),
     "llm/sft": ("llm_rlhf.train_sft", "TrainSFTConfig"),
+    "llm/turns_grpo": ("llm_rlhf.train_turns_grpo", "TrainTurnsGRPOConfig"),
     "llm/turns_ppo": ("llm_rlhf.train_turns_ppo", "TrainTurnsPPOConfig"),
     "llm/turns_sft": ("llm_rlhf.train_turns_sft", "TrainTurnsSFTConfig"),
 }
@@ -58,6 +59,7 @@ EVALUATORS: dict[str, str] = {
     "llm/kto": "llm_rlhf.evaluate_preference",
     "llm/process_reward": "llm_rlhf.train_process_reward",
     "llm/reward": "llm_rlhf.evaluate_reward",
+    "llm/turns_grpo": "llm_rlhf.evaluate_turns",
     "llm/turns_ppo": "llm_rlhf.evaluate_turns",
     "llm/turns_sft": "llm_rlhf.evaluate_turns",
 }

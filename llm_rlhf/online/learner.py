@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +15,16 @@ from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.evaluate import START, EvaluateConfig, evaluate_policy, numbers
-from llm_rlhf.models.card import with_cards
 from llm_rlhf.models.causal import LanguagePolicy, build_policy, frozen_copy
 from llm_rlhf.models.generation import GenerationConfig, Samples
 from llm_rlhf.models.loading import ModelConfig
-from llm_rlhf.models.lora import merged_writer
 from llm_rlhf.models.precision import Precision
-from llm_rlhf.models.tokenizer import decode_completions
 from llm_rlhf.online.critic import FOLDER, CriticConfig, ValueModel, build_critic
 from llm_rlhf.online.experience import OverlongConfig, Sampler, Shaper, ShapingConfig, build_sampler
-from llm_rlhf.online.monitor import Monitor, MonitorConfig, Report, Shown, act_on
+from llm_rlhf.online.monitor import Monitor, MonitorConfig, Shown
 from llm_rlhf.online.moved import Counters, Imitated, Moved
 from llm_rlhf.online.pretraining_mix import PretrainingMix, PretrainingMixConfig
+from llm_rlhf.online.recording import conclude, folders_of, log_completions, texts_of
 from llm_rlhf.online.self_imitation import GoodAnswers, SelfImitationConfig
 from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.rewards.process_term import ProcessTerm, ProcessTermConfig
@@ -148,13 +145,7 @@ def build_learner(
         shuffling=torch.Generator().manual_seed(seed + 1),
         controller=KLController(kl),
         counters=Counters(),
-        good_answers=GoodAnswers(
-            self_imitation,
-            prompts=len(task.train),
-            left=max(len(prompt) for prompt in sampler.prompts),
-            right=sampler.max_new_tokens,
-            seed=seed + 2,
-        ),
+        good_answers=GoodAnswers.of(self_imitation, sampler, seed=seed + 2),
         shaper=Shaper(shaping, shaping.cut_of(generation)),
         monitor=Monitor(monitor or MonitorConfig()),
         process=ProcessTerm.of(process or ProcessTermConfig(), sampler),
@@ -217,12 +208,6 @@ def stopping_on_nan(run: Run, setting: str) -> Iterator[None]:
         raise UserError(f"run {run.folder}: {error}; its checkpoints are kept; try a lower {setting}") from error
 
 
-def progress_of(step: int, total: int, counters: Counters, max_seconds: float | None) -> float:
-    """How far a run is before update `step`, 0..1: by updates or, where that is further, by its time limit."""
-    by_time = 0.0 if max_seconds is None else counters.seconds / max_seconds
-    return min(max((step - 1) / total, by_time), 1.0)
-
-
 def record(
     run: Run,
     learner: Learner,
@@ -261,95 +246,6 @@ def record(
     )
 
 
-def folders_of(learner: Moved, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[Path], None]]:
-    """The checkpoint's folders: the policy, and the value model of its own where there is one."""
-    folders = writer(learner.policy, tokenizer)
-    if learner.critic is not None:
-        folders[FOLDER] = learner.critic.save_pretrained
-    return folders
-
-
-class Resumable(Protocol):
-    """What a run moves, the weights apart: how much it has done, and all that it must remember."""
-
-    counters: Counters
-
-    def state_dict(self) -> dict[str, Any]:
-        """What goes into a checkpoint."""
-        ...
-
-
-class Watched(Resumable, Protocol):
-    """What is moved under the monitor's eyes."""
-
-    monitor: Monitor
-
-
-def conclude(
-    run: Run,
-    learner: Watched,
-    metrics: Mapping[str, float],
-    looked: Mapping[str, float],
-    *,
-    shown: Shown | None,
-    global_step: int,
-    last: bool,
-    log_every: int,
-    folders: Mapping[str, Callable[[Path], None]],
-) -> None:
-    """Show a look to the monitor, log the update, save when that is due.
-
-    shown       what the monitor sees besides; None = it was not looked at the validation prompts
-
-    Other arguments and errors are those of `log_and_save` and `act_on`.
-    """
-    report = Report([], [], {})
-    if shown is not None:
-        seen = {**shown.metrics, **metrics, **looked}
-        report = learner.monitor.look(
-            seen, global_step=global_step, prompts=shown.prompts, completions=shown.completions
-        )
-    log_and_save(
-        run,
-        learner,
-        metrics,
-        {**looked, **report.metrics},
-        global_step=global_step,
-        last=last,
-        log_every=log_every,
-        folders=folders,
-    )
-    act_on(report, learner.monitor, folder=run.folder)
-
-
-def log_and_save(
-    run: Run,
-    learner: Resumable,
-    metrics: Mapping[str, float],
-    looked: Mapping[str, float],
-    *,
-    global_step: int,
-    last: bool,
-    log_every: int,
-    folders: Mapping[str, Callable[[Path], None]],
-    epoch: int | None = None,
-    best: str = "eval/greedy",
-) -> None:
-    """Log an update where that is due or something was looked at, save where that is due; the last always.
-
-    metrics, looked     of the update, and of what was looked at beside it (validation, a new round), if anything
-    folders             the checkpoint's, beside the learner's state
-    best                which of `looked` decides which checkpoint is the best one
-    """
-    if looked or last or global_step % log_every == 0:
-        position = {"samples": learner.counters.samples, "tokens": learner.counters.tokens}
-        position |= {} if epoch is None else {"epoch": epoch}
-        run.log({**metrics, **position, **looked}, global_step=global_step)
-    if last or run.should_save(global_step):
-        carded = with_cards(run, folders)
-        run.save(learner.state_dict(), global_step=global_step, folders=carded, metric=looked.get(best))
-
-
 def steer_kl(controller: KLController, samples: Samples, ref_log_probs: Tensor) -> None:
     """Move the KL's coefficient by what was spent on all that was drawn, whatever of it is learned from.
 
@@ -360,26 +256,6 @@ def steer_kl(controller: KLController, samples: Samples, ref_log_probs: Tensor) 
         samples.log_probs - ref_log_probs, mask=samples.mask, episode=episode, unit=controller.config.unit
     )
     controller.update(spent, episodes=len(samples.finished))
-
-
-def log_completions(
-    run: Run, sampler: Sampler, samples: Samples, scores: Scores, *, global_step: int, rows: int = 16
-) -> None:
-    """A table of what the policy writes and what that earns: the first `rows` completions of a rollout."""
-    texts = zip(*texts_of(samples, sampler.tokenizer, rows=rows), strict=True)
-    named = {name: values[:rows].tolist() for name, values in scores.by_name.items()}
-    table = [[prompt, text, *(column[i] for column in named.values())] for i, (prompt, text) in enumerate(texts)]
-    run.log_table("completions", ["prompt", "completion", *named], table, global_step=global_step)
-
-
-def texts_of(
-    samples: Samples, tokenizer: PreTrainedTokenizerBase, *, rows: int | None = None
-) -> tuple[list[str], list[str]]:
-    """Prompts and completions of a rollout as texts; of its first `rows`, or of all."""
-    given = samples.attention_mask.bool() & ~samples.mask
-    prompts = [ids[real].tolist() for ids, real in zip(samples.input_ids[:rows], given[:rows], strict=True)]
-    drawn = samples.completions(without=int(tokenizer.eos_token_id))[:rows]
-    return decode_completions(tokenizer, prompts), decode_completions(tokenizer, drawn)
 
 
 def require_trained(model: ModelConfig) -> None:
@@ -401,17 +277,6 @@ def frozen_reference(run: Run, policy: LanguagePolicy) -> LanguagePolicy:
     reference = frozen_copy(policy)
     reference.save_pretrained(folder)
     return reference
-
-
-def writer(policy: LanguagePolicy, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[Path], None]]:
-    """The checkpoint's `policy` folder: a plain transformers model with its tokenizer; and, where an adapter's
-    configuration asks for it, the `merged` one."""
-
-    def write(folder: Path) -> None:
-        policy.save_pretrained(folder)
-        tokenizer.save_pretrained(str(folder))
-
-    return {"policy": write} | merged_writer(policy.model, tokenizer, asked=policy.write_merged)
 
 
 def checkpoint_policy(run: Run, config: ModelConfig) -> ModelConfig:

@@ -17,7 +17,8 @@ from llm_rlhf.online.monitor import Monitor
 from llm_rlhf.online.pretraining_mix import PretrainingMix
 from policy_core.kl import KLController
 from policy_core.policy import Policy
-from policy_core.ppo import AuxiliaryLoss
+from policy_core.ppo import AuxiliaryLoss, PPOConfig
+from policy_core.schedules import scheduled, set_learning_rate
 
 
 @dataclass
@@ -36,6 +37,12 @@ class Counters:
         """Continue from `state_dict()`."""
         self.samples, self.tokens = int(state["samples"]), int(state["tokens"])
         self.seconds = float(state["seconds"])
+
+
+def progress_of(step: int, total: int, counters: Counters, max_seconds: float | None) -> float:
+    """How far a run is before update `step`, 0..1: by updates or, where that is further, by its time limit."""
+    by_time = 0.0 if max_seconds is None else counters.seconds / max_seconds
+    return min(max((step - 1) / total, by_time), 1.0)
 
 
 class Imitated(Protocol):
@@ -114,3 +121,28 @@ class Moved:
                 part.load_state_dict(state[name])
         self.sampling.set_state(state["sampling"])
         self.shuffling.set_state(state["shuffling"])
+
+
+def set_rates(
+    learner: Moved,
+    ppo: PPOConfig,
+    *,
+    step: int,
+    total: int,
+    max_seconds: float | None,
+    critic_rate: float | None = None,
+) -> float:
+    """Set the learning rates of update `step`; returns the policy's.
+
+    critic_rate     the first rate of a separate value model, the optimizer's last group; None = the policy's
+    """
+    progress = progress_of(step, total, learner.counters, max_seconds)
+
+    def now(initial: float) -> float:
+        return scheduled(initial, schedule=ppo.schedule, progress=progress, warmup=ppo.warmup)
+
+    rate = now(ppo.learning_rate)
+    set_learning_rate(learner.optimizer, rate)
+    if critic_rate is not None:
+        learner.optimizer.param_groups[-1]["lr"] = now(critic_rate)
+    return rate

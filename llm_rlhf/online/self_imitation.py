@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.generation import Samples, at_temperature
+from llm_rlhf.online.experience import Sampler
 from llm_rlhf.rewards.functions import Scores
 from policy_core.bc import bc_loss
 
@@ -47,6 +48,12 @@ class GoodAnswers:
         self.mask = torch.zeros(prompts, left + right, dtype=torch.bool)
         self.known = torch.zeros(prompts, dtype=torch.bool)
         self.generator = torch.Generator().manual_seed(seed)
+
+    @classmethod
+    def of(cls, config: SelfImitationConfig, sampler: Sampler, *, seed: int) -> GoodAnswers:
+        """Room for an answer to each of the sampler's prompts."""
+        longest = max(len(prompt) for prompt in sampler.prompts)
+        return cls(config, prompts=len(sampler.prompts), left=longest, right=sampler.max_new_tokens, seed=seed)
 
     def remember(self, rows: Tensor, samples: Samples, scores: Scores) -> None:
         """Keep what reached the threshold. rows [B]: the training prompt of each sample."""

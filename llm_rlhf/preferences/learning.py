@@ -22,7 +22,7 @@ from llm_rlhf.data.texts import Batches, TokenizedTexts
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.precision import Precision, autocast
 from llm_rlhf.models.tokenizer import pad_id
-from llm_rlhf.online.learner import Counters
+from llm_rlhf.online.moved import Counters
 from policy_core.ppo import NonFiniteLoss
 from policy_core.preference import PREFERENCE_LOSSES, PairLogProbs, PreferenceConfig
 from policy_core.schedules import Schedule, set_learning_rate

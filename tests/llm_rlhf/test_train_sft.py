@@ -25,7 +25,7 @@ from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.lora import ADAPTER, WEIGHTS
 from llm_rlhf.models.precision import require_precision
-from llm_rlhf.online.learner import Counters
+from llm_rlhf.online.moved import Counters
 from llm_rlhf.train_sft import (
     SupervisedConfig,
     TextsConfig,

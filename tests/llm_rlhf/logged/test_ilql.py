@@ -17,7 +17,7 @@ from llm_rlhf.logged.value_heads import HEADS, AdvantageSteering, ValueHeads, he
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import Samples, generate
 from llm_rlhf.models.loading import ModelConfig
-from llm_rlhf.online.learner import Counters
+from llm_rlhf.online.moved import Counters
 from llm_rlhf.tasks.examples import Piece
 from llm_rlhf.train_ilql import Learner, LearningConfig, TrainILQLConfig, update
 from policy_core.ilql import ILQLConfig

@@ -15,8 +15,8 @@ from llm_rlhf import train_grpo, train_ppo
 from llm_rlhf.models.generation import Samples
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.tokenizer import character_tokenizer
-from llm_rlhf.online.learner import texts_of
 from llm_rlhf.online.monitor import HackingSuspected
+from llm_rlhf.online.recording import texts_of
 from llm_rlhf.rewards.process_reward import StepScorer
 from llm_rlhf.rewards.reward_model import Scorer, build_reward_model
 from llm_rlhf.tasks.task import TaskConfig, build_task

@@ -4,7 +4,7 @@ import torch
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import Samples
 from llm_rlhf.models.loading import ModelConfig
-from llm_rlhf.online.learner import Counters, progress_of
+from llm_rlhf.online.moved import Counters, progress_of
 from llm_rlhf.online.self_imitation import GoodAnswers, SelfImitationConfig
 from llm_rlhf.rewards.functions import Scores
 

@@ -1,0 +1,239 @@
+"""What PPO and GRPO on several turns share: who learns, an episode's way into a rollout, what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from experiment.run import Run
+from llm_rlhf.data.texts import Batches
+from llm_rlhf.evaluate_turns import validate_player
+from llm_rlhf.models.causal import build_policy
+from llm_rlhf.models.generation import GenerationConfig, Samples
+from llm_rlhf.models.loading import ModelConfig
+from llm_rlhf.models.precision import Precision
+from llm_rlhf.online.critic import CriticConfig
+from llm_rlhf.online.experience import (
+    Shaper,
+    ShapingConfig,
+    reference_log_probs,
+    sample_metrics,
+    settled_log_probs,
+)
+from llm_rlhf.online.learner import (
+    ValidationConfig,
+    checkpoint_policy,
+    frozen_reference,
+    optimizer_of,
+    pretraining_mix,
+    separate_critic,
+    steer_kl,
+    validation_prompts,
+)
+from llm_rlhf.online.monitor import Monitor, MonitorConfig, Shown
+from llm_rlhf.online.moved import Counters, Moved
+from llm_rlhf.online.pretraining_mix import PretrainingMixConfig
+from llm_rlhf.online.recording import conclude, folders_of
+from llm_rlhf.rewards.safety import SafetyConfig
+from llm_rlhf.tasks.room import require_room
+from llm_rlhf.tasks.task import Task
+from llm_rlhf.turns.episodes import TurnsConfig, turns_to_rollout
+from llm_rlhf.turns.playing import Played, Player, build_player, written
+from policy_core.kl import KLConfig, KLController
+from policy_core.rollout import Rollout
+
+
+@dataclass(kw_only=True)
+class Learner(Moved):
+    """What a run of several turns moves besides."""
+
+    player: Player
+    task: Task
+
+
+def build_learner(
+    run: Run,
+    task: Task,
+    *,
+    model: ModelConfig,
+    turns: TurnsConfig,
+    generation: GenerationConfig,
+    rewards: Mapping[str, float],
+    rewards_timeout: float | None,
+    safety: SafetyConfig,
+    shaping: ShapingConfig,
+    kl: KLConfig,
+    learning_rate: float,
+    prompts: int,
+    seed: int,
+    critic: CriticConfig | None,
+    ptx: PretrainingMixConfig,
+    monitor: MonitorConfig,
+    validation: ValidationConfig,
+    precision: Precision,
+) -> Learner:
+    """A learner at the run's start or, when resuming, exactly where its checkpoint left it.
+
+    prompts     rows of one rollout
+    critic      where values come from; None = there are none
+    """
+    policy, tokenizer = build_policy(
+        checkpoint_policy(run, model),
+        alphabet=task.alphabet,
+        temperature=generation.temperature,
+        value_head=critic is not None and critic.model == "shared",
+    )
+    require_room(
+        [*task.train, *validation_prompts(task, validation)],
+        tokenizer,
+        context=policy.context,
+        max_new_tokens=1,  # the context is the end of a longer episode
+        limited_by="",
+        new_model=False,
+    )
+    policy.precision = precision
+    values = separate_critic(run, critic, policy, tokenizer, longest=policy.context, model_path=str(model.path))
+    learner = Learner(
+        policy=policy,
+        reference=frozen_reference(run, policy),
+        optimizer=optimizer_of(policy, values, learning_rate=learning_rate),
+        player=build_player(
+            policy,
+            tokenizer,
+            task,
+            turns,
+            rewards=rewards,
+            rewards_timeout=rewards_timeout,
+            max_new_tokens=generation.max_new_tokens,
+            safety=safety,
+        ),
+        task=task,
+        prompts=Batches(len(task.train), prompts, seed=seed),
+        sampling=torch.Generator().manual_seed(seed),
+        shuffling=torch.Generator().manual_seed(seed + 1),
+        controller=KLController(kl),
+        counters=Counters(),
+        shaper=Shaper(shaping, shaping.cut_of(generation)),
+        monitor=Monitor(monitor),
+        critic=values,
+        ptx=pretraining_mix(ptx, tokenizer, context=policy.context, seed=seed + 3),
+    )
+    if run.checkpoint is not None:
+        learner.load_state_dict(run.checkpoint.state)
+    return learner
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout and where it comes from. samples: the episodes', with the log-probs that the update starts from;
+    metrics: of what was played, under TRL's names."""
+
+    played: Played
+    samples: Samples
+    ref_log_probs: Tensor
+    rollout: Rollout
+    metrics: dict[str, float]
+
+
+def experience(learner: Learner, *, samples_per_prompt: int, gamma: float) -> Experience:
+    """Play the next rows; the counters and the KL's controller take note after the update (`count`)."""
+    rows = learner.prompts.next().tolist()
+    played = learner.player.play(
+        [learner.task.train[row] for row in rows],
+        samples_per_prompt=samples_per_prompt,
+        generator=learner.sampling,
+        first_index=learner.counters.samples,
+        bootstrap=not learner.shaper.cut_is_end,
+    )
+    samples, gap = settled_log_probs(learner.policy, played.episodes.samples)
+    ref_log_probs = reference_log_probs(learner.reference, samples)
+    weight = learner.player.judge.environment
+    rollout, shaping = as_learned(played, samples, learner.shaper, turn_weight=weight, gamma=gamma)
+    metrics = {
+        **sample_metrics(samples, played.scores, ref_log_probs),
+        **played.episodes.metrics(),
+        **shaping,
+        **gap,
+        "objective/kl_coef": learner.controller.coef,
+    }
+    return Experience(played, samples, ref_log_probs, replace(rollout, ref_log_probs=ref_log_probs), metrics)
+
+
+def count(learner: Learner, lived: Experience) -> None:
+    """After the update: the KL's controller and the counters take note of the rollout."""
+    steer_kl(learner.controller, lived.samples, lived.ref_log_probs)
+    learner.counters.samples += len(lived.played.scores.total)
+    learner.counters.tokens += int(lived.samples.mask.sum())
+
+
+def record(
+    run: Run,
+    learner: Learner,
+    played: Played,
+    metrics: Mapping[str, float],
+    *,
+    validation: ValidationConfig,
+    global_step: int,
+    last: bool,
+    log_every: int,
+) -> None:
+    """Log an update, look at the validation rows when that is due, save when that is due; the last always."""
+    due = last or global_step % max(validation.every, 1) == 0
+    looked = validate_player(learner.player, learner.task.splits["validation"], validation, due=due)
+    if looked:
+        log_episodes(run, played, global_step=global_step)
+    conclude(
+        run,
+        learner,
+        metrics,
+        looked,
+        shown=shown_of(played) if looked else None,
+        global_step=global_step,
+        last=last,
+        log_every=log_every,
+        folders=folders_of(learner, learner.player.tokenizer),
+    )
+
+
+def as_learned(
+    played: Played, samples: Samples, shaper: Shaper, *, turn_weight: float, gamma: float
+) -> tuple[Rollout, dict[str, float]]:
+    """Episodes as decisions with their shaped rewards, and what shaping did.
+
+    samples     the episodes', with the log-probs that the update starts from
+    turn_weight of the environment's rewards
+
+    What an episode loses that nobody ended, it loses at its end; what scores are divided by, the environment's
+    rewards by turn are, too.
+    """
+    judged = shaper.judged(samples, played.scores)
+    final = torch.where(judged.scored, played.final + judged.total - played.scores.total, 0.0)
+    divisor, metrics = shaper.divisor(judged)
+    rollout = turns_to_rollout(
+        replace(played.episodes, samples=samples),
+        final / divisor,
+        scored=judged.scored,
+        turn_weight=turn_weight / divisor,
+        cut_is_end=shaper.cut_is_end,
+        gamma=gamma,
+    )
+    return rollout, metrics
+
+
+def shown_of(played: Played) -> Shown:
+    """What the monitor sees: prompts, and what the policy wrote."""
+    return Shown([str(example.prompt) for example in played.examples], written(played.episodes))
+
+
+def log_episodes(run: Run, played: Played, *, global_step: int, rows: int = 16) -> None:
+    """A table of what was played and what that earned: the first `rows` episodes of a rollout."""
+    named = {name: values[:rows].tolist() for name, values in played.scores.by_name.items()}
+    texts = zip(played.examples[:rows], played.completions[:rows], strict=True)
+    table = [
+        [example.prompt, completion, *(column[i] for column in named.values())]
+        for i, (example, completion) in enumerate(texts)
+    ]
+    run.log_table("completions", ["prompt", "completion", *named], table, global_step=global_step)
