@@ -11,6 +11,9 @@ To the hand every control step is a decision: from what was seen there, the labe
 `learn_std`, so the likelihood is a squared error weighted by 1 / (2 std^2), and PPO starts exploring with that
 deviation. A share of the episodes is held out; the hand that explains them best is the run's `best` checkpoint.
 
+With `advantage.critic`, a run of embodied/iql on the same demonstrations' privileged state, the hand imitates a
+step in proportion to exp(advantage): offline reinforcement learning for a policy that needs no such state to act.
+
 With `grounding.scenes`, every update of the eyes also teaches them where words point to in simulated scenes that
 nobody demonstrated anything in, so that few demonstrations do not make the policy know their scenes by heart.
 """
@@ -29,6 +32,7 @@ from torch.nn import Parameter
 
 from embodied.datasets.lerobot import LeRobotDataset
 from embodied.datasets.recorded import RecordedEpisode
+from embodied.logged.advantages import AdvantageConfig, step_weights
 from embodied.policies.augment import AugmentConfig
 from embodied.policies.vla import VLAConfig, VLAPolicy
 from embodied.policies.words import Words
@@ -73,6 +77,7 @@ class TrainVLABCConfig:
     held_out            share of the episodes kept for validation
     init                folder of a policy to start from; it brings its own `policy`, vocabulary and normalisers
     eyes, hand          how each learns, one after the other, each on the schedule
+    advantage           imitate a step in proportion to how good an IQL run on the privileged state finds it
     learn_std           fit the deviation too
     word_dropout        probability with which a word becomes the unknown one
     evaluate_every      updates between validations, each of which keeps a checkpoint
@@ -92,6 +97,7 @@ class TrainVLABCConfig:
     init: str | None = None
     eyes: PartConfig = field(default_factory=lambda: PartConfig(updates=5_000, batch_size=64, learning_rate=2e-3))
     hand: PartConfig = field(default_factory=lambda: PartConfig(updates=2_000, batch_size=256, learning_rate=1e-3))
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     schedule: Schedule = "cosine"
     warmup: float = 0.02
     learn_std: bool = False
@@ -257,10 +263,14 @@ def hand_loss(
 
 
 def imitation(policy: VLAPolicy, chunks: Chunks, percepts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The hand's loss on decisions with these percepts [N, n]. Metrics: nll (nats per decision)."""
+    """The hand's loss on decisions with these percepts [N, n]. Metrics: nll (nats per decision; each step's times
+    what it counts)."""
     distribution = policy.distribution({**chunks.observations, "percept": percepts})
+    log_probs = distribution.log_prob(chunks.actions).sum(-1)
+    if chunks.weights is not None:
+        log_probs = chunks.weights * log_probs
     return bc_loss(
-        log_probs=distribution.log_prob(chunks.actions).sum(-1).unsqueeze(1),
+        log_probs=log_probs.unsqueeze(1),
         mask=chunks.executed[:, :1],
         factor_mask=chunks.executed.unsqueeze(1),
     )
@@ -288,8 +298,10 @@ def prepare(
     texts = [*(episode.instruction for episode in episodes), *config.grounding.texts()]
     words = Words.of(texts) if start is None else start.words
     length = config.policy.length if start is None else start.config.length
-    steps = ControlSteps.of(episodes, config.cameras, words, length)
-    validation = ControlSteps.of(held_out, config.cameras, words, length) if held_out else None
+    steps = weighted(ControlSteps.of(episodes, config.cameras, words, length), config.advantage)
+    validation = None
+    if held_out:
+        validation = weighted(ControlSteps.of(held_out, config.cameras, words, length), config.advantage)
     if start is None:
         policy = VLAPolicy(steps.spaces(), config.policy, words)
         policy.learn_normalization(proprio=steps.proprio, state=steps.state)
@@ -297,6 +309,21 @@ def prepare(
     if start.spaces != steps.spaces():
         raise UserError(f"{folder}: a policy for {start.spaces}, but the data set has {steps.spaces()}")
     return start, steps, validation
+
+
+def weighted(steps: ControlSteps, config: AdvantageConfig) -> ControlSteps:
+    """The steps with what they count, where an IQL run says so; tells how unlike that is."""
+    weights = step_weights(config, steps.state, steps.labels)
+    if weights is None:
+        return steps
+    share = float(weights.sum().square() / (len(weights) * weights.square().sum()))
+    print(
+        f"{config.critic}: {len(weights)} steps count {weights.mean():.3g} in the mean, as if {share:.0%} of them "
+        "counted alike and the others nothing",
+        file=sys.stderr,
+        flush=True,
+    )
+    return replace(steps, weights=weights)
 
 
 def ground(policy: VLAPolicy, config: TrainVLABCConfig) -> GroundingScenes | None:

@@ -102,7 +102,8 @@ class TracedGradient:
 
     def _record(self, batch: Any, loss: Loss, inputs: list[Tensor]) -> tuple[Any, list[str]]:
         """The graph of one kind of batch and the names of its metrics. Raises ValueError if a replay differs."""
-        from torch.fx.experimental.proxy_tensor import make_fx  # half a second of imports
+        from torch._decomp import get_decompositions  # half a second of imports
+        from torch.fx.experimental.proxy_tensor import make_fx
 
         parameters = dict(self._module.named_parameters())
         learned = [name for name, p in parameters.items() if p.requires_grad]
@@ -121,7 +122,8 @@ class TracedGradient:
             gradients = torch.autograd.grad(value, roots, allow_unused=True, materialize_grads=True)
             return [*gradients, *metrics.values()]
 
-        graph = make_fx(gradient)(*inputs)
+        parts = get_decompositions([torch.ops.aten.native_layer_norm_backward])  # whole, it cannot be traced
+        graph = make_fx(gradient, decomposition_table=parts)(*inputs)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         with warnings.catch_warnings(), _replaying():

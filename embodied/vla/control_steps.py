@@ -22,11 +22,12 @@ Disturbance = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 @dataclass(frozen=True)
 class Chunks:
     """Decisions to imitate: observations [N, ...], actions [N, k, A], and executed [N, k], False beyond an
-    episode's end."""
+    episode's end. weights [N, k]: what each step of them counts; None = all alike."""
 
     observations: Mapping[str, Tensor]
     actions: Tensor
     executed: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ControlSteps:
     episode     int64 [N]: which episode a step belongs to
     ends        int64 [E]: the step after an episode's last
     words       int64 [E, L]
+    weights     float32 [N], what a step counts when it is imitated; None = all alike
     """
 
     images: Mapping[str, Tensor]
@@ -47,6 +49,7 @@ class ControlSteps:
     episode: Tensor
     ends: Tensor
     words: Tensor
+    weights: Tensor | None = None
 
     @classmethod
     def of(
@@ -93,7 +96,9 @@ class ControlSteps:
         executed = rows < self.ends[episode][:, None]
         observations = {name: images[steps] for name, images in self.images.items()}
         observations |= {"proprio": self.proprio[steps], "state": self.state[steps], "words": self.words[episode]}
-        return Chunks(observations, self.labels[rows.clamp(max=len(self) - 1)], executed)
+        rows = rows.clamp(max=len(self) - 1)
+        weights = None if self.weights is None else self.weights[rows]
+        return Chunks(observations, self.labels[rows], executed, weights)
 
 
 def _state(episode: RecordedEpisode) -> np.ndarray:

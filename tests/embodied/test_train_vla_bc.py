@@ -16,11 +16,12 @@ from torch import Tensor
 from embodied import train_vla_bc
 from embodied.datasets.lerobot_layout import ACTION, CAMERA, PROPRIO, STATE, demonstration_features, outcome
 from embodied.datasets.lerobot_writer import LeRobotWriter
+from embodied.logged.advantages import AdvantageConfig
 from embodied.policies.augment import AugmentConfig
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
 from embodied.train_vla_bc import PartConfig, TrainVLABCConfig
-from embodied.vla.control_steps import Shuffled
+from embodied.vla.control_steps import ControlSteps, Shuffled
 from experiment.errors import UserError
 from experiment.run import RunConfig
 
@@ -112,6 +113,61 @@ def test_it_learns_to_go_where_the_words_say(config: TrainVLABCConfig, rows_of: 
         seen = {"image": torch.from_numpy(image)[None], "words": words[None], "proprio": torch.zeros(1, 3)}
         action = policy.act(seen, None)[0][0, 0]
         torch.testing.assert_close(action, torch.from_numpy(places[name]), rtol=0, atol=0.2)
+
+
+def test_steps_that_count_nothing_are_not_imitated(
+    config: TrainVLABCConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the labels lead away from the square; an opinion of them from their state makes the difference."""
+    original = train_vla_bc.ControlSteps.of
+
+    def spoiled(*arguments: Any) -> ControlSteps:
+        steps = original(*arguments)
+        wrong = torch.arange(len(steps)) % 2 == 0
+        return replace(steps, labels=torch.where(wrong[:, None], -steps.labels, steps.labels))
+
+    def opinion(advantage: AdvantageConfig, states: Tensor, labels: Tensor) -> Tensor | None:
+        right = (labels * states[:, :2]).sum(1) > 0
+        return right.float() if advantage.critic else None
+
+    monkeypatch.setattr(train_vla_bc.ControlSteps, "of", spoiled)
+    monkeypatch.setattr(train_vla_bc, "step_weights", opinion)
+    part = PartConfig(updates=200, batch_size=64, learning_rate=3e-3)
+    errors = {}
+    for critic in (None, "a run"):
+        trained = train_vla_bc.train(
+            elsewhere(
+                config, tmp_path / str(critic), eyes=part, hand=part, advantage=AdvantageConfig(critic=critic)
+            )
+        ).folder
+        policy = VLAPolicy.from_pretrained(trained / "checkpoints" / "last" / "policy")
+        image, places = scene(np.random.default_rng(77))
+        words = torch.stack([policy.words.encode(f"go to the {name} square", 6) for name in COLOURS])
+        seen = {
+            "image": torch.from_numpy(image).expand(2, -1, -1, -1),
+            "words": words,
+            "proprio": torch.zeros(2, 3),
+        }
+        wanted = torch.from_numpy(np.stack([places[name] for name in COLOURS]))
+        errors[critic] = float((policy.act(seen, None)[0][:, 0] - wanted).abs().max())
+    assert errors["a run"] < 0.3 < errors[None]
+
+
+def test_weights_belong_to_the_steps_of_a_chunk(config: TrainVLABCConfig) -> None:
+    policy, steps, _ = train_vla_bc.prepare(config, None, train_vla_bc.read(config), [])
+    rows = torch.tensor([0, 38, 39])  # episodes are 40 steps long
+    weights = torch.rand(len(steps))
+    chunks = replace(steps, weights=weights).chunks(rows, 2)
+    assert chunks.weights is not None
+    assert chunks.executed.tolist() == [[True, True], [True, True], [True, False]]
+    assert torch.equal(chunks.weights[chunks.executed], weights[[0, 1, 38, 39, 39]])
+    single = replace(steps, weights=weights).chunks(rows, 1)
+    percepts = torch.zeros(3, policy.config.percept)
+    found, _ = train_vla_bc.imitation(policy, single, percepts)
+    parts = [
+        train_vla_bc.imitation(policy, steps.chunks(rows[i : i + 1], 1), percepts[i : i + 1])[0] for i in range(3)
+    ]
+    torch.testing.assert_close(found, (torch.stack(parts) * weights[rows]).mean())
 
 
 @pytest.mark.parametrize("step", [4, 9])

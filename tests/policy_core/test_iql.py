@@ -130,8 +130,9 @@ def test_values_on_a_chain_are_those_of_the_best_that_was_done() -> None:
     assert bool((policy.mean.flatten() > 0.9).all())  # and the policy takes it
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_replayed_update_is_autograds(autocast: bool) -> None:
+def test_a_replayed_update_is_autograds(autocast: bool, layer_norm: bool) -> None:
     torch.set_default_dtype(torch.float32 if autocast else torch.float64)  # float64 is left alone by autocast
     batch = crossroads()
     batch.mask[2] = False
@@ -139,7 +140,7 @@ def test_a_replayed_update_is_autograds(autocast: bool) -> None:
     for replay in (False, True):
         torch.manual_seed(1)
         policy = Table(3)
-        networks = ActorCritic.of(policy, EnsembleCritic(2, 3, 1, (16,)))
+        networks = ActorCritic.of(policy, EnsembleCritic(2, 3, 1, (16,), layer_norm=layer_norm))
         optimizer = torch.optim.Adam([*policy.parameters(), *networks.critic.parameters()], lr=1e-2)
         traced = iql.traced_gradient(networks) if replay else None
         for _ in range(5):
