@@ -122,7 +122,7 @@ class TracedGradient:
             gradients = torch.autograd.grad(value, roots, allow_unused=True, materialize_grads=True)
             return [*gradients, *metrics.values()]
 
-        parts = get_decompositions([torch.ops.aten.native_layer_norm_backward])  # whole, it cannot be traced
+        parts: Any = get_decompositions([torch.ops.aten.native_layer_norm_backward])  # whole, it cannot be traced
         graph = make_fx(gradient, decomposition_table=parts)(*inputs)
         graph.graph.eliminate_dead_code()
         graph.recompile()
