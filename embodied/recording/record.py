@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -195,14 +195,18 @@ class Player:
             " failures too with --keep-failures"
         )
 
-    def _episode(self, task: str, rng: np.random.Generator) -> tuple[EncodedEpisode, bool]:
-        encoder = EpisodeEncoder(self.features, FPS)
-        level = rng.uniform(0.0, self.config.noise)
+    def begin(self, task: str, rng: np.random.Generator, *, swap: bool = False) -> dict[str, Any]:
+        """A new scene; with `swap`, the environment knows which other thing the words do not mean."""
         if self.env.randomizer is not None:
             self.env.randomizer.forget_start()  # an episode must not depend on those before it
         with user_errors():
-            seen, _ = self.env.reset(seed=int(rng.integers(TRAINING_SEEDS)), options={"task": task})
-        ended = False
+            seen, _ = self.env.reset(seed=int(rng.integers(TRAINING_SEEDS)), options={"task": task, "swap": swap})
+        return seen
+
+    def _episode(self, task: str, rng: np.random.Generator) -> tuple[EncodedEpisode, bool]:
+        encoder = EpisodeEncoder(self.features, FPS)
+        level = rng.uniform(0.0, self.config.noise)
+        seen, ended = self.begin(task, rng), False
         while not ended:
             with user_errors():
                 clean = self.expert.act()

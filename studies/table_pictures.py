@@ -1,0 +1,138 @@
+"""The table from pictures and demonstrations of mixed quality: cloning weighted by what IQL thinks of each step.
+
+    python -m studies.table_pictures --cell data-0               then data-1 and data-2
+    python -m studies.table_pictures
+
+Two tasks; six episodes of ten are the scripted expert's, four those of a demonstrator that mishears
+(`studies.table_mixed`), recorded with pictures. `eyes` learns where things are from all of them. Four hands learn
+what to do, each from the same eyes, for the same number of updates and with every episode counting the same but for
+what is said here: `clone` imitates all of them, `weighted` in proportion to exp(advantage) of `iql`, which learned
+from the recorded state, `successes` those that succeeded. 400 test scenes each, the same for all; every policy acts
+from pictures and words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from embodied.datasets.lerobot_writer import LeRobotWriter
+from embodied.evaluate_vla import EvaluateVLAConfig, evaluate_vla_run
+from embodied.recording.record import FPS, ROBOT, Player, RecordConfig, table_features
+from envs.table.env import TableEnv
+from envs.table.expert import Expert
+from studies.cells import RUNS, Figures, difference, main, paired, require
+from studies.table import share
+from studies.table_mixed import MISHEARD, NOISE, TASKS, Misheard
+from tandem.recipes import find_config, read_plan
+
+GOOD, WEAK = 240, 160
+EPISODES = 400
+SEEDS = range(3)
+HANDS: dict[str, tuple[str, ...]] = {
+    "clone": ("successes=false",),
+    "weighted": ("successes=false",),
+    "successes": ("successes=true",),
+}
+"""Stage -> overrides; `weighted` gets its critic as well."""
+STAGES = ("data", "eyes", "iql", *HANDS)
+CELLS = [f"{stage}-{seed}" for seed in SEEDS for stage in STAGES]
+PAIRS = (("weighted", "clone"), ("successes", "clone"), ("weighted", "successes"))
+
+
+def run(cell: str, options: argparse.Namespace) -> Figures:
+    """Record the data, or learn from them and judge."""
+    stage, _, number = cell.partition("-")
+    seed, data = int(number), RUNS / f"table_pictures-data-{number}"
+    folder = RUNS / f"table_pictures-{cell}"
+    if stage == "data":
+        return record_mixed(data, seed)
+    require("table_pictures", f"data-{seed}")
+    if stage == "iql":
+        only = f"environment.options.tasks={'+'.join(TASKS)}"
+        return train(
+            "table_state_iql", folder, seed, f"data.path={data}", "data.observation_keys=[environment_state]", only
+        )
+    every = [f"dataset={data}", "held_out=0.0", "run.threads=1"]
+    if stage == "eyes":
+        return train("table_bc", folder, seed, *every, "successes=false", "hand.updates=0", "eyes.updates=5000")
+    require("table_pictures", f"eyes-{seed}")
+    eyes = RUNS / f"table_pictures-eyes-{seed}" / "checkpoints" / "last" / "policy"
+    overrides = [*every, *HANDS[stage], f"init={eyes}", "eyes.updates=0", "grounding.scenes=0"]
+    if stage == "weighted":
+        require("table_pictures", f"iql-{seed}")
+        overrides.append(f"advantage.critic={RUNS / f'table_pictures-iql-{seed}'}")
+    figures = train("table_bc", folder, seed, *overrides)
+    judged = evaluate_vla_run(folder, EvaluateVLAConfig(checkpoint="last", suites=("normal",), episodes=EPISODES))
+    suite: Mapping[str, Any] = judged["suites"]["normal"]
+    names = ("episodes", "success_once", "success_once_interval")
+    return {**figures, **{name: suite[name] for name in names}}
+
+
+class MixedPlayer(Player):
+    """The expert who, while `mishears`, does the same with another thing than was named now and then."""
+
+    mishears = False
+
+    def begin(self, task: str, rng: np.random.Generator, *, swap: bool = False) -> dict[str, Any]:
+        """A new scene; of another thing than the one that is named, where the expert mishears."""
+        seen = super().begin(task, rng, swap=swap or (self.mishears and bool(rng.random() < MISHEARD)))
+        misheard = cast(TableEnv, Misheard(self.env, self.env.other)) if self.env.other is not None else self.env
+        self.expert = Expert(misheard)
+        return seen
+
+
+def record_mixed(folder: Path, seed: int) -> Figures:
+    """The expert's episodes and the other demonstrator's, with pictures."""
+    shutil.rmtree(folder, ignore_errors=True)
+    config = RecordConfig(tasks=TASKS, noise=NOISE, seed=seed, keep_failures=True, workers=0)
+    features = table_features(config)
+    player = MixedPlayer(config, features)
+    found: dict[str, list[bool]] = {"expert": [], "weak": []}
+    with LeRobotWriter(folder, fps=FPS, features=features, robot_type=ROBOT) as writer:
+        for slot in range(GOOD + WEAK):
+            player.mishears = slot >= GOOD
+            played = player.play(slot)
+            writer.append(played.episode)
+            found["weak" if player.mishears else "expert"].append(played.success)
+    return {name: {"episodes": len(some), "success": sum(some) / len(some)} for name, some in found.items()}
+
+
+def train(config: str, folder: Path, seed: int, *overrides: str) -> Figures:
+    """Train one part as `tandem train` would."""
+    shutil.rmtree(folder, ignore_errors=True)
+    common = [f"run.folder={folder}", f"run.seed={seed}", "run.wandb=disabled"]
+    plan = read_plan(find_config(f"embodied/{config}"), [*common, *overrides])
+    return {"seconds": plan.module.train(plan.config).metrics["time/elapsed"]}
+
+
+def table(results: Mapping[str, Figures]) -> str:
+    """Success by hand and seed, and paired differences."""
+    lines = [f"| hand | {' | '.join(f'seed {seed}' for seed in SEEDS)} |", f"|---|{'---|' * len(SEEDS)}"]
+    data = [results.get(f"data-{seed}") for seed in SEEDS]
+    shown = [
+        "" if one is None else f"{one['expert']['success']:.1%} and {one['weak']['success']:.1%}" for one in data
+    ]
+    lines.append(f"| the data: the expert's and the other's episodes | {' | '.join(shown)} |")
+    for hand in HANDS:
+        cells = [results.get(f"{hand}-{seed}") for seed in SEEDS]
+        lines.append(f"| {hand} | {' | '.join('' if one is None else share(one) for one in cells)} |")
+    lines += ["", "| paired difference in success | points (95% interval) | pairs |", "|---|---|---|"]
+    for first, second in PAIRS:
+        values = paired(_by_seed(results, first), _by_seed(results, second))
+        lines.append(f"| {first} - {second} | {difference(values, scale=100)} | {len(values)} |")
+    return "\n".join(lines)
+
+
+def _by_seed(results: Mapping[str, Figures], hand: str) -> dict[int, float]:
+    cells = {seed: f"{hand}-{seed}" for seed in SEEDS}
+    return {seed: results[cell]["success_once"] for seed, cell in cells.items() if cell in results}
+
+
+if __name__ == "__main__":
+    main("table_pictures", cells=CELLS, run=run, table=table)
