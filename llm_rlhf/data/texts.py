@@ -166,11 +166,13 @@ def encode_examples(
         raise UserError("there are no texts to train on")
     texts = [encode(tokenizer, example.prompt, example.completion) for example in examples]
     if not cut:
-        longest = max(texts, key=len)
+        row = max(range(len(texts)), key=lambda row: len(texts[row]))
+        longest, place = texts[row], examples[row].place
         if len(longest) > context:
             raise UserError(
-                f"a prompt of {len(longest.prompt)} tokens and a completion of {len(longest.completion)} do not "
-                f"fit the model's context of {context}; shorten the texts, or set model.context for a new model"
+                f"{f'{place}: ' if place else ''}a prompt of {len(longest.prompt)} tokens and a completion of "
+                f"{len(longest.completion)} do not fit the model's context of {context}; shorten the texts "
+                "(llm/sft: texts.cut=true), or set model.context for a new model"
             )
         return texts, {}
     counts = {"prompts_cut": 0, "completions_cut": 0}

@@ -187,6 +187,10 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
     return text[: min(places)] if places else text
 
 
+def _parts(checkpoint: Path) -> list[str]:
+    return sorted(part.name for part in checkpoint.iterdir() if part.is_dir() and part.name != "rng")
+
+
 def load_subject(
     path: str | Path, *, checkpoint: Which = "last", chat: bool = False, batch_size: int = 16
 ) -> Subject:
@@ -197,7 +201,12 @@ def load_subject(
     Raises UserError where there is no such model.
     """
     is_run = (Path(path) / "checkpoints").is_dir()
-    source = model_folder(find_checkpoint(path, checkpoint) / "policy" if is_run else path)
+    inside = find_checkpoint(path, checkpoint) if is_run else None
+    if inside is not None and not (inside / "policy").is_dir():
+        raise UserError(
+            f"{path}: this run has no policy that writes, only {', '.join(_parts(inside)) or 'nothing'}"
+        )
+    source = model_folder(path if inside is None else inside / "policy")
     policy, tokenizer = build_policy(ModelConfig(path=source), alphabet="")
     policy.eval().steering = AdvantageSteering.load(Path(source), policy)
     return Subject(policy, tokenizer, chat=chat, batch_size=batch_size)

@@ -123,6 +123,8 @@ def _outcome(name: str, answer: Callable[[], Any]) -> list[Any]:
     """What a function answered, as a list. Raises UserError if it raised, or answered no list."""
     try:
         return list(answer())
+    except SystemExit as error:  # it would end the run, and nobody would hear of it
+        raise UserError(f"rewards.{name}: it called sys.exit({error.code})") from error
     except Exception as error:
         raise UserError(f"rewards.{name}: it raised {type(error).__name__}: {_one_line(error)}") from error
 

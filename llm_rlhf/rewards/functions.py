@@ -12,6 +12,7 @@ before this one.
 
 from __future__ import annotations
 
+import difflib
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -132,9 +133,11 @@ def resolve(
         elif (learned := _reward_model(name)) is not None:
             functions[name] = learned
         else:
+            near = difflib.get_close_matches(name, built_in, n=1)
             raise UserError(
-                f"rewards.{name}: unknown; there is {', '.join(built_in)}, or your own as path/to/file.py:function,"
-                " or the folder of a reward model's run"
+                f"rewards.{name}: unknown; {f'did you mean {near[0]}? ' if near else ''}there is "
+                f"{', '.join(built_in)}, or your own as path/to/file.py:function, or the folder of a reward "
+                "model's run"
             )
         check_columns(name, functions[name], [*columns, "sample_index"])
     return RewardSet(functions, weights, timeout=timeout)

@@ -166,7 +166,10 @@ def test_texts_that_are_too_long(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     shares = {"test": 0.05, "validation": 0.05}
     task = {"name": "rows", "seed": 1, "data": str(tmp_path / "rows.jsonl"), "rows": shares}
-    with pytest.raises(UserError, match=r"completion of 61 do not fit the model's context of 48"):
+    with pytest.raises(
+        UserError,
+        match=r"rows\.jsonl:4: a prompt of 2 tokens and a completion of 61 do not fit the model's context of 48",
+    ):
         train_sft.train(small(tmp_path / "run", task=task, sft={"steps": 1}))
     train_sft.train(small(tmp_path / "run", task=task, texts={"cut": True}, sft={"steps": 1}))
     assert "1 of 26 completions cut to the context of 48" in capsys.readouterr().out

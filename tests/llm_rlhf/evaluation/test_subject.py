@@ -107,6 +107,9 @@ def test_loading(make_subject: Make, tmp_path: Path) -> None:
     pairs = [("a", "bc")]
     for path in (folder, tmp_path / "run"):
         assert load_subject(path).likelihoods(pairs) == subject.likelihoods(pairs)
+    (tmp_path / "judge" / "checkpoints" / "last" / "reward_model").mkdir(parents=True)
+    with pytest.raises(UserError, match="this run has no policy that writes, only reward_model"):
+        load_subject(tmp_path / "judge")
     with pytest.raises(UserError, match="there is no checkpoint 'best'"):
         load_subject(tmp_path / "run", checkpoint="best")
 

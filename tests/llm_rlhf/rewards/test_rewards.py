@@ -104,6 +104,7 @@ def test_functions_that_cannot_be_used_are_named_at_the_start(tmp_path: Path, bo
         ("['good', 0.0]", "returned 'good' for completion 'a'"),
         ("[1 / 0, 0.0]", "raised ZeroDivisionError: division by zero"),
         ("None", "raised TypeError"),
+        ("exit(3)", r"called sys\.exit\(3\)"),
     ],
 )
 def test_bad_results_name_the_function(tmp_path: Path, result: str, message: str) -> None:
@@ -115,7 +116,9 @@ def test_bad_results_name_the_function(tmp_path: Path, result: str, message: str
 
 
 def test_names_and_weights_are_checked() -> None:
-    with pytest.raises(UserError, match="unknown; there is exact_match, random, optimality"):
+    with pytest.raises(
+        UserError, match=r"unknown; did you mean optimality\? there is exact_match, random, optimality"
+    ):
         resolve({"optimalty": 1.0}, own={"optimality": length}, columns=[])
     with pytest.raises(UserError, match="at least one"):
         resolve({}, own={}, columns=[])
