@@ -271,7 +271,7 @@ def test_errors_are_the_same_with_and_without_a_limit(timeout: float | None) -> 
     with pytest.raises(UserError, match=r"rewards\.short: it returned 1 rewards for 2 completions"):
         call_all({"short": short}, prompts=["", ""], completions=["", ""], columns={}, timeout=timeout)
     plain, later = raising(SystemExit(3))
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=r"rewards\.exits: it called sys\.exit\(3\)"):
         call_all({"exits": plain}, prompts=[""], completions=[""], columns={}, timeout=timeout)  # type: ignore[dict-item]
     with pytest.raises(UserError, match=r"rewards\.exits: it raised RuntimeError: it called sys\.exit\(3\)"):
         call_all({"exits": later}, prompts=[""], completions=[""], columns={}, timeout=timeout)  # type: ignore[dict-item]
