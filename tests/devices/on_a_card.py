@@ -29,6 +29,7 @@ from llm_rlhf import (
     train_rejection,
     train_reward,
     train_sft,
+    train_turns_grpo,
     train_turns_ppo,
     train_turns_sft,
 )
@@ -159,6 +160,21 @@ def turns_ppo(folder: Path, base: Path, device: str) -> RunResult:
     return train_turns_ppo.train(configured(train_turns_ppo.TrainTurnsPPOConfig, folder, base, device, **sections))
 
 
+def turns_grpo(folder: Path, base: Path, device: str) -> RunResult:
+    sections = {
+        **TURNS,
+        "model": {"path": str(base / "turns_sft"), "device": device},
+        "rewards": {f"{base / 'score.py'}:letters": 1.0},
+        "generation": {"max_new_tokens": 16},
+        "sampling": {"updates": 2, "prompts": 3, "skip_flat_groups": False},
+        "grpo": {"group_size": 2},
+        "ppo": {"minibatch_size": 6, "learning_rate": 1e-2},
+    }
+    return train_turns_grpo.train(
+        configured(train_turns_grpo.TrainTurnsGRPOConfig, folder, base, device, **sections)
+    )
+
+
 def vla_bc(folder: Path, base: Path, device: str) -> RunResult:
     record_expert(base / "table", RecordConfig(episodes=2, tasks=("reach",), workers=0))
     settings = {
@@ -199,6 +215,7 @@ RECIPES: list[Train] = [
     reward,
     turns_sft,
     turns_ppo,
+    turns_grpo,
     vla_bc,
     vla_ppo,
 ]

@@ -17,7 +17,7 @@ from llm_rlhf.models.loading import ModelConfig
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ["sft", "ppo", "ppo_separate", "grpo", "rejection", "ilql", "dpo", "kto", "reward"]
-RECIPES += ["turns_sft", "turns_ppo", "vla_bc", "vla_ppo", "evaluate"]
+RECIPES += ["turns_sft", "turns_ppo", "turns_grpo", "vla_bc", "vla_ppo", "evaluate"]
 MIXES = """
 import torch
 from tests.devices.pretend_card import NAME, pretend_card

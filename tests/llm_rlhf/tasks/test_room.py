@@ -19,6 +19,7 @@ from llm_rlhf import (
     train_ppo,
     train_rejection,
     train_sft,
+    train_turns_grpo,
     train_turns_ppo,
     train_turns_sft,
 )
@@ -126,6 +127,7 @@ SAMPLING: list[tuple[Callable[..., Any], type, dict[str, Any]]] = [
     (train_rejection.train, train_rejection.TrainRejectionConfig, {}),
     (train_iterative_dpo.train, train_iterative_dpo.TrainIterativeDPOConfig, {}),
     (train_turns_ppo.train, train_turns_ppo.TrainTurnsPPOConfig, {"turns": {"tools": ["calculator"]}}),
+    (train_turns_grpo.train, train_turns_grpo.TrainTurnsGRPOConfig, {"turns": {"tools": ["calculator"]}}),
 ]
 
 
