@@ -43,7 +43,8 @@ from experiment.errors import UserError
 from experiment.run import Run, RunResult
 from policy_core import cql, sac
 from policy_core.cql import CQLConfig
-from policy_core.critics import ActorCritic, Metrics
+from policy_core.critics import ActorCritic
+from policy_core.metrics import Metrics
 from policy_core.replay import Replay
 from policy_core.rollout import Transitions
 from policy_core.sac import Coefficient, Optimizers, SACConfig

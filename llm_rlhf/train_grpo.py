@@ -28,6 +28,7 @@ from llm_rlhf.online.experience import (
     reference_log_probs,
     sample_metrics,
     settled_log_probs,
+    with_behaviour,
     with_kl_rewards,
 )
 from llm_rlhf.online.learner import (
@@ -189,9 +190,9 @@ def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
 
 def iterate(config: TrainGRPOConfig, learner: Learner, *, step: int) -> dict[str, float]:
     """One rollout and the update on it; returns metrics under TRL's names."""
-    samples, scores, draw_metrics = draw(config, learner)
+    drawn, scores, draw_metrics = draw(config, learner)
     compare = config.sampling.logprob_gap_every > 0 and step % config.sampling.logprob_gap_every == 0
-    samples, gap = settled_log_probs(learner.policy, samples, compare=compare)
+    samples, gap = settled_log_probs(learner.policy, drawn, compare=compare)
     ref_log_probs = reference_log_probs(learner.reference, samples)
     judged = learner.shaper.judged(samples, scores)
     learned, shaping_metrics = learner.shaper.scaled(judged)
@@ -203,6 +204,7 @@ def iterate(config: TrainGRPOConfig, learner: Learner, *, step: int) -> dict[str
         cut_is_end=learner.shaper.cut_is_end,
         gamma=config.ppo.gamma,
     )
+    rollout = with_behaviour(rollout, drawn)
     if config.sampling.dynamic_rounds > 1:
         rollout = rollout.select(chosen_rows(judged, samples.prompt, prompts=config.sampling.prompts))
     rollout, kl_metrics = with_kl_rewards(rollout, config=config.kl, coef=learner.controller.coef)

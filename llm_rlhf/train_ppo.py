@@ -20,6 +20,7 @@ from llm_rlhf.online.experience import (
     reference_log_probs,
     sample_metrics,
     settled_log_probs,
+    with_behaviour,
     with_dense_rewards,
     with_kl_rewards,
 )
@@ -189,7 +190,8 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int, train_policy
     if config.self_imitation.coef > 0:
         learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, scores)
     compare = config.sampling.logprob_gap_every > 0 and step % config.sampling.logprob_gap_every == 0
-    samples, gap = settled_log_probs(learner.policy, samples, compare=compare)
+    drawn = samples
+    samples, gap = settled_log_probs(learner.policy, drawn, compare=compare)
     ref_log_probs = reference_log_probs(learner.reference, samples)
     learned, shaping_metrics = learner.shaper.scaled(learner.shaper.judged(samples, scores))
     rollout = to_rollout(
@@ -200,6 +202,7 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int, train_policy
         cut_is_end=learner.shaper.cut_is_end,
         gamma=config.ppo.gamma,
     )
+    rollout = with_behaviour(rollout, drawn)
     if learner.process is not None:
         rollout = with_dense_rewards(rollout, learner.process.rewards(rows, samples, scores))
     if learner.critic is not None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from policy_core.critics import ActorCritic, Metrics, actions_of, bootstrap, of_decisions, polyak_, td_loss
+from policy_core.critics import ActorCritic, actions_of, bootstrap, of_decisions, polyak_, td_loss
 from policy_core.iql import weighted_likelihood_loss
 from policy_core.masking import masked_mean
+from policy_core.metrics import Metrics
 from policy_core.rollout import Transitions
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Metrics = dict[str, Tensor]
+from policy_core.metrics import Metrics
 
 
 def bradley_terry_loss(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from policy_core import sac
-from policy_core.critics import ActorCritic, Metrics, actions_of, bootstrap, polyak_, td_loss
+from policy_core.critics import ActorCritic, actions_of, bootstrap, polyak_, td_loss
 from policy_core.masking import masked_mean
+from policy_core.metrics import Metrics
 from policy_core.rollout import Transitions
 from policy_core.sac import Coefficient, SACConfig, lowest
 

@@ -19,8 +19,6 @@ from policy_core.networks import MANY
 from policy_core.policy import Actor
 from policy_core.rollout import Outcomes, Transitions
 
-Metrics = dict[str, Tensor]
-
 
 class EnsembleCritic(nn.Module):
     """`members` networks Q(s, a) of the same widths, no weight shared: Linear, [LayerNorm], ReLU, ..., Linear.

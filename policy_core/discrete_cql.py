@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policy_core.cql import discrete_conservative_gap
-from policy_core.critics import Metrics, bootstrap, polyak_
+from policy_core.critics import bootstrap, polyak_
 from policy_core.masking import masked_mean
+from policy_core.metrics import Metrics
 from policy_core.rollout import Transitions
 
 ActionValues = Callable[[Tensor], Tensor]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from policy_core import iql
 from policy_core.cql import discrete_conservative_gap
-from policy_core.critics import Metrics
 from policy_core.iql import IQLConfig
+from policy_core.metrics import Metrics
 from policy_core.rollout import Outcomes
 
 MASKED_OUT = -1e9

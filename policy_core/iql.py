@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from policy_core.critics import ActorCritic, Metrics, bootstrap, of_decisions, polyak_, td_loss
+from policy_core.critics import ActorCritic, bootstrap, of_decisions, polyak_, td_loss
 from policy_core.masking import masked_mean
+from policy_core.metrics import Metrics
 from policy_core.rollout import Outcomes, Transitions
 from policy_core.traced import TracedGradient
 

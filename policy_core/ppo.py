@@ -19,12 +19,13 @@ from torch import Tensor
 
 from policy_core.kl import KLConfig, kl_estimate, per_decision
 from policy_core.masking import Aggregation, aggregation_weights, normalize
+from policy_core.metrics import Metrics, average, describe
+from policy_core.mismatch import importance_weights, weighted
 from policy_core.policy import Evaluation, Policy
 from policy_core.rollout import Nested, Rollout, map_nested, split_rows
 from policy_core.schedules import Schedule
 from policy_core.traced import TracedGradient
 
-Metrics = dict[str, Tensor]
 AuxiliaryLoss = Callable[[], tuple[Tensor, Metrics]]
 
 MAX_LOG_RATIO = 20.0
@@ -46,6 +47,7 @@ class PPOConfig:
     max_grad_norm                       global norm of an optimizer step's gradient
     target_kl                           stop the epochs when a minibatch's KL passes 1.5 times this
     normalize_advantages                over all decisions of the rollout
+    mismatch_cap                        of the weights of what another engine sampled (`mismatch`); None = none
     ratio_level                         "decision": one ratio a decision; "factor": one an action dimension
     aggregation, aggregation_constant   see `masking.aggregation_weights`
     critic_warmup                       first rollouts on which only the critic learns
@@ -68,6 +70,7 @@ class PPOConfig:
     max_grad_norm: float = 0.5
     target_kl: float | None = None
     normalize_advantages: bool = True
+    mismatch_cap: float | None = 2.0
     ratio_level: Literal["decision", "factor"] = "decision"
     aggregation: Aggregation = "decision"
     aggregation_constant: float | None = None
@@ -80,6 +83,8 @@ class PPOConfig:
             raise ValueError("ppo.minibatch_size and ppo.epochs must be at least 1")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError("ppo.micro_batch_size must be at least 1")
+        if self.mismatch_cap is not None and self.mismatch_cap < 1:
+            raise ValueError(f"ppo.mismatch_cap must be at least 1, got {self.mismatch_cap}")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"ppo.dual_clip must be above 1, got {self.dual_clip}")
         if not 0 < self.gamma <= 1 or not 0 <= self.gae_lambda <= 1:
@@ -370,6 +375,9 @@ def update(
         counts = rollout.factor_mask & rollout.mask.unsqueeze(-1)
     if config.normalize_advantages:
         advantages = normalize(advantages, counts)
+    if config.mismatch_cap is not None:
+        unlike = importance_weights(rollout, level=config.ratio_level, cap=config.mismatch_cap)
+        advantages = advantages if unlike is None else weighted(advantages, unlike)
     with_reference = kl is not None and kl.placement == "loss" and kl_coef != 0.0
     kl = kl if with_reference else None
     taught = train_policy and auxiliary is not None
@@ -402,7 +410,7 @@ def update(
                 done += 1
             if done < len(batches):
                 break
-    summary = _average(history)
+    summary = average(history)
     summary["updates"] = float(len(history))
     return summary
 
@@ -435,7 +443,7 @@ def _step(optimizer: torch.optim.Optimizer, metrics: Metrics, max_grad_norm: flo
     grad_norm = torch.nn.utils.get_total_norm(gradients)
     norm = float(grad_norm)
     if not math.isfinite(norm):
-        raise NonFiniteLoss(_describe(metrics, norm))
+        raise NonFiniteLoss(describe(metrics, norm))
     if norm > max_grad_norm:
         for gradient in gradients:
             gradient.mul_(max_grad_norm / (norm + 1e-6))
@@ -481,19 +489,3 @@ def _present(batch: Batch) -> dict[str, Any]:
     """The columns that a batch has."""
     columns = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return {name: column for name, column in columns.items() if column is not None}
-
-
-def _average(history: list[Metrics]) -> dict[str, float]:
-    """Mean of each metric over the optimizer steps that report it."""
-    names = {name: None for metrics in history for name in metrics}
-    return {
-        name: float(torch.stack([metrics[name] for metrics in history if name in metrics]).mean()) for name in names
-    }
-
-
-def _describe(metrics: Metrics, grad_norm: float) -> str:
-    """Name the terms of a step that went wrong."""
-    terms = {name: float(value) for name, value in metrics.items()}
-    bad = [name for name, value in terms.items() if not math.isfinite(value)]
-    culprit = f"{', '.join(bad)} not finite" if bad else "the losses are finite, their gradient is not"
-    return f"NaN or infinity in the update: {culprit} (gradient norm {grad_norm:g})"

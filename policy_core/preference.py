@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Metrics = dict[str, Tensor]
+from policy_core.metrics import Metrics
 
 LossName = Literal["dpo", "ipo", "odpo", "simpo", "orpo", "tso"]
 

@@ -52,7 +52,7 @@ class Rollout:
     old_log_probs           [B, T] or [B, T, F]; of the policy that acted
     episode                 [B, T] int; -1 on padding; a row may hold several episodes
     ref_log_probs           as old_log_probs, of a frozen reference policy
-    behaviour_log_probs     as old_log_probs, of the sampling engine where it differs from the policy
+    behaviour_log_probs     as old_log_probs, of the sampling engine where it differs from the policy (`mismatch`)
     factor_mask             [B, T, F] bool; which factors (action dimensions, chunk steps) were executed
     values, next_values     [B, T]; next_values[t] is the value at the same episode's next decision or, at a cut
                             or at the end of the row, at the true next observation; ignored where terminated

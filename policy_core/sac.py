@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from policy_core.critics import ActorCritic, Metrics, bootstrap, of_decisions, polyak_, td_loss
+from policy_core.critics import ActorCritic, bootstrap, of_decisions, polyak_, td_loss
 from policy_core.masking import masked_mean
+from policy_core.metrics import Metrics
 from policy_core.rollout import Transitions
 
 

@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from policy_core.critics import ActorCritic, Metrics, actions_of, bootstrap, polyak_, td_loss
+from policy_core.critics import ActorCritic, actions_of, bootstrap, polyak_, td_loss
 from policy_core.masking import masked_mean
+from policy_core.metrics import Metrics
 from policy_core.policy import Actor
 from policy_core.rollout import Transitions
 

@@ -7,6 +7,25 @@ from tests.planted_offline_faults import OFFLINE_FAULTS
 from tests.planted_preference_faults import PREFERENCE_FAULTS
 
 FAULTS = (
+    # ------------------------------------------------------------ mismatch
+    Fault(
+        "mismatch",
+        "gap = rollout.old_log_probs - behaviour",
+        "gap = behaviour - rollout.old_log_probs",
+        "what was drawn too often counts even more",
+    ),
+    Fault(
+        "mismatch",
+        "return torch.where(counts, gap, 0.0).exp().clamp(max=cap)",
+        "return torch.where(counts, gap, 0.0).exp()",
+        "weights have no bound",
+    ),
+    Fault(
+        "ppo",
+        "        advantages = advantages if unlike is None else weighted(advantages, unlike)",
+        "        advantages = advantages",
+        "what another engine sampled is not weighted",
+    ),
     # ------------------------------------------------------------ rollout
     Fault(
         "rollout",

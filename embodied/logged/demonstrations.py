@@ -16,7 +16,8 @@ from embodied.policies.state_mlp import StatePolicy
 from envs.make import EnvironmentSpec
 from experiment.errors import UserError
 from policy_core.bc import bc_loss
-from policy_core.ppo import AuxiliaryLoss, Metrics
+from policy_core.metrics import Metrics
+from policy_core.ppo import AuxiliaryLoss
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from envs.make import EnvironmentSpec
 from experiment.checkpoint import Checkpoint
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig
-from policy_core.critics import ActorCritic, EnsembleCritic, Metrics
+from policy_core.critics import ActorCritic, EnsembleCritic
+from policy_core.metrics import Metrics
 from policy_core.optimizer import FlatAdam
 
 ADAM_EPSILON = 1e-8

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from llm_rlhf.logged.texts import LoggedTexts
 from llm_rlhf.models.causal import LanguagePolicy, hidden_width
 from policy_core import ilql
-from policy_core.critics import Metrics
 from policy_core.ilql import ILQLConfig, advantage_shift
+from policy_core.metrics import Metrics
 from policy_core.returns import next_values_of
 
 HEADS = "ilql_heads.safetensors"

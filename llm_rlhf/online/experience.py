@@ -304,14 +304,27 @@ def settled_log_probs(
     of a token to sampling's in nats, where it is known.
 
     In float32 those are sampling's own, which are compared with the training forward's only on demand. In bf16
-    they differ by hundredths of a nat, as cached and whole passes round apart: the training forward's replace them.
+    they differ by hundredths of a nat, as cached and whole passes round apart: the training forward's replace them,
+    and sampling/mismatch_kl is KL(what sampled || policy), nats a token. `with_behaviour` keeps what they were.
     """
     exact = policy.precision == "float32"
     if exact and not compare:
         return samples, {}
     recomputed = recomputed_log_probs(policy, samples)
-    gap = {"sampling/logprob_gap": float((recomputed - samples.log_probs).abs().max())}
+    difference = samples.log_probs - recomputed
+    gap = {
+        "sampling/logprob_gap": float(difference.abs().max()),
+        "sampling/mismatch_kl": float(difference.sum() / samples.mask.sum().clamp(min=1)),
+    }
     return samples if exact else replace(samples, log_probs=recomputed), gap
+
+
+def with_behaviour(rollout: Rollout, drawn: Samples) -> Rollout:
+    """The rollout with the log-probs that its tokens were drawn with, where it starts from others (bf16): the
+    update weighs what is learned by the difference (`ppo.mismatch_cap`)."""
+    if torch.equal(rollout.old_log_probs, drawn.log_probs):
+        return rollout
+    return replace(rollout, behaviour_log_probs=drawn.log_probs)
 
 
 def with_dense_rewards(rollout: Rollout, dense: Tensor) -> Rollout:

@@ -22,6 +22,7 @@ from llm_rlhf.online.experience import (
     reference_log_probs,
     sample_metrics,
     settled_log_probs,
+    with_behaviour,
 )
 from llm_rlhf.online.learner import (
     ValidationConfig,
@@ -159,7 +160,8 @@ def experience(learner: Learner, *, samples_per_prompt: int, gamma: float) -> Ex
         **gap,
         "objective/kl_coef": learner.controller.coef,
     }
-    return Experience(played, samples, ref_log_probs, replace(rollout, ref_log_probs=ref_log_probs), metrics)
+    rollout = with_behaviour(replace(rollout, ref_log_probs=ref_log_probs), played.episodes.samples)
+    return Experience(played, samples, ref_log_probs, rollout, metrics)
 
 
 def count(learner: Learner, lived: Experience) -> None:

@@ -257,6 +257,7 @@ def test_in_bfloat16_the_first_ratio_is_1(tmp_path: Path, base: Path, monkeypatc
         with torch.no_grad():
             log_probs = given["policy"].evaluate(rollout.observations, rollout.actions).log_probs
         ratios.append((log_probs - rollout.old_log_probs)[rollout.mask].exp())
+        assert not torch.equal(rollout.behaviour_log_probs, rollout.old_log_probs)
         return original(**given)
 
     monkeypatch.setattr(train_turns_ppo, "update", update)

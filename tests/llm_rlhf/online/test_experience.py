@@ -21,6 +21,7 @@ from llm_rlhf.online.experience import (
     joined_scores,
     recomputed_log_probs,
     settled_log_probs,
+    with_behaviour,
     with_dense_rewards,
 )
 from llm_rlhf.rewards.functions import Scores
@@ -224,7 +225,14 @@ def test_in_bfloat16_the_training_forward_has_the_last_word() -> None:
     settled, metrics = settled_log_probs(narrow, samples)
     assert torch.equal(settled.log_probs, recomputed_log_probs(narrow, samples))
     difference = float((settled.log_probs - samples.log_probs).abs().max())
-    assert metrics == {"sampling/logprob_gap": difference}
+    assert metrics["sampling/logprob_gap"] == difference
+    mean = float((samples.log_probs - settled.log_probs).sum() / samples.mask.sum())
+    assert metrics["sampling/mismatch_kl"] == pytest.approx(mean)
+    scored = torch.ones(len(samples.finished), dtype=torch.bool)
+    rollout = to_rollout(settled, torch.zeros(len(scored)), scored=scored)
+    assert with_behaviour(rollout, settled) is rollout
+    behaviour = with_behaviour(rollout, samples).behaviour_log_probs
+    assert behaviour is samples.log_probs
     assert 1e-4 < difference < 0.2
     assert settled.input_ids is samples.input_ids
 
