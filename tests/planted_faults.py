@@ -400,8 +400,8 @@ FAULTS = (
     ),
     Fault(
         "traced",
-        "parameter.grad.add_(gradient)",
-        "parameter.grad.copy_(gradient)",
+        "torch._foreach_add_(gradients, outputs[: len(learned)])",
+        "torch._foreach_copy_(gradients, outputs[: len(learned)])",
         "a replay overwrites the micro-batches before it",
     ),
     Fault(
