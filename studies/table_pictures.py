@@ -41,8 +41,9 @@ HANDS: dict[str, tuple[str, ...]] = {
 }
 """Stage -> overrides; `weighted` gets its critic as well."""
 CRITIC = ("updates=3000", "critic.layer_norm=true", "iql.expectile=0.6", "episodes=0", "evaluate_every=3000")
-"""Of few episodes a value learns its states by heart, and every advantage is nearly 0: fewer updates, and what keeps
-critics from running off. These and the temperature were chosen by how little weight failed training episodes get."""
+"""Of few episodes a value learns its states by heart, and every advantage is nearly 0: so fewer updates, and what
+keeps critics from running off. These and the temperature were chosen by the weight that failed training episodes of
+seed 0 get: the less, the better."""
 STAGES = ("data", "eyes", "iql", *HANDS)
 CELLS = [f"{stage}-{seed}" for seed in SEEDS for stage in STAGES]
 PAIRS = (("weighted", "clone"), ("successes", "clone"), ("weighted", "successes"))
