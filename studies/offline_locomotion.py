@@ -43,7 +43,7 @@ THEIRS = ("d3rlpy_iql", "d3rlpy_cql")
 PAIRS = (("iql", "d3rlpy_iql"), ("cql", "d3rlpy_cql"), ("iql_bf16", "iql"), ("cql_bf16", "cql"))
 PAIRED = (
     "Intervals by Student's t over seeds, which all learn from one recording of a data set; over all pairs, each"
-    " difference is divided by the mean return of its data set's episodes. Pairs with d3rlpy share data, test"
+    " difference is divided by the mean return of the environment's medium data (that of replay is small). Pairs with d3rlpy share data, test"
     " episodes and the seed's number, not initial weights or batches; pairs of bf16 and float32 share these two as"
     " well."
 )
@@ -171,14 +171,15 @@ def table(results: Mapping[str, Figures]) -> str:
     for algorithm in (*OURS, *THEIRS):
         columns = [_level(list(_by_seed(results, algorithm, chosen).values())) for chosen in sets]
         lines.append(f"| {algorithm} | {' | '.join(columns)} |")
-    head = f"| paired difference (95% interval) | {' | '.join(sets)} | all, % of the data's return | pairs |"
+    head = f"| paired difference (95% interval) | {' | '.join(sets)} | all, % of medium's return | pairs |"
     lines += ["", head, f"|---|{'---|' * (len(sets) + 2)}"]
     for first, second in PAIRS:
         found = {
             chosen: paired(_by_seed(results, first, chosen), _by_seed(results, second, chosen)) for chosen in sets
         }
         columns = [difference(values, digits=0) for values in found.values()]
-        shares = [value / abs(level) for chosen, level in logged.items() if level for value in found[chosen]]
+        units = {chosen: logged[f"{chosen.partition('-')[0]}-medium"] for chosen in sets}
+        shares = [value / abs(unit) for chosen, unit in units.items() if unit for value in found[chosen]]
         pooled = f"{difference(shares, scale=100)} | {len(shares)}"
         lines.append(f"| {first} - {second} | {' | '.join(columns)} | {pooled} |")
     return "\n".join([*lines, "", PAIRED])
