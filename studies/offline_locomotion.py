@@ -44,8 +44,8 @@ PAIRS = (("iql", "d3rlpy_iql"), ("cql", "d3rlpy_cql"), ("iql_bf16", "iql"), ("cq
 PAIRED = (
     "Intervals by Student's t over seeds, which all learn from one recording of a data set; over all pairs, each"
     " difference is divided by the mean return of the environment's medium data (that of replay is small). Pairs"
-    " with d3rlpy share data, test episodes and the seed's number, not initial weights or batches; pairs of bf16 and"
-    " float32 share these two as well."
+    " with d3rlpy share data, test episodes and the seed's number, not initial weights or batches; pairs of bf16"
+    " and float32 share these two as well."
 )
 
 
