@@ -25,6 +25,7 @@ from experiment.device import find_device
 from experiment.errors import UserError
 from experiment.statistics import bootstrap_interval, wilson_interval
 from llm_rlhf.data.texts import columns_of, encode_prompts
+from llm_rlhf.evaluation.frontier import best_of
 from llm_rlhf.logged.value_heads import AdvantageSteering
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.generation import Samples, at_temperature, generate
@@ -35,7 +36,6 @@ from llm_rlhf.rewards.functions import RewardSet, resolve
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
-from policy_core.selection import best_of_n_kl, expected_best_of_k
 
 SOLVED = 1.0 - 1e-6
 START = "reference"
@@ -195,25 +195,6 @@ def scores(greedy: Tensor, drawn: Tensor) -> Result:
         **_share("greedy_solved", greedy >= SOLVED, ~greedy.isnan()),
         **_share(name, (drawn >= SOLVED).any(1), ~drawn.isnan().all(1)),
     }
-
-
-def best_of(rewards: Tensor, chosen_by: Tensor, sizes: Sequence[int]) -> Result:
-    """rewards, chosen_by [P, K], NaN where nobody could judge -> what the best of n samples earns, for all sizes n.
-
-    best_of_n           mean over the prompts of which all K were judged by both; bootstrap interval
-    best_of_n_kl        what choosing costs, log n - (n - 1)/n nats; exact where no two samples score alike
-    best_of_prompts     how many prompts those are
-    """
-    known = ~(rewards.isnan() | chosen_by.isnan()).any(1)
-    result: Result = {"best_of_prompts": int(known.sum())} if sizes else {}
-    for size in sizes:
-        name = f"best_of_{size}"
-        earned = expected_best_of_k(rewards[known], k=size, scores=chosen_by[known])
-        result[name] = float(earned.mean()) if len(earned) else None
-        if len(earned):
-            result[f"{name}_interval"] = list(bootstrap_interval(earned.tolist()))
-        result[f"{name}_kl"] = best_of_n_kl(size)
-    return result
 
 
 def _share(name: str, right: Tensor, judged: Tensor) -> Result:

@@ -42,6 +42,7 @@ from llm_rlhf.online.learner import (
     ValidationConfig,
     announce,
     checkpoint_policy,
+    kept_start,
     require_room_to_sample,
     require_trained,
     stopping_on_nan,
@@ -336,21 +337,22 @@ def new_round(run: Run, learner: Learner, config: TrainIterativeDPOConfig, *, st
             f"iterative.margin: of no prompt do the {settings.samples_per_prompt} answers differ in reward by more "
             f"than {settings.margin}; draw more samples_per_prompt, lower it, or start from a better model"
         )
-    begun = LanguagePolicy.from_pretrained(learner.reference, temperature=learner.policy.temperature).eval()
+    begun = kept_start(learner.reference, learner.policy)
     metrics = metrics_of(drawn, begun)
     texts = texts_of(drawn.samples[0], learner.tokenizer)
-    learner.shown = Shown(*texts, {name: value for name, value in metrics.items() if math.isfinite(value)})
+    known = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    learner.shown = Shown(*texts, known, step)
     referenced: ReferencedPairs | None = None
     if pairs is not None:
-        known: Tensor | None = None
+        reference: Tensor | None = None
         if config.preference.loss in NEEDS_REFERENCE:
-            known = all_log_probs(
+            reference = all_log_probs(
                 learner.policy if settings.reference == "round" else begun,
                 (pairs.chosen, pairs.rejected),
                 rows=config.learning.rows,
                 precision=config.learning.precision,
             )
-        referenced = ReferencedPairs(pairs, known)
+        referenced = ReferencedPairs(pairs, reference)
         metrics["iterative/margin"] = float(pairs.margin.mean())
     metrics["iterative/pairs"] = 0.0 if pairs is None else float(len(pairs))
     learner.round = Round.of(referenced, batch_size=config.learning.batch_size, seed=config.run.seed + step)

@@ -18,7 +18,7 @@ from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from llm_rlhf.data.texts import Batches, TokenizedTexts, columns_of, concatenate, tokenize
 from llm_rlhf.evaluate import START
-from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.causal import build_policy
 from llm_rlhf.models.generation import GenerationConfig, at_temperature
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import require_precision
@@ -35,6 +35,7 @@ from llm_rlhf.online.learner import (
     ValidationConfig,
     announce,
     checkpoint_policy,
+    kept_start,
     require_room_to_sample,
     require_trained,
     stopping_on_nan,
@@ -259,7 +260,7 @@ def filtered(learner: Learner, config: TrainRejectionConfig, *, step: int) -> tu
     """The texts of update `step`, new ones where a round begins; and metrics of what was filtered for them."""
     chosen, size, seed = config.rejection, config.sft.batch_size, config.run.seed
     if chosen.source == "samples" and (step - 1) % chosen.steps_per_round == 0:
-        texts, metrics, learner.shown = best_samples(learner, chosen)
+        texts, metrics, learner.shown = best_samples(learner, chosen, step=step)
         if chosen.restart and step > 1:
             start_again(learner)
         if learner.kept is not None and chosen.accumulate:
@@ -273,7 +274,9 @@ def filtered(learner: Learner, config: TrainRejectionConfig, *, step: int) -> tu
     return learner.kept, metrics
 
 
-def best_samples(learner: Learner, config: RejectionConfig) -> tuple[TokenizedTexts, dict[str, float], Shown]:
+def best_samples(
+    learner: Learner, config: RejectionConfig, *, step: int
+) -> tuple[TokenizedTexts, dict[str, float], Shown]:
     """Draw for every training prompt; keep its best distinct completions that reach the threshold.
 
     Returns them, metrics, and what the monitor sees of the round: these metrics and the first block of completions.
@@ -282,8 +285,7 @@ def best_samples(learner: Learner, config: RejectionConfig) -> tuple[TokenizedTe
     written: tuple[list[str], list[str]] | None = None
     rows = range(len(sampler.task.train))
     parts: list[TokenizedTexts] = []
-    begun = LanguagePolicy.from_pretrained(learner.reference, temperature=sampler.policy.temperature).eval()
-    begun.to(sampler.policy.device)
+    begun = kept_start(learner.reference, sampler.policy)
     solved = scored = 0
     reward = spent = 0.0
     for begin in range(0, len(rows), config.prompts):
@@ -322,12 +324,13 @@ def best_samples(learner: Learner, config: RejectionConfig) -> tuple[TokenizedTe
         "objective/kl": spent / (len(rows) * config.samples_per_prompt),
     }
     assert written is not None
-    return texts, metrics, Shown(*written, metrics)
+    return texts, metrics, Shown(*written, metrics, step)
 
 
 def start_again(learner: Learner) -> None:
     """The policy is the one that the run began with, and its optimizer a new one."""
-    learner.sampler.policy.load_state_dict(LanguagePolicy.from_pretrained(learner.reference).state_dict())
+    policy = learner.sampler.policy
+    policy.load_state_dict(kept_start(learner.reference, policy).state_dict())
     learner.optimizer.state.clear()
 
 

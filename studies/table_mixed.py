@@ -33,10 +33,13 @@ from envs.table.layout import TRAINING_SEEDS
 from envs.table.tasks import destination, locate
 from envs.table.world import Array
 from experiment.metrics import read_metrics
+from experiment.run import RunResult
 from studies.cells import RUNS, Figures, difference, main, paired, regret, require
 from tandem.recipes import find_config, read_plan
 
 TASKS = ("pick", "place")
+PLAYED = f"environment.options.tasks={'+'.join(TASKS)}"
+"""The override that plays these alone."""
 GOOD, WEAK = 1200, 800
 MISHEARD, NOISE = 0.5, 0.2
 EPISODES = 400
@@ -140,13 +143,18 @@ def demonstrate(env: TableEnv, rng: np.random.Generator, task: str, misheard: fl
     )
 
 
-def learn(config: str, folder: Path, seed: int, *overrides: str) -> Figures:
-    """Train one policy and judge its last state on the test scenes."""
+def train(config: str, folder: Path, seed: int, *overrides: str) -> RunResult:
+    """Train what configs/embodied/CONFIG.yaml with these changes says, as `tandem train` would."""
     shutil.rmtree(folder, ignore_errors=True)
     common = [f"run.folder={folder}", f"run.seed={seed}", "run.wandb=disabled"]
-    tasks = f"environment.options.tasks={'+'.join(TASKS)}"
-    plan = read_plan(find_config(f"embodied/{config}"), [*common, tasks, *overrides])
-    result = plan.module.train(plan.config)
+    plan = read_plan(find_config(f"embodied/{config}"), [*common, *overrides])
+    result: RunResult = plan.module.train(plan.config)
+    return result
+
+
+def learn(config: str, folder: Path, seed: int, *overrides: str) -> Figures:
+    """Train one policy and judge its last state on the test scenes."""
+    result = train(config, folder, seed, PLAYED, *overrides)
     figures = evaluate_run(folder, EvaluateConfig(checkpoint="last", episodes=EPISODES))
     rows = read_metrics(folder / "metrics.jsonl")
     return {
@@ -170,7 +178,7 @@ def table(results: Mapping[str, Figures]) -> str:
         lines.append(f"| {stage} | {' | '.join(columns)} |")
     lines += ["", "| paired difference in success | points (95% interval) | pairs |", "|---|---|---|"]
     for first, second in PAIRS:
-        values = paired(_by_seed(results, first), _by_seed(results, second))
+        values = paired(by_seed(results, first), by_seed(results, second))
         asked = f" (asked: at least {BAR:+.0%})" if (first, second) == ("iql", "bc") else ""
         lines.append(f"| {first} - {second}{asked} | {difference(values, scale=100)} | {len(values)} |")
     return "\n".join([*lines, "", *switch(results, seeds), "", READ])
@@ -188,7 +196,8 @@ def switch(results: Mapping[str, Figures], seeds: Sequence[int]) -> list[str]:
     return lines
 
 
-def _by_seed(results: Mapping[str, Figures], stage: str) -> dict[int, float]:
+def by_seed(results: Mapping[str, Figures], stage: str) -> dict[int, float]:
+    """Success of a stage's cells."""
     cells = {seed: f"{stage}-{seed}" for seed in SEEDS}
     return {seed: results[cell]["success_once"] for seed, cell in cells.items() if cell in results}
 

@@ -25,14 +25,13 @@ from embodied.evaluate_vla import EvaluateVLAConfig, evaluate_vla_run
 from embodied.recording.record import FPS, ROBOT, Player, RecordConfig, table_features
 from envs.table.env import TableEnv
 from envs.table.expert import Expert
+from experiment.run import RunResult
 from studies.cells import RUNS, Figures, difference, main, paired, require
 from studies.table import share
-from studies.table_mixed import GOOD, MISHEARD, NOISE, TASKS, WEAK, Misheard
-from tandem.recipes import find_config, read_plan
+from studies.table_mixed import GOOD, MISHEARD, NOISE, PLAYED, SEEDS, TASKS, WEAK, Misheard, by_seed, train
 
 EPISODES = 200
 """A task."""
-SEEDS = range(3)
 HANDS: dict[str, tuple[str, ...]] = {
     "clone": ("successes=false",),
     "weighted": ("successes=false",),
@@ -53,31 +52,30 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
         return record_mixed(data, seed)
     require("table_pictures", f"data-{seed}")
     if stage == "iql":
-        only = f"environment.options.tasks={'+'.join(TASKS)}"
-        return train(
-            "table_state_iql",
-            folder,
-            seed,
-            f"data.path={data}",
-            "data.observation_keys=[environment_state]",
-            only,
-        )
+        state = "data.observation_keys=[environment_state]"
+        return seconds(train("table_state_iql", folder, seed, f"data.path={data}", state, PLAYED))
     every = [f"dataset={data}", "held_out=0.0", "run.threads=1"]
     if stage == "eyes":
-        return train("table_bc", folder, seed, *every, "successes=false", "hand.updates=0", "eyes.updates=5000")
+        eyes_alone = ("successes=false", "hand.updates=0", "eyes.updates=5000")
+        return seconds(train("table_bc", folder, seed, *every, *eyes_alone))
     require("table_pictures", f"eyes-{seed}")
     eyes = RUNS / f"table_pictures-eyes-{seed}" / "checkpoints" / "last" / "policy"
     overrides = [*every, *HANDS[stage], f"init={eyes}", "eyes.updates=0", "grounding.scenes=0"]
     if stage == "weighted":
         require("table_pictures", f"iql-{seed}")
         overrides.append(f"advantage.critic={RUNS / f'table_pictures-iql-{seed}'}")
-    figures = train("table_bc", folder, seed, *overrides)
+    result = train("table_bc", folder, seed, *overrides)
     judged = evaluate_vla_run(
         folder, EvaluateVLAConfig(checkpoint="last", tasks=TASKS, suites=("normal",), episodes=EPISODES)
     )
     suite: Mapping[str, Any] = judged["suites"]["normal"]
     names = ("episodes", "success_once", "success_once_interval")
-    return {**figures, **{name: suite[name] for name in names}}
+    return {**seconds(result), **{name: suite[name] for name in names}}
+
+
+def seconds(result: RunResult) -> Figures:
+    """How long a run took."""
+    return {"seconds": result.metrics["time/elapsed"]}
 
 
 class MixedPlayer(Player):
@@ -109,14 +107,6 @@ def record_mixed(folder: Path, seed: int) -> Figures:
     return {name: {"episodes": len(some), "success": sum(some) / len(some)} for name, some in found.items()}
 
 
-def train(config: str, folder: Path, seed: int, *overrides: str) -> Figures:
-    """Train one part as `tandem train` would."""
-    shutil.rmtree(folder, ignore_errors=True)
-    common = [f"run.folder={folder}", f"run.seed={seed}", "run.wandb=disabled"]
-    plan = read_plan(find_config(f"embodied/{config}"), [*common, *overrides])
-    return {"seconds": plan.module.train(plan.config).metrics["time/elapsed"]}
-
-
 def table(results: Mapping[str, Figures]) -> str:
     """Success by hand and seed, and paired differences."""
     lines = [f"| hand | {' | '.join(f'seed {seed}' for seed in SEEDS)} |", f"|---|{'---|' * len(SEEDS)}"]
@@ -130,14 +120,9 @@ def table(results: Mapping[str, Figures]) -> str:
         lines.append(f"| {hand} | {' | '.join('' if one is None else share(one) for one in cells)} |")
     lines += ["", "| paired difference in success | points (95% interval) | pairs |", "|---|---|---|"]
     for first, second in PAIRS:
-        values = paired(_by_seed(results, first), _by_seed(results, second))
+        values = paired(by_seed(results, first), by_seed(results, second))
         lines.append(f"| {first} - {second} | {difference(values, scale=100)} | {len(values)} |")
     return "\n".join(lines)
-
-
-def _by_seed(results: Mapping[str, Figures], hand: str) -> dict[int, float]:
-    cells = {seed: f"{hand}-{seed}" for seed in SEEDS}
-    return {seed: results[cell]["success_once"] for seed, cell in cells.items() if cell in results}
 
 
 if __name__ == "__main__":

@@ -155,6 +155,25 @@ def _turning_point(form: Form, alpha: float, beta: float) -> tuple[float | None,
 # ---------------------------------------------------------------- best of n
 
 
+def best_of(rewards: Tensor, chosen_by: Tensor, sizes: Sequence[int]) -> dict[str, Any]:
+    """rewards, chosen_by [P, K], NaN where nobody could judge -> what the best of n samples earns, for all sizes n.
+
+    best_of_n           mean over the prompts of which all K were judged by both; bootstrap interval
+    best_of_n_kl        what choosing costs, log n - (n - 1)/n nats; exact where no two samples score alike
+    best_of_prompts     how many prompts those are
+    """
+    known = ~(rewards.isnan() | chosen_by.isnan()).any(1)
+    result: dict[str, Any] = {"best_of_prompts": int(known.sum())} if sizes else {}
+    for size in sizes:
+        name = f"best_of_{size}"
+        earned = expected_best_of_k(rewards[known], k=size, scores=chosen_by[known])
+        result[name] = float(earned.mean()) if len(earned) else None
+        if len(earned):
+            result[f"{name}_interval"] = list(bootstrap_interval(earned.tolist()))
+        result[f"{name}_kl"] = best_of_n_kl(size)
+    return result
+
+
 Samples = Tensor | Sequence[Sequence[float]]
 
 
@@ -164,23 +183,12 @@ def best_of_n_rows(gold: Samples, proxy: Samples, sizes: Sequence[int]) -> list[
     gold, proxy     [P, N] of each prompt's N samples, tensors or nested lists; the choice is made by the proxy
 
     The KL is log n - (n - 1)/n, the gold reward the unbiased estimate over all subsets (`policy_core.selection`),
-    its interval by bootstrap over prompts. Raises ValueError for a size outside 1..N.
+    its interval by bootstrap over prompts. Raises ValueError for a size outside 1..N, or a sample without a score.
     """
-    rows = []
     golden, climbed = (torch.as_tensor(values).double() for values in (gold, proxy))
-    for size in sizes:
-        golds = expected_best_of_k(golden, k=size, scores=climbed)
-        rows.append(
-            Row(
-                label=BEST_OF_N,
-                step=size,
-                kl=best_of_n_kl(size),
-                gold=float(golds.mean()),
-                proxy=float(expected_best_of_k(climbed, k=size).mean()),
-                gold_interval=bootstrap_interval(golds.tolist()),
-            )
-        )
-    return rows
+    if bool((golden + climbed).isnan().any()):
+        raise ValueError("a sample without a score (NaN) cannot be chosen among: leave it out first")
+    return rows_of_best_of({**best_of(golden, climbed, sizes), "rewards": best_of(climbed, climbed, sizes)})
 
 
 def rows_of_best_of(figures: Mapping[str, Any]) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -269,14 +270,18 @@ def require_trained(model: ModelConfig) -> None:
 
 def frozen_reference(run: Run, policy: LanguagePolicy) -> LanguagePolicy:
     """The policy as it was when the run began; kept in RUN/reference, so that a resumed run has the same one."""
-    folder = run.folder / START
     if run.checkpoint is not None:
-        reference = LanguagePolicy.from_pretrained(folder, temperature=policy.temperature).to(policy.device)
-        reference.precision = policy.precision
-        return reference.requires_grad_(False).eval()
+        return kept_start(run.folder / START, policy)
     reference = frozen_copy(policy)
-    reference.save_pretrained(folder)
+    reference.save_pretrained(run.folder / START)
     return reference
+
+
+def kept_start(folder: Path, policy: LanguagePolicy) -> LanguagePolicy:
+    """What a run began with, frozen, from where it was kept; it draws and computes as `policy` does, and where."""
+    start = LanguagePolicy.from_pretrained(folder, temperature=policy.temperature).to(policy.device)
+    start.precision = policy.precision
+    return start.requires_grad_(False).eval()
 
 
 def checkpoint_policy(run: Run, config: ModelConfig) -> ModelConfig:

@@ -21,7 +21,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,15 +128,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a look is about besides the update's metrics: some of what was written, and metrics of when it was."""
+    """What a look is about besides the update's metrics: some of what was written, and metrics of when it was.
+    step: the update before which that was; None = the look's own."""
 
     prompts: list[str]
     completions: list[str]
     metrics: dict[str, float] = field(default_factory=dict)
+    step: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""
-        return {"prompts": self.prompts, "completions": self.completions, "metrics": self.metrics}
+        return asdict(self)
 
 
 Look = dict[str, Any]
@@ -160,8 +162,11 @@ class Monitor:
         global_step: int,
         prompts: Sequence[str] = (),
         completions: Sequence[str] = (),
+        written: int | None = None,
     ) -> Report:
         """Take in one look at the run and say what is suspicious.
+
+        written     the update before which the completions were drawn and measured; None = this one
 
         A proxy or gold that is NaN, because nothing could be judged, is not known at this look. Raises UserError if
         the first look has no metric of the names that the configuration gives for these, or if a probe cannot be
@@ -176,7 +181,7 @@ class Monitor:
             for setting, name in (("proxy", config.proxy), ("gold", config.gold)):
                 _require(metrics, setting, name)
         seen = self._measure(metrics, prompts, completions)
-        seen["step"] = global_step
+        seen |= {"step": global_step, "written": global_step if written is None else written}
         self.looks.append(seen)
         found = {warned.rule: warned for check in CHECKS for warned in check(self.config, self.looks)}
         new = [warned for rule, warned in found.items() if rule not in self.firing]
@@ -425,16 +430,19 @@ def _normal(config: MonitorConfig, looks: Sequence[Look], name: str) -> float | 
 def _measured(look: Look, metric: str | None) -> int:
     """The step whose policy a metric of a look was measured on.
 
-    eval/* are measured behind the step's update; everything else on the completions that the update learned from,
-    which the policy of the step before wrote.
+    eval/* are measured behind the step's update; everything else on completions that the policy wrote before an
+    update learned from them.
     """
     step: int = look["step"]
-    return step if metric is not None and metric.startswith("eval/") else step - 1
+    written: int = look.get("written", step)
+    return step if metric is not None and metric.startswith("eval/") else written - 1
 
 
 def _warned(rule: str, looks: Sequence[Look], line: str, metric: str | None = None) -> Warned:
-    """A warning about the last look; the one before it was well. metric: where that is a metric, not the texts."""
-    since = _measured(looks[-2], metric) if len(looks) > 1 else _measured(looks[-1], metric) - 1
+    """A warning about the last look; those of earlier policies were well. metric: where that is a metric, not the
+    texts."""
+    now = _measured(looks[-1], metric)
+    since = max((step for look in looks[:-1] if (step := _measured(look, metric)) < now), default=now - 1)
     return Warned(rule, f"step {looks[-1]['step']}: {line}", looks[-1]["step"], since)
 
 

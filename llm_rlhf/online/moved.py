@@ -92,7 +92,9 @@ class Moved:
 
         def loss() -> tuple[Tensor, dict[str, Tensor]]:
             parts = [texts.loss(self.policy) for texts in asked]
-            total = parts[0][0] if len(parts) == 1 else parts[0][0] + parts[1][0]
+            total = parts[0][0]
+            for term, _ in parts[1:]:
+                total = total + term
             return total, {name: value for _, metrics in parts for name, value in metrics.items()}
 
         return loss

@@ -59,7 +59,11 @@ def conclude(
     if shown is not None:
         seen = {**shown.metrics, **metrics, **looked}
         report = learner.monitor.look(
-            seen, global_step=global_step, prompts=shown.prompts, completions=shown.completions
+            seen,
+            global_step=global_step,
+            prompts=shown.prompts,
+            completions=shown.completions,
+            written=shown.step,
         )
     log_and_save(
         run,

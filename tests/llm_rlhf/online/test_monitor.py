@@ -239,6 +239,21 @@ def test_it_goes_on_after_a_break_as_if_there_was_none(tmp_path: Path) -> None:
     assert whole.first.rule == "gap"
 
 
+def test_what_was_written_rounds_ago_is_about_the_policy_of_then() -> None:
+    """Rounds of 20 updates begin at 1, 21, 41; the KL of a round's start is looked at until its end."""
+    config = MonitorConfig(kl_limit=5.0, gold=None, turn_share=None)
+    monitor = Monitor(config)
+    for step, written, kl in ((10, 1, 0.0), (20, 1, 0.0), (30, 21, 6.0)):
+        metrics = {"objective/scores": 0.0, "objective/kl": kl}
+        monitor.look(metrics, global_step=step, written=written)
+    assert monitor.first is not None
+    assert (monitor.first.step, monitor.first.since) == (30, 0)  # the policy after 20 updates was bad already
+    late = Monitor(config)
+    late.look({"objective/scores": 0.0, "objective/kl": 6.0}, global_step=40, written=21)
+    assert late.first is not None
+    assert late.first.since == 19
+
+
 def test_stopping_names_the_last_good_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (2, 4, 6):
         (tmp_path / "checkpoints" / f"{step:09d}").mkdir(parents=True)
