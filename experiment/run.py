@@ -40,6 +40,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self
 
+from experiment.allocator import keep_freed_memory
 from experiment.checkpoint import Checkpoint, Checkpoints, load_checkpoint, write_atomically
 from experiment.config import to_dict, to_yaml
 from experiment.errors import NonFiniteMetric, UserError, storage_errors
@@ -165,6 +166,7 @@ class Run:
             run._catch_sigterm()
             run._wandb = run._start_wandb(resumed=resume is not None)
             torch.set_num_threads(config.run.threads)
+            keep_freed_memory()
             seed_everything(config.run.seed)
         except BaseException:
             run._close(exit_code=1)
