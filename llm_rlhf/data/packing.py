@@ -107,7 +107,8 @@ def pack(texts: Sequence[Encoded], *, context: int, pad: int, width: int | None 
 
 @torch.no_grad()
 def require_apart(policy: LanguagePolicy, texts: PackedTexts) -> None:
-    """Raises UserError if the model lets texts of one row see each other (a recurrent state would, for one)."""
+    """Raises UserError if the model lets texts of one row see each other (a recurrent state would, for one), or
+    judges them as NaN."""
     name = type(policy.model).__name__
     if "position_ids" not in inspect.signature(policy.model.forward).parameters:
         raise UserError(f"texts.packing: {name} takes no positions, so texts in one row would mix; set it to false")
@@ -116,6 +117,8 @@ def require_apart(policy: LanguagePolicy, texts: PackedTexts) -> None:
         return
     index = torch.tensor([row])
     together = texts.log_probs(policy, index)[0]
+    if not bool(together.isfinite().all()):
+        raise UserError(f"model.path: {name} gives a text the probability NaN; are all its weights finite?")
     starts = [*(texts.position_ids[row] == 0).nonzero().squeeze(1).tolist(), together.shape[0]]
     for start, end in itertools.pairwise(starts):
         ids, mask = texts.input_ids[index, start:end], texts.mask[index, start:end]

@@ -152,3 +152,11 @@ def test_a_model_without_positions_is_refused() -> None:
     policy.model.forward = lambda input_ids, attention_mask: None
     with pytest.raises(UserError, match=r"texts\.packing: GPT2LMHeadModel takes no positions"):
         require_apart(policy, packed)
+
+
+def test_weights_that_are_not_finite_are_named_and_not_packing() -> None:
+    policy, packed = gpt2(), pack(texts(13, longest=16), context=40, pad=0)
+    with torch.no_grad():
+        next(policy.model.parameters())[5] = float("nan")
+    with pytest.raises(UserError, match=r"model\.path: GPT2LMHeadModel gives a text the probability NaN"):
+        require_apart(policy, packed)
