@@ -4,11 +4,11 @@
 
 Limit and reward are those of studies.adroit_door, whose PPO from a clone stands beside (`bc_ppo`). A cell is a
 method of a seed: `bc`, `iql`, `cql` and `cal_ql` offline, `rlpd` online from nothing but the data, `cal_ql_online`
-from that seed's Cal-QL, `iql_ppo` PPO from that seed's IQL as the other study does from a clone. Every run has one
-thread, so that two go on at once on two cores.
+and `iql_online` from that seed's Cal-QL and IQL, `iql_ppo` PPO from that seed's IQL as the other study does from a
+clone. Every run has one thread, so that two go on at once on two cores.
 
 A cell has 40 minutes, so the online methods get less than the papers and the shipped configuration give them: RLPD
-4 critics instead of 10 and 150,000 environment steps instead of 300,000, Cal-QL 4 sampled actions of each source
+4 critics instead of 10 and 150,000 environment steps instead of 300,000, IQL 200,000 steps, Cal-QL 4 sampled actions of each source
 instead of the 10 of its offline half, 100,000 environment steps and a gradient step for every fourth of them. Its
 targets have no entropy bonus, as offline. CQL and Cal-QL multiply matrices in bfloat16. What they earn here is no
 upper bound of either method.
@@ -50,14 +50,18 @@ METHODS: Mapping[str, tuple[str, tuple[str, ...]]] = {
             "precision=bf16",
         ),
     ),
+    "iql_online": (
+        "iql_online",
+        ("data.path=DATA", *WATCHED, f"init={RUNS / 'offline_door-iql-SEED'}", "total_steps=200000"),
+    ),
     "iql_ppo": (
         "ppo",
         (f"init={RUNS / 'offline_door-iql-SEED' / 'checkpoints' / 'last' / 'policy'}", "demonstrations.path=DATA"),
     ),
 }
-STARTS = {"cal_ql_online": "cal_ql", "iql_ppo": "iql"}
-"""Methods that go on from another one's run."""
 """The configuration that each begins with, and what it changes there (DATA, SEED: those of the cell)."""
+STARTS = {"cal_ql_online": "cal_ql", "iql_online": "iql", "iql_ppo": "iql"}
+"""Methods that go on from another one's run."""
 CELLS = [f"{method}-{seed}" for seed in range(2) for method in METHODS]
 GOOD = 0.9
 """The share of successes that counts the environment steps to it."""

@@ -18,12 +18,14 @@ from experiment.errors import UserError
 # Recipe -> (module, name of its configuration class). The module has `train(config, *, resume=None)`.
 RECIPES: dict[str, tuple[str, str]] = {
     "embodied/awac": ("embodied.train_awac", "TrainAWACConfig"),
+    "embodied/awac_online": ("embodied.train_awac_online", "TrainAWACOnlineConfig"),
     "embodied/backend": ("embodied.train_backend", "TrainBackendConfig"),
     "embodied/bc": ("embodied.train_bc", "TrainBCConfig"),
     "embodied/cql": ("embodied.train_cql", "TrainCQLConfig"),
     "embodied/dt": ("embodied.train_dt", "TrainDTConfig"),
     "embodied/discrete_cql": ("embodied.train_discrete_cql", "TrainDiscreteCQLConfig"),
     "embodied/iql": ("embodied.train_iql", "TrainIQLConfig"),
+    "embodied/iql_online": ("embodied.train_iql_online", "TrainIQLOnlineConfig"),
     "embodied/ppo": ("embodied.train_ppo", "TrainPPOConfig"),
     "embodied/rlpd": ("embodied.train_rlpd", "TrainRLPDConfig"),
     "embodied/td3_bc": ("embodied.train_td3_bc", "TrainTD3BCConfig"),

@@ -63,5 +63,22 @@ class Broken(Odd):
         super().__init__()
 
 
+class Target(gymnasium.Env[np.ndarray, np.ndarray]):
+    """One decision an episode, which earns 1 - (action - 0.5)^2; the observation says nothing."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1.0, 1.0, 1).astype(np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return np.zeros(1, np.float32), 1.0 - float(action[0] - 0.5) ** 2, True, False, {}
+
+
+gymnasium.register("Target-v0", entry_point=f"{__name__}:Target")
 gymnasium.register("Odd-v0", entry_point=f"{__name__}:Odd", max_episode_steps=5)
 gymnasium.register("Broken-v0", entry_point=f"{__name__}:Broken", max_episode_steps=5)

@@ -94,7 +94,7 @@ episodes: 1
 """
 RECIPES = {
     **dict.fromkeys(("iql", "cql", "td3_bc", "awac", "dt"), ("updates: 1",)),
-    "rlpd": ("total_steps: 8", "horizon: 8"),
+    **dict.fromkeys(("rlpd", "iql_online", "awac_online"), ("total_steps: 8", "horizon: 8")),
     "d3rlpy": ("algorithm: d3rlpy/BC", "total: 1"),
     "sb3": ("algorithm: sb3/SAC", "total: 1", "options: {buffer_size: 1000}"),
 }

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from embodied import train_awac, train_cql, train_iql, train_ppo, train_rlpd, train_td3_bc
+from embodied import train_awac, train_cql, train_iql, train_ppo, train_td3_bc
 from embodied.evaluate import EvaluateConfig, evaluate_run
-from embodied.logged.offline import CriticConfig
 from embodied.logged.transitions import DataConfig
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
@@ -26,30 +25,15 @@ from embodied.train_awac import TrainAWACConfig
 from embodied.train_cql import TrainCQLConfig
 from embodied.train_iql import TrainIQLConfig
 from embodied.train_ppo import TrainPPOConfig
-from embodied.train_rlpd import TrainRLPDConfig
 from embodied.train_td3_bc import TrainTD3BCConfig
 from experiment.errors import UserError
 from experiment.run import RunConfig
 from policy_core.cql import CQLConfig
 from policy_core.ppo import PPOConfig
 from policy_core.td3_bc import TD3BCConfig
+from tests.embodied.pendulum_runs import common
 
 Rows = Callable[[Path], list[dict[str, Any]]]
-
-
-def common(tmp_path: Path, data: Path, **more: Any) -> dict[str, Any]:
-    """Of every configuration: six updates on Pendulum, whose torques reach from -2 to 2."""
-    return {
-        "run": RunConfig(folder=str(tmp_path / "run"), wandb="disabled", seed=2),
-        "environment": EnvironmentConfig("Pendulum-v1", max_episode_steps=10, count=2, workers=0),
-        "data": DataConfig(path=str(data)),
-        "policy": StatePolicyConfig(hidden=(16, 16), activation="relu"),
-        "critic": CriticConfig(hidden=(16, 16)),
-        "batch_size": 32,
-        "log_every": 2,
-        "evaluate_every": 3,
-        "episodes": 2,
-    } | more
 
 
 OFFLINE: dict[str, tuple[ModuleType, Callable[..., Any]]] = {
@@ -69,18 +53,12 @@ OFFLINE: dict[str, tuple[ModuleType, Callable[..., Any]]] = {
 SIX = {"updates": 6}
 
 
-def rlpd(**settings: Any) -> TrainRLPDConfig:
-    """Six rounds of eight steps."""
-    online = {"total_steps": 48, "horizon": 4, "random_steps": 16, "replay_size": 2_000, "updates_per_step": 0.5}
-    return TrainRLPDConfig(**settings | online)
-
-
-@pytest.mark.parametrize("name", [*OFFLINE, "rlpd"])
+@pytest.mark.parametrize("name", OFFLINE)
 def test_resumed_to_the_bit(
     name: str, tmp_path: Path, pendulum_demonstrations: Path, rows_of: Rows, interrupt_at: Callable[..., None]
 ) -> None:
-    module, make = OFFLINE.get(name, (train_rlpd, rlpd))
-    config = make(**common(tmp_path, pendulum_demonstrations, **(SIX if name in OFFLINE else {})))
+    module, make = OFFLINE[name]
+    config = make(**common(tmp_path, pendulum_demonstrations, **SIX))
     whole, broken = (
         replace(config, run=replace(config.run, folder=str(tmp_path / n))) for n in ("whole", "broken")
     )
@@ -254,44 +232,6 @@ def test_ppo_goes_on_from_any_head(name: str, tmp_path: Path, pendulum_demonstra
     assert after.action_reach.tolist() == [2.0]
 
 
-def test_rlpd_goes_on_from_cal_ql(tmp_path: Path, pendulum_demonstrations: Path) -> None:
-    offline = OFFLINE["cal_ql"][1](**common(tmp_path, pendulum_demonstrations, updates=5))
-    run = train_cql.train(offline).folder
-    settings = common(tmp_path, pendulum_demonstrations, episodes=0, init=str(run))
-    settings["run"] = RunConfig(folder=str(tmp_path / "online"), wandb="disabled")
-    config = replace(rlpd(**settings), conservative=CQLConfig(samples=2), random_steps=1_000)
-    online = train_rlpd.train(config).folder  # too short to learn anything: it is what it began from
-    before, after = (StatePolicy.from_pretrained(r / "checkpoints" / "last" / "policy") for r in (run, online))
-    for name, tensor in before.state_dict().items():
-        assert torch.equal(tensor, after.state_dict()[name]), name
-    learning = replace(config, random_steps=0, run=replace(config.run, folder=str(tmp_path / "learning")))
-    metrics = train_rlpd.train(learning).metrics
-    assert np.isfinite(metrics["train/conservative_gap"])
-    assert metrics["env_steps"] == 48
-
-
-def test_an_evaluation_says_after_how_many_environment_steps(
-    tmp_path: Path, pendulum_demonstrations: Path, rows_of: Rows
-) -> None:
-    settings = common(tmp_path, pendulum_demonstrations, evaluate_every=1)
-    config = replace(rlpd(**settings), total_steps=16, random_steps=1_000)
-    rows = [row for row in rows_of(train_rlpd.train(config).folder) if "eval/mean_reward" in row]
-    assert [(row["global_step"], row["env_steps"]) for row in rows] == [(1, 8.0), (2, 16.0)]
-
-
-def test_half_of_a_batch_is_prior_data(tmp_path: Path, pendulum_demonstrations: Path) -> None:
-    config = replace(rlpd(**common(tmp_path, pendulum_demonstrations)), prior=0.25)
-    inputs = train_rlpd.Inputs.read(config)
-    learner = train_rlpd.Learner.build(config, inputs)
-    with Collector(config.environment, learner.policy, steps=4, seed=0) as collector:
-        learner.remember(collector.collect(learner.policy), config)
-    learner.prior.transitions.rewards.fill_(123.0)
-    batch, returns = learner.draw(config)
-    assert (batch.rewards == 123.0).tolist() == [True] * 8 + [False] * 24
-    assert len(returns) == 32
-    assert len(learner.replay) == 8
-
-
 def test_bf16_stays_near_float32(tmp_path: Path, pendulum_demonstrations: Path) -> None:
     policies = {}
     for precision in ("float32", "bf16"):
@@ -334,68 +274,6 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(
     assert not (tmp_path / "run").exists()
 
 
-def test_another_runs_critics_are_refused(tmp_path: Path, pendulum_demonstrations: Path) -> None:
-    run = train_iql.train(TrainIQLConfig(**common(tmp_path, pendulum_demonstrations, updates=1))).folder
-    settings = common(tmp_path, pendulum_demonstrations, init=str(run))
-    with pytest.raises(UserError, match="has no temperature: give a run of embodied/cql"):
-        train_rlpd.train(rlpd(**settings | {"run": RunConfig(folder=str(tmp_path / "online"), wandb="disabled")}))
-    assert not (tmp_path / "online").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"gamma": 0.9}, r"were learned with data\.gamma=0\.99, here it is 0\.9: say data\.gamma=0\.99$"),
-        ({"shift": -1.0}, r"were learned with data\.shift=0\.0, here it is -1\.0"),
-    ],
-)
-def test_values_in_other_units_are_refused(
-    change: dict[str, Any], message: str, tmp_path: Path, pendulum_demonstrations: Path
-) -> None:
-    run = train_cql.train(OFFLINE["cql"][1](**common(tmp_path, pendulum_demonstrations, updates=1))).folder
-    settings = common(tmp_path, pendulum_demonstrations, init=str(run))
-    settings["run"] = RunConfig(folder=str(tmp_path / "online"), wandb="disabled")
-    settings["data"] = DataConfig(path=str(pendulum_demonstrations), **change)
-    with pytest.raises(UserError, match=message):
-        train_rlpd.train(rlpd(**settings))
-    assert not (tmp_path / "online").exists()
-
-
-def test_observations_in_other_units_are_refused(tmp_path: Path, pendulum_demonstrations: Path) -> None:
-    run = train_cql.train(OFFLINE["cql"][1](**common(tmp_path, pendulum_demonstrations, updates=1))).folder
-    far = tmp_path / "far.hdf5"
-    shutil.copy(pendulum_demonstrations, far)
-    with h5py.File(far, "r+") as file:
-        for demo in file["data"].values():
-            demo["obs/state"][...] += 100.0
-    settings = common(tmp_path, far, init=str(run))
-    settings["run"] = RunConfig(folder=str(tmp_path / "online"), wandb="disabled")
-    with pytest.raises(UserError, match=r"was trained in other units: 100% of the numbers observed in .*far\.hdf5"):
-        train_rlpd.train(rlpd(**settings))
-
-
-def test_rlpd_resumes_without_the_run_that_it_began_with(tmp_path: Path, pendulum_demonstrations: Path) -> None:
-    offline = OFFLINE["cql"][1](**common(tmp_path, pendulum_demonstrations, updates=1))
-    run = train_cql.train(offline).folder
-    settings = common(tmp_path, pendulum_demonstrations, init=str(run), evaluate_every=1, episodes=0)
-    settings["run"] = RunConfig(folder=str(tmp_path / "online"), wandb="disabled")
-    config = rlpd(**settings)
-    train_rlpd.train(replace(config, total_steps=16))
-    run.rename(tmp_path / "elsewhere")
-    metrics = train_rlpd.train(config, resume=tmp_path / "online").metrics
-    assert metrics["env_steps"] == 48
-
-
-def test_critics_of_other_sizes_are_named(tmp_path: Path, pendulum_demonstrations: Path) -> None:
-    run = train_cql.train(
-        TrainCQLConfig(**common(tmp_path, pendulum_demonstrations, updates=1), cql=CQLConfig(samples=3))
-    ).folder
-    other = CriticConfig(members=3, hidden=(16, 16), layer_norm=True)
-    settings = common(tmp_path, pendulum_demonstrations, init=str(run), critic=other)
-    with pytest.raises(UserError, match=r"it has critic.members=2 critic.layer_norm=false; say so here$"):
-        train_rlpd.train(rlpd(**settings | {"run": RunConfig(folder=str(tmp_path / "online"), wandb="disabled")}))
-
-
 def test_a_run_is_as_good_as_its_policys_folder(tmp_path: Path, pendulum_demonstrations: Path) -> None:
     """And one that judged none of its checkpoints is evaluated by its last."""
     run = train_iql.train(TrainIQLConfig(**common(tmp_path, pendulum_demonstrations, updates=2, episodes=0))).folder
@@ -415,13 +293,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, pendulum_demons
     [
         (TrainIQLConfig, {"updates": 0}, "updates"),
         (TrainIQLConfig, {"episodes": -1}, "episodes"),
-        (TrainRLPDConfig, {"prior": 1.0}, "prior"),
-        (TrainRLPDConfig, {"replay_size": 10}, "replay_size"),
-        (
-            TrainRLPDConfig,
-            {"data": DataConfig(n_steps=3)},
-            "data.n_steps: own episodes",
-        ),
         (DataConfig, {"gamma": 1.5}, "gamma must be"),
         (DataConfig, {"n_steps": 0}, "gamma must be"),
         (DataConfig, {"best": 0.0}, "gamma must be"),

@@ -1,0 +1,94 @@
+"""Implicit Q-learning going on online: half of every batch from the data set, half from one's own replay.
+
+    tandem train configs/embodied/adroit_door_iql_online.yaml data.path=door_human.hdf5 init=runs/door-iql
+
+The losses are those of the offline run (Kostrikov 2021, 2110.06169, sec. 5.3): values never ask for actions that
+nobody took, so nothing needs to be warmed up at the switch. The policy explores by its own deviation.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from embodied.logged.offline import Inputs, Parts, adam, new_networks, new_policy, precision
+from embodied.logged.practice import Practice, PracticeConfig, report
+from embodied.logged.transitions import reward_scale
+from embodied.policies.state_mlp import ValueUnits
+from embodied.rollouts.rollout import Collector
+from experiment.checkpoint import Checkpoint
+from experiment.run import Run, RunResult
+from policy_core import iql
+from policy_core.critics import ActorCritic
+from policy_core.iql import IQLConfig
+from policy_core.metrics import Metrics
+from policy_core.traced import TracedGradient
+
+
+@dataclass(frozen=True)
+class TrainIQLOnlineConfig(PracticeConfig):
+    """init: a run of embodied/iql. learning_rate: of policy, value and critics.
+
+    log_std_bounds   of the policy's deviation, kept at every step
+    """
+
+    iql: IQLConfig = field(default_factory=IQLConfig)
+    learning_rate: float = 3e-4
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+
+
+def train(config: TrainIQLOnlineConfig, *, resume: Path | None = None) -> RunResult:
+    """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
+    inputs = Inputs.read(config)
+    if config.init is not None and resume is None:
+        build(config, inputs)  # what does not fit is told before there is a folder
+    with Run.start(config, recipe="embodied/iql_online", resume=resume) as run:
+        networks, practice = build(config, inputs, run.checkpoint)
+        policy, traced = practice.policy, iql.traced_gradient(networks)
+        with Collector(config.environment, policy, steps=config.horizon, seed=config.run.seed) as collector:
+            first = practice.go_on(run.checkpoint, collector)
+            run.begin_loop(config.rounds)
+            for number in range(first, config.rounds + 1):
+                started = time.perf_counter()
+                practice.memory.remember(collector.collect(policy), policy, config)
+                collected = time.perf_counter()
+                metrics = improve(networks, practice, config, traced, updates=config.updates_of(number))
+                seconds = {"rollout": collected - started, "update": time.perf_counter() - collected}
+                report(run, metrics, practice, collector, config, number=number, seconds=seconds)
+        return run.finish()
+
+
+def build(
+    config: TrainIQLOnlineConfig, inputs: Inputs, checkpoint: Checkpoint | None = None
+) -> tuple[ActorCritic, Practice]:
+    """Fresh, from the run that `config.init` names, or from a checkpoint. UserError if the run does not fit."""
+    policy = new_policy(config, inputs, "bounded")
+    policy.value_units = ValueUnits(reward_scale(inputs.episodes, config.data), config.data.shift)
+    networks = new_networks(config, policy)
+    optimizer = adam([*policy.parameters(), *networks.critic.parameters()], config.learning_rate)
+    modules = {"policy": policy, "critic": networks.critic, "target": networks.target}
+    parts = Parts(modules, {"all": optimizer}, torch.Generator().manual_seed(config.run.seed))
+    return networks, Practice.begin(config, inputs, policy, parts, checkpoint, offline="embodied/iql")
+
+
+def improve(
+    networks: ActorCritic,
+    practice: Practice,
+    config: TrainIQLOnlineConfig,
+    traced: TracedGradient,
+    *,
+    updates: int,
+) -> Metrics:
+    """Gradient steps of policy, value and critics; the last one's metrics."""
+    metrics: Metrics = {}
+    parts = practice.parts
+    for _ in range(updates):
+        batch, _ = practice.memory.draw(config, parts.generator)
+        with precision(config):
+            metrics = iql.update(networks, parts.optimizers["all"], batch, config.iql, traced=traced)
+        with torch.no_grad():
+            practice.policy.log_std.clamp_(*config.log_std_bounds)
+    return metrics
