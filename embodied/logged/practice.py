@@ -194,6 +194,8 @@ class Practice:
 
 def _take_over(run: Path, config: PracticeConfig, policy: StatePolicy, parts: Parts, *, offline: str) -> None:
     """What an offline run learned, its optimizers left alone."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"init: {run} is not a run's folder: give that of a run of {offline}")
     modules = load_checkpoint(run / "checkpoints" / "last").state.get("parts", {}).get("modules", {})
     recipe = read_tree(run / "config.yaml").values.get("recipe")
     if recipe != offline:

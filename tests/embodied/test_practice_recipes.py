@@ -219,6 +219,14 @@ def test_a_run_of_another_recipe_is_refused(
     assert not (tmp_path / "online").exists()
 
 
+def test_what_is_no_run_is_told(tmp_path: Path, pendulum_demonstrations: Path) -> None:
+    policy = offline_run(PAIRS["iql"], tmp_path, pendulum_demonstrations) / "checkpoints" / "last" / "policy"
+    for place in (policy, tmp_path / "nowhere"):
+        config = online(PAIRS["iql"], tmp_path, pendulum_demonstrations, init=str(place))
+        with pytest.raises(UserError, match=f"{place} is not a run's folder: give that of a run of embodied/iql$"):
+            train_iql_online.train(config)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
