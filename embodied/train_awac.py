@@ -21,6 +21,7 @@ from embodied.logged.offline import (
     precision,
     record,
 )
+from embodied.logged.transitions import reward_scale
 from embodied.rollouts.rollout import Collector
 from experiment.run import Run, RunResult
 from policy_core import awac
@@ -50,6 +51,7 @@ def train(config: TrainAWACConfig, *, resume: Path | None = None) -> RunResult:
             {"policy": policy, "critic": networks.critic, "target": networks.target},
             {"policy": of_policy, "critic": of_critic},
             torch.Generator().manual_seed(config.run.seed),
+            reward_scale(inputs.episodes, config.data),
         )
         first = parts.resume(run.checkpoint)
         data = offline_data(config, inputs, policy)

@@ -16,6 +16,7 @@ import torch
 
 from embodied.logged.offline import Inputs, Parts, adam, new_networks, new_policy, precision
 from embodied.logged.practice import Practice, PracticeConfig, report
+from embodied.logged.transitions import reward_scale
 from embodied.rollouts.rollout import Collector
 from experiment.checkpoint import Checkpoint
 from experiment.run import Run, RunResult
@@ -48,7 +49,7 @@ def train(config: TrainAWACOnlineConfig, *, resume: Path | None = None) -> RunRe
             run.begin_loop(config.rounds)
             for number in range(first, config.rounds + 1):
                 started = time.perf_counter()
-                practice.memory.remember(collector.collect(policy), policy, config)
+                practice.remember(collector.collect(policy), config)
                 collected = time.perf_counter()
                 metrics = improve(networks, practice, config, updates=config.updates_of(number))
                 seconds = {"rollout": collected - started, "update": time.perf_counter() - collected}
@@ -67,7 +68,8 @@ def build(
         "critic": adam(networks.critic.parameters(), config.critic_learning_rate),
     }
     modules = {"policy": policy, "critic": networks.critic, "target": networks.target}
-    parts = Parts(modules, movers, torch.Generator().manual_seed(config.run.seed))
+    scale = reward_scale(inputs.episodes, config.data)
+    parts = Parts(modules, movers, torch.Generator().manual_seed(config.run.seed), scale)
     return networks, Practice.begin(config, inputs, policy, parts, checkpoint, offline="embodied/awac")
 
 

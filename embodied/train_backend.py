@@ -83,7 +83,7 @@ def train(config: TrainBackendConfig, *, resume: Path | None = None) -> RunResul
     inputs = scaled(Inputs.read(config), config.data)
     units = Units.of(inputs.episodes, inputs.environment)
     begin(config, inputs, units)  # what is not known is told before there is a folder
-    pieces = 1 if config.run.dry_run else max(1, config.total // config.log_every)
+    pieces = 1 if config.run.dry_run else -(-config.total // config.log_every)
     with Run.start(config, recipe="embodied/backend", resume=resume) as run:
         backend = begin(config, inputs, units)
         first = 1
@@ -93,12 +93,13 @@ def train(config: TrainBackendConfig, *, resume: Path | None = None) -> RunResul
             print("resuming with fresh optimizers, replay and episodes: the back end keeps none", file=sys.stderr)
         run.begin_loop(pieces)
         for piece in range(first, pieces + 1):
-            count = min(config.log_every, 10) if config.run.dry_run else config.log_every
+            done = (piece - 1) * config.log_every
+            count = min(config.log_every, 10 if config.run.dry_run else config.total - done)
             metrics = {f"train/{name}": value for name, value in backend.learn(count).items()}
             judged = piece == pieces or piece * config.log_every % config.evaluate_every == 0
             sound = all(math.isfinite(value) for name, value in metrics.items() if "loss" in name)
             played = judge(backend, units, config) if judged and sound else {}  # logging stops an unsound run
-            run.log({**metrics, "samples": float(piece * count), **played}, global_step=piece)
+            run.log({**metrics, "samples": float(done + count), **played}, global_step=piece)
             if judged:
                 folders = {"policy": partial(save, backend, units)}
                 run.save({}, global_step=piece, folders=folders, metric=score(played))

@@ -21,6 +21,7 @@ from embodied.logged.offline import (
     precision,
     record,
 )
+from embodied.logged.transitions import reward_scale
 from embodied.rollouts.rollout import Collector
 from experiment.run import Run, RunResult
 from policy_core import cql
@@ -66,6 +67,7 @@ def train(config: TrainCQLConfig, *, resume: Path | None = None) -> RunResult:
             },
             movers,
             torch.Generator().manual_seed(config.run.seed),
+            reward_scale(inputs.episodes, config.data),
         )
         first = parts.resume(run.checkpoint)
         data = offline_data(config, inputs, policy)

@@ -23,6 +23,7 @@ from embodied.logged.offline import (
     precision,
     record,
 )
+from embodied.logged.transitions import reward_scale
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector
 from experiment.run import Run, RunResult
@@ -53,7 +54,8 @@ def train(config: TrainDiscreteCQLConfig, *, resume: Path | None = None) -> RunR
         target = copy.deepcopy(policy).requires_grad_(False)
         optimizer = adam(policy.actor_parameters(), config.learning_rate)
         modules = {"policy": policy, "target": target}
-        parts = Parts(modules, {"all": optimizer}, torch.Generator().manual_seed(config.run.seed))
+        scale = reward_scale(inputs.episodes, config.data)
+        parts = Parts(modules, {"all": optimizer}, torch.Generator().manual_seed(config.run.seed), scale)
         first = parts.resume(run.checkpoint)
         data = offline_data(config, inputs, policy)
         with Collector(config.environment, policy, steps=1, seed=config.run.seed) as collector:

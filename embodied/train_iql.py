@@ -48,11 +48,12 @@ def train(config: TrainIQLConfig, *, resume: Path | None = None) -> RunResult:
     inputs = Inputs.read(config)
     with Run.start(config, recipe="embodied/iql", resume=resume) as run:
         policy = new_policy(config, inputs, "bounded")
-        policy.value_units = ValueUnits(reward_scale(inputs.episodes, config.data), config.data.shift)
+        scale = reward_scale(inputs.episodes, config.data)
+        policy.value_units = ValueUnits(scale, config.data.shift)
         networks = new_networks(config, policy)
         optimizer = adam([*policy.parameters(), *networks.critic.parameters()], config.learning_rate)
         modules = {"policy": policy, "critic": networks.critic, "target": networks.target}
-        parts = Parts(modules, {"all": optimizer}, torch.Generator().manual_seed(config.run.seed))
+        parts = Parts(modules, {"all": optimizer}, torch.Generator().manual_seed(config.run.seed), scale)
         first = parts.resume(run.checkpoint)
         data = offline_data(config, inputs, policy)
         traced = iql.traced_gradient(networks)

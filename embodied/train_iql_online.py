@@ -53,7 +53,7 @@ def train(config: TrainIQLOnlineConfig, *, resume: Path | None = None) -> RunRes
             run.begin_loop(config.rounds)
             for number in range(first, config.rounds + 1):
                 started = time.perf_counter()
-                practice.memory.remember(collector.collect(policy), policy, config)
+                practice.remember(collector.collect(policy), config)
                 collected = time.perf_counter()
                 metrics = improve(networks, practice, config, traced, updates=config.updates_of(number))
                 seconds = {"rollout": collected - started, "update": time.perf_counter() - collected}
@@ -66,11 +66,12 @@ def build(
 ) -> tuple[ActorCritic, Practice]:
     """Fresh, from the run that `config.init` names, or from a checkpoint. UserError if the run does not fit."""
     policy = new_policy(config, inputs, "bounded")
-    policy.value_units = ValueUnits(reward_scale(inputs.episodes, config.data), config.data.shift)
+    scale = reward_scale(inputs.episodes, config.data)
+    policy.value_units = ValueUnits(scale, config.data.shift)
     networks = new_networks(config, policy)
     optimizer = adam([*policy.parameters(), *networks.critic.parameters()], config.learning_rate)
     modules = {"policy": policy, "critic": networks.critic, "target": networks.target}
-    parts = Parts(modules, {"all": optimizer}, torch.Generator().manual_seed(config.run.seed))
+    parts = Parts(modules, {"all": optimizer}, torch.Generator().manual_seed(config.run.seed), scale)
     return networks, Practice.begin(config, inputs, policy, parts, checkpoint, offline="embodied/iql")
 
 

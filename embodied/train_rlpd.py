@@ -17,11 +17,12 @@ import torch
 
 from embodied.logged.offline import CriticConfig, Inputs, Parts, adam, new_networks, new_policy, precision
 from embodied.logged.practice import Practice, PracticeConfig, report
+from embodied.logged.transitions import reward_scale
 from embodied.rollouts.rollout import Collector
 from experiment.checkpoint import Checkpoint
 from experiment.run import Run, RunResult
 from policy_core import cql, sac
-from policy_core.cql import CQLConfig
+from policy_core.cql import CQLConfig, Multiplier
 from policy_core.critics import ActorCritic
 from policy_core.metrics import Metrics
 from policy_core.sac import Coefficient, Optimizers, SACConfig
@@ -54,7 +55,7 @@ def train(config: TrainRLPDConfig, *, resume: Path | None = None) -> RunResult:
             run.begin_loop(config.rounds)
             for number in range(first, config.rounds + 1):
                 started = time.perf_counter()
-                practice.memory.remember(collector.collect(policy), policy, config)
+                practice.remember(collector.collect(policy), config)
                 collected = time.perf_counter()
                 metrics = improve(networks, practice, config, updates=config.updates_of(number))
                 seconds = {"rollout": collected - started, "update": time.perf_counter() - collected}
@@ -68,14 +69,22 @@ def build(
     """Fresh, from the run that `config.init` names, or from a checkpoint. UserError if the run does not fit."""
     policy = new_policy(config, inputs, "squashed")
     networks = new_networks(config, policy)
-    temperature = Coefficient(config.sac.initial_temperature)
+    temperature, coefficient = Coefficient(config.sac.initial_temperature), Coefficient(1.0)
     movers = {
         "policy": adam(policy.parameters(), config.policy_learning_rate),
         "critic": adam(networks.critic.parameters(), config.critic_learning_rate),
         "temperature": adam(temperature.parameters(), config.policy_learning_rate),
+        "multiplier": adam(coefficient.parameters(), config.policy_learning_rate),
     }
-    modules = {"policy": policy, "critic": networks.critic, "target": networks.target, "temperature": temperature}
-    parts = Parts(modules, movers, torch.Generator().manual_seed(config.run.seed))
+    modules = {
+        "policy": policy,
+        "critic": networks.critic,
+        "target": networks.target,
+        "temperature": temperature,
+        "multiplier": coefficient,
+    }
+    scale = reward_scale(inputs.episodes, config.data)
+    parts = Parts(modules, movers, torch.Generator().manual_seed(config.run.seed), scale)
     return networks, Practice.begin(config, inputs, policy, parts, checkpoint, offline="embodied/cql")
 
 
@@ -83,9 +92,14 @@ def improve(networks: ActorCritic, practice: Practice, config: TrainRLPDConfig, 
     """Gradient steps of critics, policy and temperature; the last one's metrics."""
     metrics: Metrics = {}
     parts = practice.parts
-    temperature = parts.modules["temperature"]
+    temperature, coefficient = parts.modules["temperature"], parts.modules["multiplier"]
     assert isinstance(temperature, Coefficient)
-    common = (networks, temperature, Optimizers(**parts.optimizers))
+    assert isinstance(coefficient, Coefficient)
+    movers = dict(parts.optimizers)
+    of_multiplier = movers.pop("multiplier")
+    lagrange = config.conservative is not None and config.conservative.threshold is not None
+    multiplier = Multiplier(coefficient, of_multiplier) if lagrange else None
+    common = (networks, temperature, Optimizers(**movers))
     for _ in range(updates):
         batch, returns = practice.memory.draw(config, parts.generator)
         with precision(config):
@@ -93,5 +107,12 @@ def improve(networks: ActorCritic, practice: Practice, config: TrainRLPDConfig, 
                 metrics = sac.update(*common, batch, config.sac, generator=parts.generator)
             else:
                 calibrated = replace(config.conservative, sac=config.sac)
-                metrics = cql.update(*common, batch, calibrated, returns=returns, generator=parts.generator)
+                metrics = cql.update(
+                    *common,
+                    batch,
+                    calibrated,
+                    multiplier=multiplier,
+                    returns=returns,
+                    generator=parts.generator,
+                )
     return metrics

@@ -23,6 +23,7 @@ from embodied.logged.offline import (
     precision,
     record,
 )
+from embodied.logged.transitions import reward_scale
 from embodied.rollouts.rollout import Collector
 from experiment.run import Run, RunResult
 from policy_core import td3_bc
@@ -59,6 +60,7 @@ def train(config: TrainTD3BCConfig, *, resume: Path | None = None) -> RunResult:
             },
             {"policy": of_policy, "critic": of_critic},
             torch.Generator().manual_seed(config.run.seed),
+            reward_scale(inputs.episodes, config.data),
         )
         first = parts.resume(run.checkpoint)
         data = offline_data(config, inputs, policy)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +96,12 @@ def _inspect_lerobot(dataset: LeRobotDataset) -> int:
     spread = f"; {min(lengths)} to {max(lengths)} frames" if lengths else ""
     print(f"data set   {dataset.folder}" + (f" (robot {dataset.robot_type})" if dataset.robot_type else ""))
     print(f"episodes   {len(lengths):,} ({sum(lengths):,} frames, {minutes:.1f} min at {dataset.fps} fps{spread})")
-    ended, cut = (dataset.statistic(name, "max") for name in (DONE, TRUNCATED))
+    ended = dataset.statistic(DONE, "max")
     if None not in ended:
-        truncated = sum(bool(one) for one in cut)
-        print(f"ends       {sum(map(bool, ended)) - truncated:,} terminated, {truncated:,} truncated")
+        known = TRUNCATED in dataset.features
+        cut = dataset.statistic(TRUNCATED, "max") if known else [not one for one in dataset.successes()]
+        truncated = [not done or bool(short) for done, short in zip(ended, cut, strict=True)]
+        _print_ends(len(lengths) - sum(truncated), sum(truncated), sum(compress(dataset.final_known(), truncated)))
     means = dataset.statistic(REWARD, "mean")
     _print_returns([mean * length for mean, length in zip(means, lengths, strict=True) if mean is not None])
     print(f"success    {_success(dataset.successes())}")
@@ -116,15 +119,20 @@ def _inspect_any(source: Source) -> int:
     spread = f"; {min(source.lengths)} to {max(source.lengths)} steps" if len(source) else ""
     print(f"data set   {source.path} ({source.kind})")
     print(f"episodes   {len(source):,} ({sum(source.lengths):,} steps{spread})")
-    print(f"ends       {found.terminated:,} terminated, {found.truncated:,} truncated")
-    if found.truncated:
-        print(f"           {found.final:,} of these say what was seen after the last action")
+    _print_ends(found.terminated, found.truncated, found.final)
     _print_returns(found.returns)
     print(f"success    {_success(found.successes)}")
     _print_features(found.features, found.stats)
     if any(found.instructions):
         _print_tasks(found.instructions)
     return 0
+
+
+def _print_ends(terminated: int, truncated: int, final: int) -> None:
+    """final: how many of the truncated episodes have their final observation."""
+    print(f"ends       {terminated:,} terminated, {truncated:,} truncated")
+    if truncated:
+        print(f"           {final:,} of these say what was seen after the last action")
 
 
 def _print_returns(returns: Sequence[float]) -> None:

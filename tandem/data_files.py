@@ -102,11 +102,19 @@ def split(arguments: argparse.Namespace) -> int:
     source = told(lambda: open_dataset(arguments.source))
     parts = split_indices(len(source), arguments.fractions, arguments.seed)
     to = arguments.to or _own(source)
+    selections = {target: Selection(source, indices) for target, indices in zip(arguments.out, parts, strict=True)}
     for target in arguments.out:
-        _absent(target)
         _fits(target, to)
-    for target, indices in zip(arguments.out, parts, strict=True):
-        _write(Selection(source, indices), target, to, arguments.fps)
+    there = [target for target, part in selections.items() if Path(target).exists() and _holds(target, part)]
+    interrupted = len(there) < len(parts)
+    for target in arguments.out:
+        if not (interrupted and target in there):
+            _absent(target)
+    for target, part in selections.items():
+        if target in there:
+            print(f"{target}: is there already, with these {len(part)} episodes")
+        else:
+            _write(part, target, to, arguments.fps)
     left = len(source) - sum(map(len, parts))
     if left:
         print(f"{left} of {len(source)} episodes are in no part: the fractions say so")
@@ -126,6 +134,7 @@ def merge(arguments: argparse.Namespace) -> int:
 def play(arguments: argparse.Namespace) -> int:
     """Log what a run's policy does, or what every checkpoint of it did."""
     from embodied.logged.played import PlayedSource, play_policies, run_to_play, told_of
+    from embodied.rollouts.workers import environment_spec
 
     if arguments.steps < 1 or arguments.seed < 0:
         raise UserError("tandem data play: --steps must be at least 1, --seed not negative")
@@ -139,7 +148,9 @@ def play(arguments: argparse.Namespace) -> int:
     )
     returns = [float(episode.rewards.sum()) for episode in episodes]
     print(f"{len(episodes)} episodes by {len(folders)} policies, mean return {sum(returns) / len(returns):.1f}")
-    _write(PlayedSource(episodes, run, told_of(environment)), arguments.out, to, arguments.fps)
+    spec = environment_spec(environment)
+    choices = spec.action_dim if spec.discrete else None
+    _write(PlayedSource(episodes, run, told_of(environment), choices=choices), arguments.out, to, arguments.fps)
     return 0
 
 
@@ -164,6 +175,16 @@ def _absent(target: str) -> None:
     """Before any part is written: a name that is taken should not be found out after the first one."""
     if Path(target).exists():
         raise UserError(f"{target}: exists already; choose another name")
+
+
+def _holds(target: str, part: Source) -> bool:
+    """Whether a data set is what an interrupted split has written already: as many episodes, each as long."""
+    from embodied.datasets.formats import open_dataset
+
+    try:
+        return open_dataset(target).lengths == part.lengths
+    except UserError:
+        return False
 
 
 def _fits(target: str, to: str) -> None:

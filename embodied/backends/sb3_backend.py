@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from embodied.backends.backend import Array, Units
 from embodied.datasets.episode import Episode
 from envs.make import make_environment
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 
 ALGORITHMS = ("DDPG", "SAC", "TD3")
 DESCRIPTION, WEIGHTS = "sb3.json", "sb3.safetensors"
+OURS = ("policy", "env", "policy_kwargs", "seed", "device")
+"""Arguments of SB3's that have settings of their own here, or none."""
 ENTROPY = "log_ent_coef"
 """SAC's learned temperature, under SB3's own name: it is no part of the policy's weights."""
 
@@ -33,7 +35,7 @@ def check(algorithm: str, options: Mapping[str, Any]) -> Any:
     if algorithm not in ALGORITHMS:
         raise UserError(f"algorithm: sb3 has no {algorithm!r} to learn off policy; it has {', '.join(ALGORITHMS)}")
     kind = getattr(stable_baselines3, algorithm)
-    names = [name for name in inspect.signature(kind).parameters if name not in ("policy", "env", "policy_kwargs")]
+    names = [name for name in inspect.signature(kind).parameters if name not in OURS]
     for name in options:
         if name not in names:
             raise UserError(f"options.{name}: sb3's {algorithm} has no such option; it has {', '.join(names)}")
@@ -63,15 +65,16 @@ class SB3Backend:
         seed: int,
     ) -> None:
         kind = check(algorithm, options)
-        self.algorithm, self.hidden = algorithm, list(hidden)
-        self.model = kind(
-            "MlpPolicy",
-            wrapped(environment, units),
-            policy_kwargs={"net_arch": self.hidden},
-            seed=seed,
-            device="cpu",
-            **options,
-        )
+        self.algorithm, self.options, self.hidden = algorithm, dict(options), list(hidden)
+        with user_errors("options"):
+            self.model = kind(
+                "MlpPolicy",
+                wrapped(environment, units),
+                policy_kwargs={"net_arch": self.hidden},
+                seed=seed,
+                device="cpu",
+                **options,
+            )
         self.model._setup_learn(total_timesteps=1)  # its logger and first observation, before the first `learn`
 
     def remember(self, episodes: Sequence[Episode], units: Units) -> int:
@@ -122,7 +125,7 @@ class SB3Backend:
     def save(self, folder: Path) -> None:
         """Policy, critics and SAC's learned temperature; replay and optimizers are left out."""
         folder.mkdir(parents=True, exist_ok=True)
-        described = {"algorithm": self.algorithm, "hidden": self.hidden}
+        described = {"algorithm": self.algorithm, "options": self.options, "hidden": self.hidden}
         (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
         weights = self.model.policy.state_dict()
         if self._temperature() is not None:
@@ -151,7 +154,8 @@ def load(folder: Path, environment: Any, units: Units) -> SB3Backend:
     """A saved one, to act. UserError if the folder holds none."""
     try:
         described = json.loads((folder / DESCRIPTION).read_text())
-        backend = SB3Backend(described["algorithm"], {"buffer_size": 1}, described["hidden"], environment, units, 0)
+        options = described["options"] | {"buffer_size": 1}
+        backend = SB3Backend(described["algorithm"], options, described["hidden"], environment, units, 0)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no saved sb3 algorithm here ({error})") from error
     backend.restore(folder)

@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from embodied.datasets.lerobot_decode import check_finite, decode_pictures, decode_video, number_column
 from embodied.datasets.lerobot_layout import (
     ACTION,
+    AHEAD,
     CAMERA,
     DONE,
     EXPERT_ACTION,
     INDEX_FEATURES,
     INFO,
+    OBSERVED,
     PROPRIO,
     REWARD,
     STATE,
@@ -92,6 +94,14 @@ class LeRobotDataset:
         """Whether each episode succeeded, from the statistics in `meta/` alone; None where they do not say."""
         told = SUCCESS_IF_KNOWN if SUCCESS_IF_KNOWN in self.features else SUCCESS
         return [None if most is None or most < 0 else bool(most) for most in self.statistic(told, "max")]
+
+    def final_known(self) -> list[bool]:
+        """Whether each episode says what was seen after its last action, from the statistics in `meta/` alone."""
+        if not any(name.startswith(AHEAD) for name in self.features):
+            return [False] * len(self)
+        if OBSERVED not in self.features:
+            return [True] * len(self)
+        return [mean == 1.0 for mean in self.statistic(OBSERVED, "mean")]
 
     def statistic(self, feature: str, which: Literal["max", "mean"]) -> list[float | None]:
         """Of a feature of one number, in every episode, from `meta/` alone; None where it does not say."""

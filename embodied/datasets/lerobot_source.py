@@ -14,14 +14,11 @@ from typing import Any
 import numpy as np
 
 from embodied.datasets.lerobot import LeRobotDataset
-from embodied.datasets.lerobot_layout import ACTION, CHOICES, INFERRED, INFO, read_told
+from embodied.datasets.lerobot_layout import ACTION, AHEAD, CHOICES, INFERRED, INFO, NEXT, OBSERVED, read_told
 from embodied.datasets.lerobot_v21 import LeRobotV21Dataset
 from embodied.datasets.recorded import RecordedEpisode
 from embodied.datasets.source import Source
 from experiment.errors import UserError
-
-NEXT, OBSERVED = "next.", "next.observed"
-AHEAD = "next.observation."
 
 
 def open_lerobot(folder: Path) -> LeRobotDataset:

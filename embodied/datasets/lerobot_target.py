@@ -21,6 +21,8 @@ from embodied.datasets.lerobot_layout import (
     DONE,
     EXPERT_ACTION,
     INFERRED,
+    NEXT,
+    OBSERVED,
     REWARD,
     SUCCESS,
     SUCCESS_IF_KNOWN,
@@ -28,7 +30,6 @@ from embodied.datasets.lerobot_layout import (
     Feature,
     camera_feature,
 )
-from embodied.datasets.lerobot_source import NEXT, OBSERVED
 from embodied.datasets.lerobot_writer import LeRobotWriter
 from embodied.datasets.recorded import OBSERVATION, RecordedEpisode
 from embodied.datasets.source import Source, final_row
@@ -69,15 +70,20 @@ class LeRobotTarget:
 
 
 def features_of(examples: Sequence[RecordedEpisode], fps: int, source: Source) -> dict[str, Feature]:
-    """What is written: what all examples have, and what comes after the last action where one of them knows it.
+    """What is written: what all examples have, and what comes after the last action where any episode knows it.
 
-    Every episode is read to see who says whether it succeeded: LeRobot's `next.success` cannot be unknown, and the
-    features are fixed before the first episode is written. Raises UserError when one is damaged.
+    Every episode is read to see who says whether it succeeded and what was seen last: LeRobot's `next.success`
+    cannot be unknown, and the features are fixed before the first episode is written. Raises UserError when one is
+    damaged.
     """
     found: dict[str, Feature] = {}
     discrete = source.choices is not None
     first, columns = examples[0], [columns_of(example, discrete) for example in examples]
-    says = {source.read(index, images=False).success is not None for index in range(len(source))}
+    says, known_last = set(), False
+    for index in range(len(source)):
+        episode = source.read(index, images=False)
+        says.add(episode.success is not None)
+        known_last |= bool(episode.final)
     success = {SUCCESS: says == {True}, SUCCESS_IF_KNOWN: says == {True, False}}
     for camera, pictures in first.images.items():
         height, width = pictures.shape[1:3]
@@ -87,7 +93,7 @@ def features_of(examples: Sequence[RecordedEpisode], fps: int, source: Source) -
         found[CAMERA + camera] = feature
     for name, values in columns[0].items():
         ahead = name.startswith(NEXT + OBSERVATION) or name == OBSERVED
-        known = any(example.final for example in examples) if ahead else all(name in one for one in columns)
+        known = known_last if ahead else all(name in one for one in columns)
         if success.get(name, known) and name not in found:
             info: dict[str, Any] = {}
             if name == ACTION and discrete:

@@ -145,11 +145,15 @@ def adam(parameters: Any, learning_rate: float) -> FlatAdam:
 
 @dataclass
 class Parts:
-    """Everything of a run that changes, by name; a checkpoint keeps it."""
+    """Everything of a run that changes, by name; a checkpoint keeps it.
+
+    scale   what rewards were multiplied with: who goes on with the critics has to do the same
+    """
 
     modules: Mapping[str, nn.Module]
     optimizers: Mapping[str, torch.optim.Optimizer]
     generator: torch.Generator
+    scale: float
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -157,6 +161,7 @@ class Parts:
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "generator": self.generator.get_state(),
+            "scale": self.scale,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -184,6 +189,17 @@ def precision(config: LoggedDataConfig) -> contextlib.AbstractContextManager[Any
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
+def learned(metrics: Metrics, *, when: str) -> dict[str, float]:
+    """An update's metrics for the log. UserError, which says `when`, if one is not finite: then nothing may be
+    played, since the policy's actions are no numbers either.
+    """
+    logged = {f"train/{name}": float(value) for name, value in metrics.items()}
+    for name, value in logged.items():
+        if not math.isfinite(value):
+            raise UserError(f"{when}: {name} is {value}; lower the learning rates, or look at the data")
+    return logged
+
+
 def record(
     run: Run,
     metrics: Metrics,
@@ -199,10 +215,7 @@ def record(
     judged = last or update % config.evaluate_every == 0
     if not judged and update != 1 and update % config.log_every:
         return
-    logged = {f"train/{name}": float(value) for name, value in metrics.items()}
-    for name, value in logged.items():
-        if not math.isfinite(value):
-            raise UserError(f"update {update}: {name} is {value}; lower the learning rates, or look at the data")
+    logged = learned(metrics, when=f"update {update}")
     played: dict[str, float] = {}
     if judged and config.episodes:
         played = summarize(collector.evaluate(policy, seeds(VALIDATION_SEEDS, config.episodes)))

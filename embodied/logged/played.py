@@ -26,12 +26,17 @@ HORIZON = 500
 
 
 class PlayedSource(Source):
-    """Episodes in memory, for `write_dataset`. details: as Minari's metadata name them (`told_of`)."""
+    """Episodes in memory, for `write_dataset`.
+
+    details: as Minari's metadata name them (`told_of`). choices: how many discrete actions there are, or None.
+    """
 
     kind = "played"
 
-    def __init__(self, episodes: Sequence[Episode], path: Path, details: Mapping[str, Any]) -> None:
-        self.episodes, self.path, self.details = list(episodes), path, details
+    def __init__(
+        self, episodes: Sequence[Episode], path: Path, details: Mapping[str, Any], *, choices: int | None = None
+    ) -> None:
+        self.episodes, self.path, self.details, self.choices = list(episodes), path, details, choices
         self.lengths = tuple(len(episode) for episode in episodes)
 
     def identity(self) -> Any:
@@ -148,10 +153,12 @@ def cut(experiences: Sequence[Experience], *, name: str) -> list[Episode]:
         key: np.concatenate([getattr(e, key).numpy() for e in experiences], axis=1)
         for key in ("observations", "actions", "rewards", "terminated", "truncated")
     }
+    rows, length = columns["rewards"].shape
+    actions = columns["actions"].reshape(rows, length, -1).astype(np.float32)  # choices are one number each
     last = experiences[-1].next_observations.numpy()
     episodes = []
-    for row in range(len(last)):
-        begin, length = 0, columns["rewards"].shape[1]
+    for row in range(rows):
+        begin = 0
         ends = [*np.flatnonzero(columns["terminated"][row] | columns["truncated"][row]), length - 1]
         for end in dict.fromkeys(int(e) for e in ends):
             span = slice(begin, end + 1)
@@ -159,7 +166,7 @@ def cut(experiences: Sequence[Experience], *, name: str) -> list[Episode]:
             episodes.append(
                 Episode(
                     observations=columns["observations"][row, span],
-                    actions=columns["actions"][row, span],
+                    actions=actions[row, span],
                     rewards=columns["rewards"][row, span],
                     terminated=terminated,
                     truncated=not terminated,

@@ -18,9 +18,9 @@ from torch import Tensor
 from embodied.evaluate import VALIDATION_SEEDS, score, seeds, summarize
 from embodied.learning import continue_environments, episode_metrics
 from embodied.logged.off_policy import OpenEpisodes, experienced
-from embodied.logged.offline import Inputs, LoggedDataConfig, Parts
-from embodied.logged.transitions import OfflineData, mixed, reward_scale, to_transitions
-from embodied.policies.state_mlp import StatePolicy, ValueUnits
+from embodied.logged.offline import Inputs, LoggedDataConfig, Parts, learned
+from embodied.logged.transitions import OfflineData, mixed, to_transitions
+from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector, Experience
 from envs.stepper import EpisodeRecord
 from experiment.checkpoint import Checkpoint, load_checkpoint
@@ -78,7 +78,9 @@ class PracticeConfig(LoggedDataConfig):
         return 1 if self.run.dry_run else max(1, -(-self.total_steps // self.steps))
 
     def updates_of(self, number: int) -> int:
-        """Gradient steps after round `number`."""
+        """Gradient steps after round `number`; a dry run does not wait for `random_steps`."""
+        if self.run.dry_run:
+            return 1
         return max(1, round(self.steps * self.updates_per_step)) if number * self.steps >= self.random_steps else 0
 
 
@@ -89,7 +91,6 @@ class Memory:
     prior: OfflineData
     replay: Replay
     open: OpenEpisodes
-    scale: float
     recent: deque[EpisodeRecord] = field(default_factory=lambda: deque(maxlen=100))
     episodes: int = 0
 
@@ -101,13 +102,10 @@ class Memory:
             prior=prior,
             replay=Replay(config.replay_size),
             open=OpenEpisodes(config.environment.count, config.data.gamma, worst=prior.worst),
-            scale=reward_scale(inputs.episodes, config.data),
         )
 
-    def remember(self, experience: Experience, policy: StatePolicy, config: PracticeConfig) -> None:
-        """Into the replay, in the units of the prior data."""
-        settings = {"gamma": config.data.gamma, "scale": self.scale, "shift": config.data.shift}
-        transitions = experienced(experience, policy, **settings)
+    def add(self, transitions: Transitions, experience: Experience) -> None:
+        """What was just experienced, as transitions [B * T] in the units of the prior data."""
         shape = experience.rewards.shape
         where = self.replay.add(transitions).view(shape)
         ends = {"terminated": experience.terminated, "truncated": experience.truncated}
@@ -169,14 +167,14 @@ class Practice:
         """
         run = None if config.init is None or checkpoint is not None else Path(config.init)
         if run is not None:
-            _take_over(run, config, policy, parts, offline=offline)
+            _check_rewards(run, config, _take_over(run, config, policy, parts, offline=offline), parts.scale)
         if checkpoint is not None:  # the data are kept in the units of the policy that the run began with
             parts.load_state_dict(checkpoint.state["learner"]["parts"])
         memory = Memory.of(config, inputs, policy)
         if checkpoint is not None:
             memory.load_state_dict(checkpoint.state["learner"])
         if run is not None:
-            _check_units(run, config, policy, memory)
+            _check_observations(run, config, policy, memory)
         return cls(policy, parts, memory)
 
     def go_on(self, checkpoint: Checkpoint | None, collector: Collector) -> int:
@@ -187,24 +185,30 @@ class Practice:
             self.memory.open.forget()
         return checkpoint.step + 1
 
+    def remember(self, experience: Experience, config: PracticeConfig) -> None:
+        """Into the memory, in its units."""
+        settings = {"gamma": config.data.gamma, "scale": self.parts.scale, "shift": config.data.shift}
+        self.memory.add(experienced(experience, self.policy, **settings), experience)
+
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; the policy has a folder of its own there besides."""
         return {"parts": self.parts.state_dict(), **self.memory.state_dict()}
 
 
-def _take_over(run: Path, config: PracticeConfig, policy: StatePolicy, parts: Parts, *, offline: str) -> None:
-    """What an offline run learned, its optimizers left alone."""
+def _take_over(
+    run: Path, config: PracticeConfig, policy: StatePolicy, parts: Parts, *, offline: str
+) -> float | None:
+    """What an offline run learned, its optimizers left alone; returns the scale of its rewards where it says so."""
     if not (run / "config.yaml").is_file():
         raise UserError(f"init: {run} is not a run's folder: give that of a run of {offline}")
-    modules = load_checkpoint(run / "checkpoints" / "last").state.get("parts", {}).get("modules", {})
-    recipe = read_tree(run / "config.yaml").values.get("recipe")
-    if recipe != offline:
-        raise UserError(f"init: {run} is a run of {recipe}: give a run of {offline}")
+    state = load_checkpoint(run / "checkpoints" / "last").state.get("parts", {})
+    theirs = read_tree(run / "config.yaml").values
+    if theirs.get("recipe") != offline:
+        raise UserError(f"init: {run} is a run of {theirs.get('recipe')}: give a run of {offline}")
     try:
         for name, module in parts.modules.items():
-            module.load_state_dict(modules[name])
+            module.load_state_dict(state["modules"][name])
     except RuntimeError as error:
-        theirs = read_tree(run / "config.yaml").values
         ours = {"policy": asdict(config.policy), "critic": asdict(config.critic)}
         said = [
             f"{part}.{name}={json.dumps(theirs[part][name], separators=(',', ':'))}"
@@ -215,10 +219,12 @@ def _take_over(run: Path, config: PracticeConfig, policy: StatePolicy, parts: Pa
         reason = f"it has {' '.join(said)}; say so here" if said else " ".join(str(error).split())
         raise UserError(f"init: {run} does not fit policy and critic of this configuration: {reason}") from error
     policy.normalizer.refresh()
+    scale: float | None = state.get("scale")
+    return scale
 
 
-def _check_units(run: Path, config: PracticeConfig, policy: StatePolicy, memory: Memory) -> None:
-    """UserError if the run's values or its policy's observations are in other units than this run's."""
+def _check_rewards(run: Path, config: PracticeConfig, their_scale: float | None, scale: float) -> None:
+    """UserError if the run's values are sums of other rewards than this run's."""
     theirs = read_tree(run / "config.yaml").values.get("data") or {}
     ours = asdict(config.data)
     for name in ("gamma", "rewards", "shift"):
@@ -227,12 +233,15 @@ def _check_units(run: Path, config: PracticeConfig, policy: StatePolicy, memory:
                 f"init: the values of {run} were learned with data.{name}={theirs[name]}, here it is {ours[name]}: "
                 f"say data.{name}={theirs[name]}"
             )
-    units = StatePolicy.from_pretrained(run / "checkpoints" / "last" / "policy").value_units
-    if units not in (None, ValueUnits(memory.scale, config.data.shift)):
+    if their_scale not in (None, scale):
         raise UserError(
-            f"init: the values of {run} are of rewards times {units.scale:g}, those of {config.data.path} times "
-            f"{memory.scale:g}: both have to be learned from the same data, or from data.rewards=raw"
+            f"init: the values of {run} are of rewards times {their_scale:g}, those of {config.data.path} times "
+            f"{scale:g}: both have to be learned from the same episodes, or from data.rewards=raw"
         )
+
+
+def _check_observations(run: Path, config: PracticeConfig, policy: StatePolicy, memory: Memory) -> None:
+    """UserError if the run's policy observed in other units than the data do."""
     limit = policy.normalizer.limit
     seen = memory.prior.transitions.observations
     assert isinstance(seen, Tensor)
@@ -259,12 +268,15 @@ def report(
     number: int,
     seconds: Mapping[str, float],
 ) -> None:
-    """Where that is due: play the policy's mode, log a round's metrics, and write a checkpoint."""
+    """Where that is due: play the policy's mode, log a round's metrics, and write a checkpoint.
+
+    UserError if what was learned is not finite, after whichever round.
+    """
     policy, memory = practice.policy, practice.memory
+    logged = learned(metrics, when=f"round {number}")
     judged = number == config.rounds or number % config.evaluate_every == 0
     if not judged and number % config.log_every:
         return
-    logged = {f"train/{name}": float(value) for name, value in metrics.items()}
     logged |= episode_metrics(memory.recent, memory.episodes)
     logged |= {f"time/{name}": value for name, value in seconds.items()}
     played: dict[str, float] = {}

@@ -190,7 +190,8 @@ def test_rounds_and_updates_by_hand() -> None:
     )
     assert (config.steps, config.rounds) == (20, 6)
     assert [config.updates_of(number) for number in (1, 2, 3, 6)] == [0, 0, 10, 10]
-    assert replace(config, run=RunConfig(dry_run=True)).rounds == 1
+    dry = replace(config, run=RunConfig(dry_run=True))
+    assert (dry.rounds, dry.updates_of(1)) == (1, 1)
     assert replace(config, updates_per_step=0.001).updates_of(6) == 1
 
 
@@ -199,7 +200,7 @@ def test_a_part_of_a_batch_is_prior_data(tmp_path: Path, pendulum_demonstrations
     _, practice = train_iql_online.build(config, Inputs.read(config))
     memory = practice.memory
     with Collector(config.environment, practice.policy, steps=4, seed=0) as collector:
-        memory.remember(collector.collect(practice.policy), practice.policy, config)
+        practice.remember(collector.collect(practice.policy), config)
     memory.prior.transitions.rewards.fill_(123.0)
     batch, returns = memory.draw(config, practice.parts.generator)
     assert (batch.rewards == 123.0).tolist() == [True] * 8 + [False] * 24
@@ -253,7 +254,12 @@ def changed(path: Path, out: Path, column: str, change: Callable[[Any], None]) -
     return out
 
 
-def test_values_of_rewards_scaled_by_other_data_are_refused(tmp_path: Path, pendulum_demonstrations: Path) -> None:
+@pytest.mark.parametrize("name", ["iql", "awac", "sac"])
+def test_values_of_rewards_scaled_by_other_data_are_refused(
+    name: str, tmp_path: Path, pendulum_demonstrations: Path
+) -> None:
+    pair = PAIRS[name]
+
     def earning(times: float) -> Callable[[Any], None]:
         def change(rewards: Any) -> None:
             rewards[...] = times * int(rewards.parent.name.rpartition("_")[2])
@@ -267,12 +273,12 @@ def test_values_of_rewards_scaled_by_other_data_are_refused(tmp_path: Path, pend
         changed(pendulum_demonstrations, tmp_path / name, "rewards", earning(times))
         for name, times in (("poorer.hdf5", 1.0), ("richer.hdf5", 2.0))
     )
-    run = offline_run(PAIRS["iql"], tmp_path, poorer, data=scaled(poorer))
-    config = online(PAIRS["iql"], tmp_path, richer, init=str(run), data=scaled(richer))
+    run = offline_run(pair, tmp_path, poorer, data=scaled(poorer))
+    config = online(pair, tmp_path, richer, init=str(run), data=scaled(richer))
     with pytest.raises(UserError, match=r"are of rewards times .* those of .*richer\.hdf5 times "):
-        train_iql_online.train(config)
+        pair.online.train(config)
     assert not (tmp_path / "online").exists()
-    train_iql_online.train(replace(config, data=scaled(poorer)))
+    pair.online.train(replace(config, data=scaled(poorer)))
 
 
 def test_observations_in_other_units_are_refused(tmp_path: Path, pendulum_demonstrations: Path) -> None:
@@ -294,6 +300,30 @@ def test_resumes_without_the_run_that_it_began_with(
     pair.online.train(replace(config, total_steps=16))
     run.rename(tmp_path / "elsewhere")
     assert pair.online.train(config, resume=tmp_path / "online").metrics["env_steps"] == 48
+
+
+@each_pair
+def test_what_is_not_finite_stops_the_run_before_anything_is_played(
+    pair: Pair, tmp_path: Path, pendulum_demonstrations: Path
+) -> None:
+    rates = ("learning_rate",) if pair.offline is train_iql else ("policy_learning_rate", "critic_learning_rate")
+    config = online(pair, tmp_path, pendulum_demonstrations, random_steps=0, **dict.fromkeys(rates, 1e30))
+    with pytest.raises(UserError, match=r"^round \d: train/\w+ is (nan|-?inf); lower the learning rates"):
+        pair.online.train(config)
+
+
+def test_the_multiplier_goes_on(tmp_path: Path, pendulum_demonstrations: Path) -> None:
+    lagrange = CQLConfig(samples=2, threshold=1.0)
+    config = TrainCQLConfig(**common(tmp_path, pendulum_demonstrations, updates=5), calibrated=True, cql=lagrange)
+    run = train_cql.train(replace(config, policy_learning_rate=0.1)).folder
+    learned = load_checkpoint(run / "checkpoints" / "last").state["parts"]["modules"]["multiplier"]
+    settings = {"conservative": lagrange, "policy_learning_rate": 1e-3, "init": str(run), "evaluate_every": 1}
+    practice = online(PAIRS["sac"], tmp_path, pendulum_demonstrations, random_steps=0, total_steps=8, **settings)
+    metrics = train_rlpd.train(practice).metrics
+    began = float(next(iter(learned.values())).exp())
+    assert abs(began - 1.0) > 0.1
+    assert metrics["train/multiplier"] == pytest.approx(began, rel=0.01)
+    assert metrics["train/multiplier"] != pytest.approx(began, rel=1e-6)
 
 
 def test_critics_of_other_sizes_are_named(tmp_path: Path, pendulum_demonstrations: Path) -> None:

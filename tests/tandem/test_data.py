@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embodied.datasets.lerobot_layout import demonstration_features, outcome
+from embodied.datasets.formats import open_dataset
+from embodied.datasets.lerobot_layout import Feature, demonstration_features, outcome
 from embodied.datasets.lerobot_writer import LeRobotWriter
 from tandem import cli, data
 
@@ -51,6 +52,26 @@ def test_inspect(demonstrations: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert ["0", "-0.500", "-0.500", "-0.500", "0.000"] in lines
     assert ["lift", "it", "2"] in lines
     assert ["drop", "it", "1"] in lines
+
+
+def test_inspect_counts_ends_as_they_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LeRobot's own data say `next.done` and `next.success`: what is done without success was cut."""
+    features = {name: Feature("float32", (1,)) for name in ("observation.state", "action")}
+    features |= {name: Feature("bool", (1,)) for name in ("next.done", "next.success")}
+    folder = tmp_path / "plain"
+    with LeRobotWriter(folder, fps=10, features=features) as writer:
+        for number in range(3):
+            with writer.episode("push") as episode:
+                for step in range(4):
+                    ends = {"next.done": step == 3, "next.success": step == 3 and number == 0}
+                    episode.add({"observation.state": [0.0], "action": [0.0], **ends})
+                episode.save()
+    assert cli.main(["data", "inspect", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "ends       1 terminated, 2 truncated" in out
+    assert "0 of these say what was seen after the last action" in out
+    read = [(one.terminated, one.truncated) for one in map(open_dataset(folder).read, range(3))]
+    assert read == [(True, False), (False, True), (False, True)]
 
 
 def test_inspect_shows_the_most_frequent_instructions(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -75,6 +76,45 @@ def test_split_and_merge(flat: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert began == [0.0, 5.0, 10.0, 15.0]
     assert tandem(*words) == 2
     assert "a: exists already" in capsys.readouterr().err
+
+
+def test_an_interrupted_split_goes_on(
+    flat: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from embodied.datasets.formats import read_dataset
+    from embodied.datasets.staging import StagedEpisodes, staging_folder
+
+    words = ("split", "flat.hdf5", "--out", "a", "b", "--fractions", "0.5", "0.5", "--to", "d3rlpy")
+    append, begun = StagedEpisodes.append, [0]
+
+    def interrupted(self: StagedEpisodes, write: Callable[[h5py.File], None]) -> None:
+        begun[0] += 1
+        if begun[0] == 4:
+            raise KeyboardInterrupt
+        append(self, write)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StagedEpisodes, "append", interrupted)
+        assert tandem(*words) == 130
+    assert Path("a").exists()
+    assert staging_folder(Path("b")).is_dir()
+    capsys.readouterr()
+    assert tandem(*words) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "a: is there already, with these 2 episodes",
+        "b: 2 episodes (10 steps) as d3rlpy",
+        "1 truncated episodes do not say what was seen after their last action: that step cannot be bootstrapped",
+    ]
+    began = {float(one.observations[0, 0]) for name in ("a", "b") for one in read_dataset(name)}
+    assert began == {0.0, 5.0, 10.0, 15.0}
+
+
+def test_a_split_takes_no_other_data_set_for_its_own(flat: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tandem("convert", "flat.hdf5", "a", "--to", "d3rlpy") == 0
+    words = ("split", "flat.hdf5", "--out", "a", "b", "--fractions", "0.5", "0.5", "--to", "d3rlpy")
+    assert tandem(*words) == 2
+    assert "a: exists already" in capsys.readouterr().err
+    assert not Path("b").exists()
 
 
 def test_view_draws_curves(flat: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,6 +162,27 @@ def test_sacs_temperature_goes_on(options: dict[str, Any], tmp_path: Path) -> No
     np.testing.assert_allclose(loaded.act(observations), trained.act(observations))
 
 
+def test_a_policy_of_other_options_comes_back(tmp_path: Path) -> None:
+    """State-dependent exploration is another network."""
+    units = Units.of(episodes(), environment_spec(PENDULUM))
+    options = {"buffer_size": 500, "use_sde": True}
+    trained = sb3_backend.SB3Backend("SAC", options, (8,), PENDULUM, units, 0)
+    trained.save(tmp_path / "sac")
+    loaded = sb3_backend.load(tmp_path / "sac", PENDULUM, units)
+    observations = np.random.default_rng(1).standard_normal((5, 3)).astype(np.float32)
+    np.testing.assert_allclose(loaded.act(observations), trained.act(observations))
+
+
+@pytest.mark.parametrize("total", [7, 23])
+def test_all_of_the_total_is_learned(
+    total: int, tmp_path: Path, pendulum_demonstrations: Path, rows_of: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    changes = {"total": total, "log_every": 10, "evaluate_every": 10}
+    rows = rows_of(train(config(tmp_path, pendulum_demonstrations, "d3rlpy/BC", **changes)).folder)
+    assert [row["samples"] for row in rows] == ([7.0] if total == 7 else [10.0, 20.0, 23.0])
+    assert "eval/mean_reward" in rows[-1]
+
+
 @pytest.mark.parametrize("algorithm", ["d3rlpy/BC", "sb3/SAC"])
 def test_only_cut_steps_leave_nothing_to_learn_from(algorithm: str, tmp_path: Path) -> None:
     with h5py.File(tmp_path / "steps.hdf5", "w") as file:
@@ -254,6 +275,8 @@ def test_played_with_ones_own_hands() -> None:
         ({"algorithm": "d3rlpy/IQL", "options": {"expectil": 0.8}}, r"options\.expectil: d3rlpy's IQL has no such"),
         ({"algorithm": "sb3/PPO"}, "sb3 has no 'PPO' to learn off policy; it has DDPG, SAC, TD3"),
         ({"algorithm": "sb3/SAC", "options": {"gama": 0.9}}, r"options\.gama: sb3's SAC has no such option"),
+        ({"algorithm": "sb3/SAC", "options": {"seed": 3}}, r"options\.seed: sb3's SAC has no such option"),
+        ({"algorithm": "sb3/SAC", "options": {"optimize_memory_usage": True}}, "options: .*optimize_memory_usage"),
         ({"algorithm": "rllib/SAC"}, "neither d3rlpy/NAME nor sb3/NAME"),
         ({"data": DataConfig()}, r"data\.path is not set"),
     ],

@@ -226,6 +226,17 @@ def test_merging_what_knows_its_final_observations_with_what_does_not(make: Make
         assert known == [False] * 3 + [True] * 3
 
 
+def test_one_source_of_which_only_later_episodes_know_their_final_observations(make: Make, tmp_path: Path) -> None:
+    """A merged set is one data set: what its first episode lacks, another may have."""
+    write_dataset(Joined([open_dataset(make("d4rl")), open_dataset(make("minari"))]), tmp_path / "one", "minari")
+    for to in WRITTEN:
+        report = write_dataset(open_dataset(tmp_path / "one"), tmp_path / to, to)
+        episodes = read_dataset(tmp_path / to)
+        assert [one.final_observation is not None for one in episodes] == [False] * 3 + [True] * 3
+        lost = sum(one.truncated and one.final_observation is None for one in episodes)
+        assert report.not_bootstrapped == lost
+
+
 @pytest.mark.parametrize(
     ("fractions", "message"),
     [

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from embodied import train_ppo
-from embodied.datasets.formats import read_dataset
+from embodied.datasets.formats import open_dataset, read_dataset
 from embodied.datasets.staging import StagedEpisodes, staging_folder
 from embodied.logged import played
 from embodied.logged.played import cut, play_policies, run_to_play
@@ -179,6 +179,27 @@ def test_an_interrupted_writing_goes_on_with_what_it_began(
     for one, expected in zip(read_dataset("logged"), read_dataset("whole"), strict=True):
         assert len(one) == 2
         np.testing.assert_array_equal(one.observations, expected.observations)
+
+
+@pytest.mark.parametrize("to", ["d3rlpy", "minari", "lerobot"])
+def test_choices_stay_choices(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = TrainPPOConfig(
+        run=RunConfig(folder="run", wandb="disabled"),
+        environment=EnvironmentConfig("CartPole-v1", max_episode_steps=12, count=2, workers=0),
+        policy=StatePolicyConfig(hidden=(8,)),
+        ppo=PPOConfig(epochs=1, minibatch_size=16),
+        total_steps=2 * 16,
+        horizon=16,
+    )
+    train_ppo.train(config)
+    assert cli.main(["data", "play", "run", "--steps", "48", "--out", "logged", "--to", to]) == 0
+    source = open_dataset("logged")
+    assert (source.choices, source.choices_inferred) == (2, False)
+    for episode in read_dataset("logged"):
+        assert episode.actions.shape == (len(episode), 1)
+        assert set(episode.actions.ravel().tolist()) <= {0.0, 1.0}
+    assert cli.main(["data", "validate", "logged"]) == 0
 
 
 def test_what_cannot_be_played(run: Path, tmp_path: Path) -> None:
