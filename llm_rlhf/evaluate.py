@@ -145,7 +145,7 @@ def evaluate_policy(
     result |= best_of(gold_drawn, chosen_by, config.best_of)
     if "own" in found:
         result["rewards"] = {
-            **_means(*found["own"]),
+            **means(*found["own"]),
             **unscored(*found["own"]),
             **best_of(chosen_by, chosen_by, config.best_of),
         }
@@ -191,7 +191,7 @@ def scores(greedy: Tensor, drawn: Tensor) -> Result:
     name = f"pass@{drawn.shape[1]}"
     return {
         "prompts": len(greedy),
-        **_means(greedy, drawn),
+        **means(greedy, drawn),
         **_share("greedy_solved", greedy >= SOLVED, ~greedy.isnan()),
         **_share(name, (drawn >= SOLVED).any(1), ~drawn.isnan().all(1)),
     }
@@ -227,7 +227,7 @@ def _summary(greedy: Tensor, drawn: Tensor, totals: dict[str, float], *, with_kl
     return result
 
 
-def _means(greedy: Tensor, drawn: Tensor) -> Result:
+def means(greedy: Tensor, drawn: Tensor) -> Result:
     """greedy [P], drawn [P, K] -> means over prompts of their judged answers' means, with intervals; None of none.
 
     NaN is an answer that was not judged.
@@ -262,7 +262,7 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     """Evaluate a run's checkpoint on its task's held-out prompts and write RUN/eval.json.
 
     Returns split -> what `evaluate_policy` returns. Raises UserError if the folder holds no run with a checkpoint,
-    or a split does not exist.
+    or a split does not exist or is empty.
     """
     folder = Path(run_folder)
     checkpoint, results = measure_run(folder, config)
@@ -274,7 +274,7 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
 def measure_run(folder: Path, config: EvaluateConfig) -> tuple[str, dict[str, Result]]:
     """As `evaluate_run`, without writing: the checkpoint's name, and split -> figures."""
     values = read_tree(folder / "config.yaml").values
-    rewards: dict[str, float] = (values.get("rewards") or {}) if config.own_rewards else {}
+    rewards: dict[str, float] = values.get("rewards") or {}
     task = build_task(
         build_from_dict(values.get("task") or {}, TaskConfig, str(folder / "config.yaml")), rewards=rewards
     )
@@ -292,9 +292,7 @@ def measure_run(folder: Path, config: EvaluateConfig) -> tuple[str, dict[str, Re
         reference.to(device)
     limit = (values.get("generation") or {}).get("max_new_tokens")
     results = {}
-    for split in config.splits or tuple(name for name in task.splits if name != "validation"):
-        if split not in task.splits:
-            raise UserError(f"evaluation.splits: this task has no {split!r}; it has {', '.join(task.splits)}")
+    for split in chosen_splits(task, config.splits):
         require_room(
             task.splits[split][: config.prompts],
             tokenizer,
@@ -311,10 +309,28 @@ def measure_run(folder: Path, config: EvaluateConfig) -> tuple[str, dict[str, Re
             config=config,
             max_new_tokens=limit,
             reference=reference,
-            rewards=rewards,
+            rewards=rewards if config.own_rewards else None,
             rewards_timeout=values.get("rewards_timeout"),
         )
     return START if source == folder / START else source.parent.name, results
+
+
+def chosen_splits(task: Task, named: Sequence[str]) -> tuple[str, ...]:
+    """The splits to measure: the named ones or, of those with prompts, all but "validation".
+
+    Raises UserError for one that the task has not or that is empty, and where nothing is left.
+    """
+    for split in named:
+        if split not in task.splits:
+            raise UserError(f"evaluation.splits: this task has no {split!r}; it has {', '.join(task.splits)}")
+        if not task.splits[split]:
+            raise UserError(f"evaluation.splits: {split!r} of this task is empty")
+    found = tuple(named) or tuple(name for name, rows in task.splits.items() if rows and name != "validation")
+    if not found:
+        raise UserError(
+            "this task keeps nothing for a test; say splits=[validation], or task.rows.test=0.1 in training"
+        )
+    return found
 
 
 def _source(folder: Path, checkpoint: Literal["auto", "best", "last", "start"]) -> Path:

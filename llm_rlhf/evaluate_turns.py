@@ -16,17 +16,17 @@ from torch import Tensor
 
 from experiment.checkpoint import Which, find_checkpoint, write_atomically
 from experiment.config import build_from_dict, read_tree
-from experiment.errors import UserError
-from llm_rlhf.evaluate import START, Result, numbers, scores, unscored
+from llm_rlhf.evaluate import START, Result, chosen_splits, means, numbers, scores, unscored
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.generation import at_temperature
 from llm_rlhf.models.tokenizer import load_tokenizer
 from llm_rlhf.online.experience import kl_spent, reference_log_probs
 from llm_rlhf.online.learner import ValidationConfig
+from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from llm_rlhf.turns.episodes import TurnsConfig
-from llm_rlhf.turns.playing import Played, Player, build_player
+from llm_rlhf.turns.playing import Judge, Played, Player, build_judge, build_player, judging
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class EvaluateConfig:
     batch_size      rows at once
     seed            of the draws
     checkpoint      which one of a run
+    own_rewards     score by the run's `rewards:` as well, where they are not the gold ones
     """
 
     splits: tuple[str, ...] = ()
@@ -47,6 +48,7 @@ class EvaluateConfig:
     batch_size: int = 256
     seed: int = 10_000
     checkpoint: Which = "last"
+    own_rewards: bool = True
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch_size < 1:
@@ -59,41 +61,47 @@ def evaluate_player(
     config: EvaluateConfig,
     *,
     reference: LanguagePolicy | None = None,
+    own: Judge | None = None,
 ) -> Result:
     """Measure the player's policy on rows.
 
+    own     what a run climbed, where that is not what the player is judged by; it scores the same episodes
+
     Returns greedy, greedy_solved, sampled, pass@K (each with NAME_interval), turns, calls and failed_calls (of the
     samples), mean_length (tokens that the policy wrote), finished (share that the environment ended), prompts,
-    greedy_unscored and sampled_unscored (shares that nobody could judge), and kl where there is a reference.
+    greedy_unscored and sampled_unscored (shares that nobody could judge), kl where there is a reference, and
+    `rewards`: greedy and sampled by `own`, with intervals and what it left unscored.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    greedy: list[Tensor] = []
-    drawn: list[Tensor] = []
+    names = ("gold",) if own is None else ("gold", "own")
+    greedy: dict[str, list[Tensor]] = {name: [] for name in names}
+    drawn: dict[str, list[Tensor]] = {name: [] for name in names}
     looks: list[Played] = []
     with at_temperature(player.policy, config.temperature):
         for start in range(0, len(examples), config.batch_size):
             batch = examples[start : start + config.batch_size]
-            best = player.play(batch, samples_per_prompt=1, generator=None, first_index=start)
-            greedy.append(_judged(best))
-            look = player.play(
-                batch,
-                samples_per_prompt=config.samples,
-                generator=generator,
-                first_index=start * config.samples,
-            )
-            drawn.append(_judged(look).view(len(batch), config.samples))
-            looks.append(look)
-    asked, answers = torch.cat(greedy), torch.cat(drawn)
-    result = {**scores(asked, answers), **unscored(asked, answers), **_course(looks)}
+            for count, source, results in ((1, None, greedy), (config.samples, generator, drawn)):
+                first = start * count
+                look = player.play(batch, samples_per_prompt=count, generator=source, first_index=first)
+                results["gold"].append(_judged(look.scores).view(len(batch), count))
+                if own is not None:
+                    climbed, _ = own(look.episodes, look.examples, look.completions, first_index=first)
+                    results["own"].append(_judged(climbed).view(len(batch), count))
+                if source is not None:
+                    looks.append(look)
+    found = {name: (torch.cat(greedy[name]).squeeze(1), torch.cat(drawn[name])) for name in names}
+    result = {**scores(*found["gold"]), **unscored(*found["gold"]), **_course(looks)}
+    if own is not None:
+        result["rewards"] = {**means(*found["own"]), **unscored(*found["own"])}
     if reference is not None:
         with at_temperature(reference, config.temperature):
             result["kl"] = _kl(looks, reference)
     return result
 
 
-def _judged(look: Played) -> Tensor:
+def _judged(found: Scores) -> Tensor:
     """[B] what episodes earned, NaN where nobody could judge."""
-    return torch.where(look.scores.scored, look.scores.total, torch.nan)
+    return torch.where(found.scored, found.total, torch.nan)
 
 
 def _kl(looks: Sequence[Played], reference: LanguagePolicy) -> float:
@@ -135,23 +143,26 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     """Evaluate a run's checkpoint on its task's held-out rows and write RUN/eval.json.
 
     Returns split -> what `evaluate_player` returns. Raises UserError if the folder holds no run with a checkpoint,
-    or a split does not exist.
+    or a split does not exist or is empty.
     """
     folder = Path(run_folder)
     place = str(folder / "config.yaml")
     values: dict[str, Any] = read_tree(folder / "config.yaml").values
-    task = build_task(build_from_dict(values.get("task") or {}, TaskConfig, place))
     turns = build_from_dict(values.get("turns") or {}, TurnsConfig, place)
+    rewards: dict[str, float] = values.get("rewards") or {}
+    task = build_task(build_from_dict(values.get("task") or {}, TaskConfig, place), rewards=judging(rewards, turns))
     source = find_checkpoint(folder, config.checkpoint) / "policy"
     policy = LanguagePolicy.from_pretrained(source).eval()
     limit = (values.get("generation") or {}).get("max_new_tokens")
     player = build_player(policy, load_tokenizer(source), task, turns, rewards={}, max_new_tokens=limit)
     reference = LanguagePolicy.from_pretrained(folder / START).eval() if (folder / START).is_dir() else None
-    results = {}
-    for split in config.splits or tuple(name for name in task.splits if name != "validation"):
-        if split not in task.splits:
-            raise UserError(f"evaluation.splits: this task has no {split!r}; it has {', '.join(task.splits)}")
-        results[split] = evaluate_player(player, task.splits[split], config, reference=reference)
+    own = None
+    if config.own_rewards and rewards and rewards != (judging({}, turns) or task.gold):
+        own = build_judge(rewards, task, turns, rewards_timeout=values.get("rewards_timeout"))
+    results = {
+        split: evaluate_player(player, task.splits[split], config, reference=reference, own=own)
+        for split in chosen_splits(task, config.splits)
+    }
     written = {"checkpoint": source.parent.name, "seed": config.seed, "splits": results}
     write_atomically(folder / "eval.json", json.dumps(written, indent=2) + "\n")
     return results

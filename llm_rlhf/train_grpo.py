@@ -128,8 +128,7 @@ class TrainGRPOConfig:
     log_every: int = 1
 
     def __post_init__(self) -> None:
-        self.shaping.cut_of(self.generation)
-        if self.shaping.cut == "bootstrap":
+        if self.shaping.cut_of(self.generation) == "bootstrap":
             raise ValueError("shaping.cut bootstrap needs a critic, and there is none here: penalise or drop")
         if self.sampling.dynamic_rounds > 1 and self.grpo.group_size == 1:
             raise ValueError("sampling.dynamic_rounds needs groups: set grpo.group_size to at least 2")
@@ -242,7 +241,7 @@ def draw(config: TrainGRPOConfig, learner: Learner) -> tuple[Samples, Scores, di
             rows, samples_per_prompt=config.grpo.group_size, drawn_before=learner.counters.samples
         )
         learner.latest = (samples, scores)
-        if config.self_imitation.coef > 0:
+        if learner.good_answers is not None:
             learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, scores)
         learner.counters.samples += len(scores.total)
         learner.counters.tokens += int(samples.mask.sum())

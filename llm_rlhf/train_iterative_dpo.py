@@ -25,7 +25,7 @@ from llm_rlhf.data.pairs import TokenizedPairs
 from llm_rlhf.data.texts import Batches, TokenizedTexts, concatenate
 from llm_rlhf.evaluate import START
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
-from llm_rlhf.models.generation import GenerationConfig, Samples
+from llm_rlhf.models.generation import GenerationConfig, Samples, at_temperature
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.online.experience import (
@@ -298,16 +298,17 @@ def update(learner: Learner, config: TrainIterativeDPOConfig, *, step: int) -> d
         return {}
     progress = progress_of(step, settings.steps, learner.counters, settings.max_seconds)
     rate = scheduled(settings.learning_rate, schedule=settings.schedule, progress=progress, warmup=settings.warmup)
-    return pair_step(
-        learner.policy,
-        learner.optimizer,
-        pairs,
-        batches.next(),
-        preference=config.preference,
-        nll_coef=config.nll_coef,
-        learning=settings,
-        rate=rate,
-    )
+    with at_temperature(learner.policy, 1.0):  # as in llm/dpo, whatever answers are drawn at
+        return pair_step(
+            learner.policy,
+            learner.optimizer,
+            pairs,
+            batches.next(),
+            preference=config.preference,
+            nll_coef=config.nll_coef,
+            learning=settings,
+            rate=rate,
+        )
 
 
 # ---------------------------------------------------------------- a round
@@ -346,12 +347,14 @@ def new_round(run: Run, learner: Learner, config: TrainIterativeDPOConfig, *, st
     if pairs is not None:
         reference: Tensor | None = None
         if config.preference.loss in NEEDS_REFERENCE:
-            reference = all_log_probs(
-                learner.policy if settings.reference == "round" else begun,
-                (pairs.chosen, pairs.rejected),
-                rows=config.learning.rows,
-                precision=config.learning.precision,
-            )
+            held = learner.policy if settings.reference == "round" else begun
+            with at_temperature(held, 1.0):
+                reference = all_log_probs(
+                    held,
+                    (pairs.chosen, pairs.rejected),
+                    rows=config.learning.rows,
+                    precision=config.learning.precision,
+                )
         referenced = ReferencedPairs(pairs, reference)
         metrics["iterative/margin"] = float(pairs.margin.mean())
     metrics["iterative/pairs"] = 0.0 if pairs is None else float(len(pairs))

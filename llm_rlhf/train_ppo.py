@@ -187,7 +187,7 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int, train_policy
         rows, samples_per_prompt=config.sampling.samples_per_prompt, drawn_before=learner.counters.samples
     )
     learner.latest = (samples, scores)
-    if config.self_imitation.coef > 0:
+    if learner.good_answers is not None:
         learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, scores)
     compare = config.sampling.logprob_gap_every > 0 and step % config.sampling.logprob_gap_every == 0
     drawn = samples

@@ -25,7 +25,7 @@ from llm_rlhf.tasks.task import TaskConfig, build_task
 from llm_rlhf.train_ppo import language_ppo
 from llm_rlhf.turns.episodes import TurnsConfig
 from llm_rlhf.turns.learner import Learner, build_learner, count, experience, record
-from llm_rlhf.turns.playing import Played
+from llm_rlhf.turns.playing import Played, judging
 from policy_core.kl import KLConfig
 from policy_core.ppo import PPOConfig, update
 from policy_core.returns import explained_variance, gae
@@ -93,7 +93,7 @@ def train(config: TrainTurnsPPOConfig, *, resume: Path | None = None) -> RunResu
     """Improve a trained model on the task's rows. Raises UserError if model.path names none, or nobody answers."""
     require_trained(config.model)
     require_precision(config.precision, setting="precision")
-    task = build_task(config.task)
+    task = build_task(config.task, rewards=judging(config.rewards, config.turns))
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
         learner = build_learner(

@@ -154,7 +154,7 @@ def load(folder: Path, environment: Any, units: Units) -> SB3Backend:
     """A saved one, to act. UserError if the folder holds none."""
     try:
         described = json.loads((folder / DESCRIPTION).read_text())
-        options = described["options"] | {"buffer_size": 1}
+        options = described.get("options", {}) | {"buffer_size": 1}
         backend = SB3Backend(described["algorithm"], options, described["hidden"], environment, units, 0)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no saved sb3 algorithm here ({error})") from error

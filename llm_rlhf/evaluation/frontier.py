@@ -218,24 +218,26 @@ class MetricNames:
 
 
 def rows_of_run(folder: str | Path, names: MetricNames = MetricNames()) -> list[Row]:
-    """A point for every logged step that has both KL and gold, where anything could be judged.
+    """A point for every logged step with gold, where anything could be judged; the KL and the proxy are the latest
+    that were measured until then (iterative recipes measure them once a round).
 
     Raises UserError where there is none.
     """
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{folder}: there is no metrics.jsonl in it, so it is no run")
-    rows = [
-        Row(
-            label=Path(folder).name,
-            step=int(line["global_step"]),
-            kl=max(float(line[names.kl]), 0.0),  # an estimate of a KL near 0 may fall below it
-            gold=float(line[names.gold]),
-            proxy=float(line[names.proxy]) if math.isfinite(line.get(names.proxy, math.nan)) else None,
-        )
-        for line in read_metrics(path)
-        if names.kl in line and math.isfinite(line.get(names.gold, math.nan))
-    ]
+    rows: list[Row] = []
+    latest: dict[str, float] = {}
+    for line in read_metrics(path):
+        latest |= {
+            name: float(line[name]) for name in (names.kl, names.proxy) if math.isfinite(line.get(name, math.nan))
+        }
+        if names.kl in latest and math.isfinite(line.get(names.gold, math.nan)):
+            kl = max(latest[names.kl], 0.0)  # an estimate of a KL near 0 may fall below it
+            row = Row(
+                Path(folder).name, int(line["global_step"]), kl, float(line[names.gold]), latest.get(names.proxy)
+            )
+            rows.append(row)
     if not rows:
         raise UserError(f"{path}: no step has both {names.kl} and {names.gold}")
     return rows

@@ -24,6 +24,8 @@ from policy_core.kl import KLConfig, kl_rewards
 from policy_core.rollout import Rollout
 
 Cut = Literal["penalise", "drop", "bootstrap"]
+AT_ONCE = 2**26
+"""Logits of one pass that judges what was drawn: 256 MiB of float32, and as much again for their log-softmax."""
 
 
 @dataclass(frozen=True)
@@ -292,9 +294,20 @@ def recomputed_log_probs(policy: LanguagePolicy, samples: Samples) -> Tensor:
 
     What sampling says of its tokens is that up to rounding. Where it is not (bfloat16 decoding, another engine), a
     rollout's old_log_probs must be these, or the first ratio is not 1: `settled_log_probs` sees to that.
+
+    Taken in passes of as many rows as give AT_ONCE logits; the rows of a prompt stay together.
     """
-    log_probs = policy.log_probs(samples.observations(), samples.input_ids)
-    return torch.where(samples.mask, log_probs, 0.0)
+    if not bool(samples.mask.any()):
+        return torch.zeros_like(samples.log_probs)
+    observations = samples.observations()
+    together = int((samples.prompt == samples.prompt[0]).sum())
+    size = AT_ONCE // (_new_columns(samples) * int(policy.model.config.get_text_config().vocab_size))
+    passes = torch.arange(len(samples.mask)).split(max(size // together, 1) * together)
+    parts = [
+        policy.log_probs({name: values[rows] for name, values in observations.items()}, samples.input_ids[rows])
+        for rows in passes
+    ]
+    return torch.where(samples.mask, torch.cat(parts), 0.0)
 
 
 def settled_log_probs(

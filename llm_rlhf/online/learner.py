@@ -54,27 +54,30 @@ class ValidationConfig:
 class Learner(Moved):
     """What a run on single answers moves besides.
 
+    good_answers    what self-imitation remembers, or None
     process     what pays every step of a completion, or None
     latest      of the last rollout, to show; not part of the state
     """
 
     sampler: Sampler
-    good_answers: GoodAnswers
+    good_answers: GoodAnswers | None = None
     process: ProcessTerm | None = None
     latest: tuple[Samples, Scores] | None = None
 
     def imitated(self) -> list[Imitated]:
         """Self-imitation and PPO-ptx, where the configuration asks for them."""
-        return [*([self.good_answers] if self.good_answers.config.coef > 0 else []), *super().imitated()]
+        return [*([] if self.good_answers is None else [self.good_answers]), *super().imitated()]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights, which have a folder of their own."""
-        return {**super().state_dict(), "good_answers": self.good_answers.state_dict()}
+        answers = self.good_answers
+        return {**super().state_dict(), "good_answers": None if answers is None else answers.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         super().load_state_dict(state)
-        self.good_answers.load_state_dict(state["good_answers"])
+        if self.good_answers is not None and state.get("good_answers") is not None:
+            self.good_answers.load_state_dict(state["good_answers"])
 
 
 def build_learner(
@@ -146,7 +149,7 @@ def build_learner(
         shuffling=torch.Generator().manual_seed(seed + 1),
         controller=KLController(kl),
         counters=Counters(),
-        good_answers=GoodAnswers.of(self_imitation, sampler, seed=seed + 2),
+        good_answers=GoodAnswers.of(self_imitation, sampler, seed=seed + 2) if self_imitation.coef > 0 else None,
         shaper=Shaper(shaping, shaping.cut_of(generation)),
         monitor=Monitor(monitor or MonitorConfig()),
         process=ProcessTerm.of(process or ProcessTermConfig(), sampler),

@@ -42,16 +42,17 @@ from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import Task
 from llm_rlhf.turns.episodes import TurnsConfig, turns_to_rollout
-from llm_rlhf.turns.playing import Played, Player, build_player, written
+from llm_rlhf.turns.playing import Judge, Played, Player, build_judge, build_player, written
 from policy_core.kl import KLConfig, KLController
 from policy_core.rollout import Rollout
 
 
 @dataclass(kw_only=True)
 class Learner(Moved):
-    """What a run of several turns moves besides."""
+    """What a run of several turns moves besides. gold: what judges in validation, whatever rewards are climbed."""
 
     player: Player
+    gold: Judge
     task: Task
 
 
@@ -111,6 +112,7 @@ def build_learner(
             max_new_tokens=generation.max_new_tokens,
             safety=safety,
         ),
+        gold=build_judge({}, task, turns, rewards_timeout=rewards_timeout),
         task=task,
         prompts=Batches(len(task.train), prompts, seed=seed),
         sampling=torch.Generator().manual_seed(seed),
@@ -184,7 +186,8 @@ def record(
 ) -> None:
     """Log an update, look at the validation rows when that is due, save when that is due; the last always."""
     due = last or global_step % max(validation.every, 1) == 0
-    looked = validate_player(learner.player, learner.task.splits["validation"], validation, due=due)
+    player = replace(learner.player, judge=learner.gold)
+    looked = validate_player(player, learner.task.splits["validation"], validation, due=due)
     if looked:
         log_episodes(run, played, global_step=global_step)
     conclude(

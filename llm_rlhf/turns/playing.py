@@ -71,6 +71,11 @@ def written(episodes: Episodes) -> list[str]:
     return ["\n".join(turn.text for turn in turns) for turns in episodes.turns]
 
 
+def judging(rewards: Mapping[str, float], turns: TurnsConfig) -> Mapping[str, float]:
+    """What judges a run's episodes (name -> weight): its rewards or, where it names none, its environment."""
+    return rewards or ({} if turns.environment is None else {ENVIRONMENT: 1.0})
+
+
 def build_judge(
     weights: Mapping[str, float],
     task: Task,
@@ -86,8 +91,7 @@ def build_judge(
     Reward functions may ask for the policy's `turns` and the environment's `replies`, a list of texts an episode.
     Raises UserError for rewards that cannot be used.
     """
-    if not weights:
-        weights = task.gold if turns.environment is None else {ENVIRONMENT: 1.0}
+    weights = judging(weights, turns) or task.gold
     functions = {name: weight for name, weight in weights.items() if name != ENVIRONMENT}
     columns = [*columns_of(task.train), "turns", "replies"]
     environment = weights.get(ENVIRONMENT, 0.0)

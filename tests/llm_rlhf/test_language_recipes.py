@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from experiment.checkpoint import load_checkpoint
 from experiment.config import build_from_dict
 from experiment.errors import UserError
 from experiment.run import RunConfig, RunResult
@@ -18,6 +19,7 @@ from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.online.experience import ShapingConfig
+from llm_rlhf.online.self_imitation import SelfImitationConfig
 from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.task import TaskConfig
 from llm_rlhf.train_grpo import TrainGRPOConfig
@@ -326,8 +328,17 @@ def test_prompts_alone_are_judged_by_the_runs_rewards(tmp_path: Path, base: Path
     found = evaluate_run(folder, EvaluateConfig(samples=2))["test"]
     assert found["sampled"] == found["greedy"] == 0.5
     assert "rewards" not in found
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: column 'completion' is missing"):
-        evaluate_run(folder, EvaluateConfig(own_rewards=False))
+    assert evaluate_run(folder, EvaluateConfig(own_rewards=False, samples=2))["test"]["sampled"] == 0.5
+
+
+def test_checkpoints_hold_good_answers_only_where_they_are_learned(tmp_path: Path, base: Path) -> None:
+    plain = replace(small_ppo(tmp_path / "plain", base, updates=1), self_imitation=SelfImitationConfig())
+    remembering = replace(
+        small_ppo(tmp_path / "remembering", base, updates=1), self_imitation=SelfImitationConfig(coef=0.1)
+    )
+    for config, kept in ((plain, False), (remembering, True)):
+        state = load_checkpoint(train_ppo.train(config).folder / "checkpoints" / "last").state
+        assert (state["good_answers"] is not None) == kept
 
 
 def test_a_diverged_run_stops_with_one_line(tmp_path: Path, base: Path) -> None:

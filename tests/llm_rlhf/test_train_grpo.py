@@ -257,6 +257,7 @@ def test_dropped_completions_teach_nothing(tmp_path: Path, start: Path) -> None:
 def test_what_makes_no_sense_is_refused(tmp_path: Path, start: Path) -> None:
     for sections, message in (
         ({"shaping": {"cut": "bootstrap"}}, r"shaping\.cut bootstrap needs a critic"),
+        ({"generation": {"cut_is_end": False}}, r"shaping\.cut bootstrap needs a critic"),
         ({"shaping": {"cut": "drop"}, "generation": {"cut_is_end": False}}, "contradicts generation.cut_is_end"),
         ({"sampling": {"dynamic_rounds": 0}}, "dynamic_rounds must be at least 1"),
         ({"sampling": {"logprob_gap_every": -1}}, r"sampling\.logprob_gap_every"),

@@ -134,6 +134,22 @@ def test_every_round_begins_at_ln_2(trained: Path) -> None:
     assert len(list((trained / "tables" / "completions").glob("*.jsonl"))) == 2
 
 
+def test_pairs_are_learned_at_temperature_1(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in llm/dpo, whatever the answers were drawn at."""
+    seen: list[tuple[str, float]] = []
+    for name in ("pair_step", "all_log_probs", "metrics_of"):
+        original = getattr(train_iterative_dpo, name)
+
+        def watched(*args: Any, name: str = name, original: Any = original, **more: Any) -> Any:
+            policy = next(one for one in args if isinstance(one, LanguagePolicy))
+            seen.append((name, policy.temperature))
+            return original(*args, **more)
+
+        monkeypatch.setattr(train_iterative_dpo, name, watched)
+    train_iterative_dpo.train(small(base, tmp_path / "run", generation={"temperature": 0.5}))
+    assert set(seen) == {("pair_step", 1.0), ("all_log_probs", 1.0), ("metrics_of", 0.5)}
+
+
 def test_anchored_to_the_start_a_later_round_does_not_begin_at_ln_2(tmp_path: Path, base: Path) -> None:
     config = small(base, tmp_path / "run", steps=4, iterative={"reference": "start"}, nll_coef=0.0)
     logged = rows(train_iterative_dpo.train(config).folder)

@@ -223,6 +223,41 @@ def test_a_game_of_ones_own_teaches_by_turn(tmp_path: Path) -> None:
     assert last["objective/scores"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("recipe", ["ppo", "grpo"])
+def test_rows_of_ones_own_environment_need_no_completion(recipe: str, tmp_path: Path, base: Path) -> None:
+    game = tmp_path / "game.py"
+    game.write_text(GAME)
+    lines = [{"prompt": "12+34="[: 3 + i % 3] + str(i), "answer": "1"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = {"validation": 0.2, "test": 0.2, "max_new_tokens": 12}
+    sections: dict[str, Any] = {
+        "task": {"name": "rows", "data": str(tmp_path / "rows.jsonl"), "rows": rows},
+        "turns": {"environment": f"{game}:Count", "max_turns": 5},
+    }
+    if recipe == "ppo":
+        folder = train_turns_ppo.train(small_ppo(tmp_path / "run", base, 1, **sections)).folder
+    else:
+        folder = train_turns_grpo.train(small_grpo(tmp_path / "run", base, 1, **sections)).folder
+    found = evaluate_run(folder, EvaluateConfig(samples=2))["test"]
+    assert found["prompts"] == 8
+    assert "rewards" not in found
+    assert 0.0 <= found["sampled"] <= 3.0
+
+
+def test_validation_and_evaluation_are_by_the_tasks_own_reward(tmp_path: Path, base: Path) -> None:
+    """What is climbed may be hacked, and stands beside."""
+    (tmp_path / "own.py").write_text("def hacked(prompts, completions):\n    return [5.0] * len(completions)\n")
+    own = {f"{tmp_path}/own.py:hacked": 2.0}
+    folder = train_turns_ppo.train(small_ppo(tmp_path / "run", base, 2, rewards=own)).folder
+    last = logged(folder)[-1]
+    assert last["objective/scores"] == 10.0
+    assert 0.0 <= last["eval/sampled"] <= 1.0
+    found = evaluate_run(folder, EvaluateConfig(samples=2))["test"]
+    assert 0.0 <= found["sampled"] <= 1.0
+    assert found["rewards"]["sampled"] == found["rewards"]["greedy"] == 10.0
+    assert "rewards" not in evaluate_run(folder, EvaluateConfig(samples=2, own_rewards=False))["test"]
+
+
 def test_mistakes_are_one_line(tmp_path: Path, base: Path) -> None:
     for turns, message in (
         ({}, "nobody would answer"),

@@ -93,6 +93,17 @@ def test_rows_of_runs(tmp_path: Path) -> None:
         (1, 0.0, 0.2, 0.1),
         (3, 1.0, 0.4, 0.5),
     ]
+    rounds = [
+        {"global_step": 1, "objective/kl": 0.5, "objective/scores": 0.3},
+        {"global_step": 4, "eval/sampled": 0.1},
+        {"global_step": 5, "objective/kl": 0.75, "objective/scores": "NaN"},
+        {"global_step": 8, "eval/sampled": 0.2},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rounds))
+    assert [(row.step, row.kl, row.gold, row.proxy) for row in rows_of_run(tmp_path)] == [
+        (4, 0.5, 0.1, 0.3),
+        (8, 0.75, 0.2, 0.3),
+    ]
     (tmp_path / "metrics.jsonl").write_text('{"global_step": 1, "eval/sampled": 0.2}\n')
     with pytest.raises(UserError, match="no step has both objective/kl and eval/sampled"):
         rows_of_run(tmp_path)

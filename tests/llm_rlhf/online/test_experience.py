@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from experiment.errors import UserError
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import GenerationConfig, Samples, generate, to_rollout
 from llm_rlhf.models.loading import ModelConfig
+from llm_rlhf.online import experience
 from llm_rlhf.online.experience import (
     OverlongConfig,
     Sampler,
@@ -205,6 +207,29 @@ def test_sampling_and_training_agree_on_log_probs(policy: LanguagePolicy) -> Non
     other = replace(samples, log_probs=torch.where(samples.mask, samples.log_probs - 0.25, 0.0))
     _, metrics = settled_log_probs(policy, other, compare=True)
     assert metrics["sampling/logprob_gap"] == pytest.approx(0.25, abs=1e-5)
+
+
+def test_what_was_drawn_is_judged_in_passes_of_whole_prompts(
+    policy: LanguagePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = drawn(policy, [[5, 6, 7, 8], [9, 10], [11], [12, 13]], k=3)
+    whole = recomputed_log_probs(policy, samples)
+    passes: list[int] = []
+    judge = policy.log_probs
+
+    def counting(observations: Any, actions: torch.Tensor) -> torch.Tensor:
+        passes.append(len(actions))
+        return judge(observations, actions)
+
+    monkeypatch.setattr(policy, "log_probs", counting)
+    one_row = (samples.mask.shape[1] - 4) * policy.model.config.vocab_size
+    for room, expected in ((12, [12]), (7, [6, 6]), (3, [3] * 4), (1, [3] * 4)):
+        monkeypatch.setattr(experience, "AT_ONCE", room * one_row)
+        passes.clear()
+        torch.testing.assert_close(recomputed_log_probs(policy, samples), whole, rtol=0, atol=1e-5)
+        assert passes == expected
+    nothing = replace(samples, mask=torch.zeros_like(samples.mask))
+    assert not recomputed_log_probs(policy, nothing).any()
 
 
 def test_in_bfloat16_the_training_forward_has_the_last_word() -> None:
