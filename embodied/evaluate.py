@@ -129,13 +129,7 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
     run_folder = Path(run_folder)
     source = run_folder / "config.yaml"
     described: Mapping[str, Any] = read_tree(source).values.get("environment") or {}
-    environment = build_from_dict(dict(described), EnvironmentConfig, str(source))
-    environment = replace(
-        environment,
-        id=config.environment_id or environment.id,
-        max_episode_steps=config.max_episode_steps or environment.max_episode_steps,
-        options={**environment.options, **config.options} if config.environment_id is None else config.options,
-    )
+    environment = asked_for(config, build_from_dict(dict(described), EnvironmentConfig, str(source)))
     folder = find_checkpoint(run_folder, config.checkpoint)
     policy = StatePolicy.from_pretrained(folder / "policy")
     figures = evaluate_policy(policy, environment, config)
@@ -143,6 +137,24 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
     for index in range(config.videos):  # last: where nothing can be drawn, the figures are kept
         film(policy, environment, run_folder / "videos" / f"eval-{index}.mp4", seed=TEST_SEEDS + index)
     return figures
+
+
+def asked_for(config: EvaluateConfig, trained: EnvironmentConfig) -> EnvironmentConfig:
+    """The environment to evaluate in: the one of training, but for what the evaluation changes."""
+    return replace(
+        trained,
+        id=config.environment_id or trained.id,
+        max_episode_steps=config.max_episode_steps or trained.max_episode_steps,
+        options={**trained.options, **config.options} if config.environment_id is None else config.options,
+    )
+
+
+def require_plain(config: EvaluateConfig, whose: str) -> None:
+    """UserError for a film or sampled actions, which `whose` policies have not."""
+    if config.videos:
+        raise UserError(f"videos: not of {whose}")
+    if not config.deterministic:
+        raise UserError(f"deterministic=false: {whose} is played by its best actions")
 
 
 def write_report(

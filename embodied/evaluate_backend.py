@@ -10,6 +10,8 @@ from embodied.backends.backend import Backend, Units, play
 from embodied.evaluate import (
     TEST_SEEDS,
     EvaluateConfig,
+    asked_for,
+    require_plain,
     seeds,
     summarize,
     write_report,
@@ -17,7 +19,6 @@ from embodied.evaluate import (
 from embodied.train_backend import UNITS, TrainBackendConfig
 from experiment.checkpoint import find_checkpoint
 from experiment.config import build, read_tree
-from experiment.errors import UserError
 
 __all__ = ["EvaluateConfig", "evaluate_run"]
 
@@ -25,13 +26,13 @@ __all__ = ["EvaluateConfig", "evaluate_run"]
 def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
     """Evaluate a run's checkpoint and write RUN/eval.json; returns the figures.
 
-    UserError if the folder is no such run or holds no checkpoint yet, or if a film is asked for.
+    UserError if the folder is no such run or holds no checkpoint yet, or for a film or samples.
     """
-    if config.videos:
-        raise UserError("videos: not of a back end's run")
+    require_plain(config, "a back end's run")
     tree = read_tree(run_folder / "config.yaml")
     tree.pop("recipe", None)
     trained = build(tree, TrainBackendConfig)
+    environment = asked_for(config, trained.environment)
     checkpoint = find_checkpoint(run_folder, config.checkpoint)
     folder = checkpoint / "policy"
     units = Units.from_json(json.loads((folder / UNITS).read_text()))
@@ -39,7 +40,7 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
     if trained.algorithm.startswith("d3rlpy/"):
         backend = d3rlpy_backend.load(folder)
     else:
-        backend = sb3_backend.load(folder, trained.environment, units)
-    figures = summarize(play(backend, units, trained.environment, seeds(TEST_SEEDS, config.episodes)))
-    write_report(run_folder, checkpoint, trained.environment, config, figures)
+        backend = sb3_backend.load(folder, environment, units)
+    figures = summarize(play(backend, units, environment, seeds(TEST_SEEDS, config.episodes)))
+    write_report(run_folder, checkpoint, environment, config, figures)
     return figures

@@ -9,6 +9,8 @@ import numpy as np
 from embodied.evaluate import (
     TEST_SEEDS,
     EvaluateConfig,
+    asked_for,
+    require_plain,
     seeds,
     summarize,
     write_report,
@@ -28,13 +30,13 @@ SIDE_BY_SIDE = 50
 def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
     """Evaluate a run's checkpoint and write RUN/eval.json; returns the figures.
 
-    UserError if the folder is no such run or holds no checkpoint yet, or if a film is asked for.
+    UserError if the folder is no such run or holds no checkpoint yet, or for a film or samples.
     """
-    if config.videos:
-        raise UserError("videos: not of a decision transformer's run")
+    require_plain(config, "a decision transformer's run")
     tree = read_tree(run_folder / "config.yaml")
     tree.pop("recipe", None)
     trained = build(tree, TrainDTConfig)
+    environment = asked_for(config, trained.environment)
     checkpoint = find_checkpoint(run_folder, config.checkpoint)
     policy = DecisionTransformer.from_pretrained(checkpoint / "policy")
     asked = [
@@ -49,7 +51,7 @@ def evaluate_run(run_folder: Path, config: EvaluateConfig) -> dict[str, float]:
         )
     chosen = np.array(seeds(TEST_SEEDS, config.episodes))
     pieces = np.array_split(chosen, -(-len(chosen) // SIDE_BY_SIDE))
-    records = [record for piece in pieces for record in play(policy, trained.environment, piece.tolist(), target)]
+    records = [record for piece in pieces for record in play(policy, environment, piece.tolist(), target)]
     figures = summarize(records) | {"eval/target_return": target}
-    write_report(run_folder, checkpoint, trained.environment, config, figures)
+    write_report(run_folder, checkpoint, environment, config, figures)
     return figures

@@ -67,6 +67,8 @@ class TrainBCConfig:
     def __post_init__(self) -> None:
         if not 0 < self.best <= 1:
             raise ValueError(f"best must be in (0, 1], got {self.best}")
+        if min(self.updates, self.batch_size, self.evaluate_every) < 1 or self.episodes < 0:
+            raise ValueError("updates, batch_size and evaluate_every must be at least 1, episodes not negative")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
         if self.policy.head == "squashed":

@@ -48,6 +48,10 @@ class EvaluationConfig:
     episodes: int = 20
     video: bool = False
 
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.episodes < 1:
+            raise ValueError("evaluation: every must not be negative, episodes at least 1")
+
 
 @dataclass(frozen=True)
 class TrainPPOConfig:
@@ -75,6 +79,8 @@ class TrainPPOConfig:
     log_std: float | None = None
 
     def __post_init__(self) -> None:
+        if self.horizon < 1 or self.total_steps < 1:
+            raise ValueError("horizon and total_steps must be at least 1")
         if self.kl.coef > 0 and self.init is None:
             raise ValueError("kl.coef needs init: the KL is to the policy that training starts from")
         if self.ppo.aggregation != "decision":  # minibatches are of single decisions, from many episodes
@@ -90,13 +96,20 @@ class Inputs:
     demonstrations: DemonstrationBatches | None
 
     @classmethod
-    def read(cls, config: TrainPPOConfig) -> Inputs:
-        """UserError if something is missing, damaged or made for another environment."""
+    def read(cls, config: TrainPPOConfig, resume: Path | None = None) -> Inputs:
+        """UserError if something is missing, damaged or made for another environment.
+
+        resume: the run that goes on; its checkpoints hold the clone where the KL asks for it.
+        """
         if config.log_std is not None and config.init is None:
             raise UserError("log_std is for a policy to start from: give init=POLICY_FOLDER, or set policy.log_std")
         environment = environment_spec(config.environment)
         spaces = spaces_of(environment)
-        clone = None if config.init is None else StatePolicy.from_pretrained(config.init).requires_grad_(False)
+        source = config.init
+        if resume is not None and (kept := resume / "checkpoints" / "last" / "policy").is_dir():
+            kept = kept.with_name("clone")
+            source = str(kept) if kept.is_dir() else config.init if config.kl.coef > 0 else None
+        clone = None if source is None else StatePolicy.from_pretrained(source).requires_grad_(False)
         if clone is not None and clone.spaces != spaces:
             raise UserError(f"init: {config.init} is a policy for {clone.spaces}, the environment has {spaces}")
         demonstrations = DemonstrationBatches.load(config.demonstrations, environment, config.run.seed)
@@ -169,7 +182,7 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
     steps_per_update = config.environment.count * config.horizon
     updates = 1 if config.run.dry_run else max(1, -(-config.total_steps // steps_per_update))
     warmup = config.ppo.critic_only(updates)
-    inputs = Inputs.read(config)
+    inputs = Inputs.read(config, resume)
     with Run.start(config, recipe="embodied/ppo", resume=resume) as run:
         checkpoint = run.checkpoint
         learner = Learner.build(config, inputs, None if checkpoint is None else checkpoint.folder / "policy")
@@ -274,4 +287,7 @@ def save(
 ) -> None:
     """A checkpoint: the policy as a folder that loads by itself, the rest as state."""
     state = {"learner": learner.state_dict(), "environments": collector.workers.state()}
-    run.save(state, global_step=global_step, folders={"policy": learner.policy.save_pretrained}, metric=metric)
+    folders = {"policy": learner.policy.save_pretrained}
+    if learner.reference is not None:
+        folders["clone"] = learner.reference.save_pretrained
+    run.save(state, global_step=global_step, folders=folders, metric=metric)

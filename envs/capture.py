@@ -21,6 +21,7 @@ world, a socket, a queue) cannot be read: `obstacle` names it.
 import dataclasses
 import enum
 import functools
+import random
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -91,10 +92,13 @@ def _models(owner: object, key: str, above: frozenset[int]) -> Iterator[tuple[st
             yield from _models(value, f"{key}{name}.", above | {id(value)})
 
 
-def obstacle(env: gymnasium.Env[Any, Any]) -> str | None:
-    """None if the state of `env` can be captured, else one line that names what cannot be read."""
+def obstacle(env: gymnasium.Env[Any, Any], nominal: Mapping[str, Mapping[str, np.ndarray]]) -> str | None:
+    """None if the state of `env` can be captured, else one line that names what cannot be read.
+
+    nominal: `nominal_fields` before the first reset.
+    """
     try:
-        capture(env, nominal_fields(env))
+        capture(env, nominal)
     except _UnreadableError as error:
         return str(error)
     return None
@@ -163,7 +167,10 @@ def _read_attributes(
         if isinstance(value, mujoco.MjModel):
             if key + name not in nominal:
                 raise _UnreadableError(f"{path}{name}: a MuJoCo model in a list, or made after the environment")
-            nodes[name] = {"kind": "model", "fields": _changed_fields(value, nominal[key + name])}
+            fields = model_fields(value)
+            if _shapes(fields) != _shapes(nominal[key + name]):
+                raise _UnreadableError(f"{path}{name}: a MuJoCo model that is made anew, with other parts")
+            nodes[name] = {"kind": "model", "fields": _changed_fields(fields, nominal[key + name])}
         elif _is_frozen(value) or not _is_plain_object(value):
             nodes[name] = _read(value, path + name, above)
         else:
@@ -173,10 +180,14 @@ def _read_attributes(
     return nodes
 
 
-def _changed_fields(model: mujoco.MjModel, nominal: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _shapes(fields: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in fields.items()}
+
+
+def _changed_fields(fields: Mapping[str, np.ndarray], nominal: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {
         name: value
-        for name, value in model_fields(model).items()
+        for name, value in fields.items()
         if not np.array_equal(value, nominal[name], equal_nan=value.dtype.kind == "f")
     }
 
@@ -190,6 +201,9 @@ def _read(value: Any, path: str, above: frozenset[int]) -> Any:
         return {"kind": "scalar", "value": np.array([value])}
     if isinstance(value, np.random.Generator):
         return {"kind": "generator", "value": value.bit_generator.state}
+    if type(value) is random.Random:
+        version, words, gauss = value.getstate()
+        return {"kind": "random", "version": version, "words": np.array(words, np.uint32), "gauss": gauss}
     if isinstance(value, mujoco.MjData):
         return {"kind": "data", **_read_data(value)}
     above = _below(value, path, above)
@@ -246,10 +260,12 @@ def _frozen_class(name: str) -> Any:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether everything the object knows is in its `__dict__`: no slots, no part written in C."""
+    """Whether everything the object knows is in its `__dict__`: no slots, no part written in C, which would have a
+    way of its own to be copied."""
     return (
         hasattr(value, "__dict__")
         and not isinstance(value, enum.Enum)
+        and "__reduce__" not in {name for cls in type(value).__mro__[:-1] for name in vars(cls)}
         and all(
             cls.__flags__ & _PYTHON_CLASS and not vars(cls).get("__slots__")
             for cls in type(value).__mro__
@@ -303,6 +319,10 @@ def _write(current: Any, node: Any) -> Any:
             return node["value"][0]
         case "generator":
             return _write_generator(current, node["value"])
+        case "random":
+            found = current if type(current) is random.Random else random.Random()
+            found.setstate((node["version"], tuple(node["words"].tolist()), node["gauss"]))
+            return found
         case "model":  # it was written before
             return current
         case "data":

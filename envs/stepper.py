@@ -170,7 +170,8 @@ class Stepper:
         if not self._capture_checked:
             if self._numbers[0] < 0:
                 raise ValueError("call reset before state: many environments have their attributes only then")
-            self._capture_obstacle = capture.obstacle(self._environments[0])
+            found = (capture.obstacle(env, self._nominal) for env in self._environments)
+            self._capture_obstacle = next((one for one in found if one is not None), None)
             self._capture_checked = True
         return self._capture_obstacle
 

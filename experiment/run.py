@@ -58,7 +58,7 @@ class RunConfig:
         name: a short name for folders, panels and wandb.
         seed: of python, numpy and torch.
         threads: torch's; a run is only reproducible with the same number.
-        checkpoint_every: in global_steps.
+        checkpoint_every: in global_steps; cloning and offline learning keep one with every evaluation instead.
         keep: how many of the newest checkpoints stay; the best stays besides.
         wandb: "auto" means WANDB_MODE if set, else online if a key is there, else offline.
         wandb_project: project in wandb.
@@ -131,6 +131,7 @@ class Run:
         self._old_handler: Any = None
         self._open = True
         self._new = False
+        self._there: frozenset[str] = frozenset()  # what was in the folder before the run
         self._in_loop = False
 
     # ------------------------------------------------------------ beginning
@@ -148,6 +149,7 @@ class Run:
         import torch
 
         folder = _new_folder(config.run) if resume is None else _existing_folder(Path(resume))
+        there = frozenset(path.name for path in folder.iterdir())
         lock = _lock(folder)
         try:
             checkpoints = Checkpoints(folder / "checkpoints", config.run.keep)
@@ -156,7 +158,7 @@ class Run:
             checkpoint = load_checkpoint(newest) if newest else None
             _write_records(config, recipe, folder)
             run = cls(config, recipe, folder, checkpoint, lock)
-            run._new = resume is None
+            run._new, run._there = resume is None, there
         except BaseException:
             os.close(lock)
             raise
@@ -304,7 +306,20 @@ class Run:
             )
         self._close(exit_code=0 if kind is None else 1)
         if mistake:  # the user mends the configuration and starts anew: there is nothing to continue
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove()
+
+    def _remove(self) -> None:
+        """What this run has made, and its folder unless somebody else keeps something there."""
+        for path in self.folder.iterdir():
+            if path.name in self._there:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        if not self._there:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def _close(self, exit_code: int) -> None:
         if not self._open:
@@ -327,8 +342,7 @@ class Run:
             return ""
         if steps:
             return f", resuming goes back to step {steps[-1]} (the newest checkpoint)"
-        every = self._settings.checkpoint_every
-        return f", resuming begins again (no checkpoint yet: run.checkpoint_every is {every})"
+        return ", resuming begins again (no checkpoint yet)"
 
     def _elapsed(self) -> float:
         """Seconds of work, those before a resume included."""

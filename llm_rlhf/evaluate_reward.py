@@ -98,8 +98,9 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     pairs = read_pairs(pairs_config)
     splits: dict[str, Sequence[Comparison]] = {name: getattr(pairs, name) for name in config.splits}
     if config.data is not None:
-        other = read_pairs(dataclasses.replace(pairs_config, path=config.data))
-        splits = {Path(config.data).name: [*other.train, *other.validation, *other.test]}
+        whole = dataclasses.replace(pairs_config, path=config.data, validation=0.0, test=0.0, limit=None)
+        other = read_pairs(dataclasses.replace(whole, validation_path=None, test_path=None))
+        splits = {Path(config.data).name: other.train}
     results = {
         name: evaluate_reward(model, source, pairs, split, config=config, settings=settings, split=name)
         for name, split in splits.items()

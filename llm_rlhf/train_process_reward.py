@@ -20,6 +20,7 @@ from torch import Tensor
 from experiment.checkpoint import Which, find_checkpoint, write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.device import find_device
+from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from experiment.statistics import wilson_interval
 from llm_rlhf.data.texts import Batches
@@ -78,10 +79,10 @@ def train(config: TrainProcessRewardConfig, *, resume: Path | None = None) -> Ru
                 losses = update(learner, config, step=step, total=total)
             counters.seconds += time.process_time() - began
             last = step == total or (settings.max_seconds is not None and counters.seconds >= settings.max_seconds)
+            looked: dict[str, float] = {}
             due = config.validation.every > 0 and (last or step % config.validation.every == 0)
-            looked = (
-                {f"eval/{name}": x for name, x in judge(learner.steps, learner.held_out).items()} if due else {}
-            )
+            if due and learner.held_out is not None:
+                looked = {f"eval/{name}": x for name, x in judge(learner.steps, learner.held_out).items()}
             if looked or last or step % config.log_every == 0:
                 position = {"samples": counters.samples, "tokens": counters.tokens, "epoch": learner.batches.epoch}
                 run.log({**losses, **position, **looked}, global_step=step)
@@ -102,7 +103,7 @@ class Learner:
 
     steps: StepScorer
     data: TokenizedSteps
-    held_out: TokenizedSteps
+    held_out: TokenizedSteps | None
     optimizer: torch.optim.Optimizer
     batches: Batches
     counters: Counters
@@ -143,7 +144,7 @@ def build_learner(run: Run, solutions: StepData, config: TrainProcessRewardConfi
     labelled = int((~data.labels.isnan()).sum())
     right = float(data.labels.nan_to_num().sum()) / labelled
     print(f"training: {len(data)} solutions, {labelled} labelled steps, {right:.0%} of them right", flush=True)
-    learning = config.learning
+    learning, held_out = config.learning, solutions.validation
     groups: list[dict[str, Any]] = [
         {"params": list(model.heads.parameters())},
         {"params": list(model.trunk.parameters())},
@@ -151,7 +152,7 @@ def build_learner(run: Run, solutions: StepData, config: TrainProcessRewardConfi
     learner = Learner(
         steps=steps,
         data=data,
-        held_out=tokenize_steps(solutions.validation, steps.scorer, steps.separator),
+        held_out=tokenize_steps(held_out, steps.scorer, steps.separator) if held_out else None,
         optimizer=torch.optim.AdamW(
             groups, lr=learning.head_learning_rate, weight_decay=learning.weight_decay, fused=True
         ),
@@ -256,7 +257,10 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     settings = build_from_dict(values.get("steps") or {}, StepsConfig, str(folder / "config.yaml"))
     source = find_checkpoint(folder, config.checkpoint) / FOLDER
     steps = StepScorer.from_pretrained(source)
-    data = tokenize_steps(getattr(read_solutions(settings), config.split), steps.scorer, steps.separator)
+    solutions = getattr(read_solutions(settings), config.split)
+    if not solutions:
+        raise UserError(f"{folder}: steps.{config.split} is 0, so no solutions were kept for it; say another split")
+    data = tokenize_steps(solutions, steps.scorer, steps.separator)
     results: dict[str, dict[str, float]] = {config.split: judge(steps, data)}
     write_atomically(
         folder / "eval.json", json.dumps({"checkpoint": source.parent.name, "splits": results}, indent=2) + "\n"

@@ -16,9 +16,9 @@ from typing import Any, TextIO
 import torch
 
 from experiment.errors import UserError, user_errors
-from llm_rlhf.data.chat import Message, render
+from llm_rlhf.data.chat import Chat, Message
 from llm_rlhf.data.texts import encode_prompts, keep_end
-from llm_rlhf.evaluation.subject import Subject, load_subject
+from llm_rlhf.evaluation.subject import Subject, ends_of, load_subject
 from llm_rlhf.models.generation import draw_index
 from tandem.benchmark import find_model
 
@@ -169,7 +169,7 @@ class Conversation:
                 self.messages = self.messages[-1:]
                 text = self.messages[0]["content"]
             else:
-                text = render(self.subject.tokenizer, self.messages, answer=True)
+                text = Chat.prompt(self.messages)
             (ids,) = encode_prompts(self.subject.tokenizer, [text])
             if len(ids) <= room:
                 return ids
@@ -199,6 +199,7 @@ def stream(subject: Subject, ids: list[int], config: ChatConfig, generator: torc
     cache: Any = None
     drawn: list[int] = []
     shown = ""
+    ends = {int(tokenizer.eos_token_id), *ends_of(policy)}
     for _ in range(config.longest_answer(len(ids), policy.context)):
         logits, hidden, cache = policy.step(new, mask, cache=cache, use_cache=True, keep=1)
         offered = policy.decoding_logits(logits[:, -1], hidden[:, -1])
@@ -208,7 +209,7 @@ def stream(subject: Subject, ids: list[int], config: ChatConfig, generator: torc
             token = offered.argmax(-1)
         else:
             token = draw_index(torch.softmax(offered / config.temperature, dim=-1), generator)
-        if int(token) == int(tokenizer.eos_token_id):
+        if int(token) in ends:
             break
         drawn.append(int(token))
         text = str(tokenizer.decode(drawn, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -222,6 +222,8 @@ class _Session:
         env, steering = self._env, self._steering
         seed = int(np.random.default_rng([self._seed, scene]).integers(TRAINING_SEEDS))
         task = self._config.tasks[scene % len(self._config.tasks)]
+        if env.randomizer is not None:
+            env.randomizer.forget_start()
         with user_errors():
             observation, _ = env.reset(seed=seed, options={"task": task})
         self._screen.show(env.world.data)

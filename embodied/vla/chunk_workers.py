@@ -244,7 +244,7 @@ class ChunkWorker(Player):
 
     def capture_obstacle(self) -> str | None:
         """Why the environments cannot be captured, None if they can."""
-        return capture.obstacle(self.table.seats[0].env)
+        return capture.obstacle(self.table.seats[0].env, self._nominal)
 
     def close(self) -> None:
         """Close the environments."""

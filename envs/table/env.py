@@ -75,7 +75,10 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         render_mode: str | None = None,
     ) -> None:
         named = [(task, _task(task)) for task in ([tasks] if isinstance(tasks, (str, OwnTask)) else tasks)]
-        own = {task.name: task for _, task in named if isinstance(task, OwnTask)}
+        own: dict[str, OwnTask] = {}
+        for _, task in named:
+            if isinstance(task, OwnTask) and own.setdefault(task.name, task) is not task:
+                raise ValueError(f"tasks: two are named {task.name!r}: give one of them another `name`")
         places = [task.place for task in own.values()]
         if len(set(places)) < len(places):
             raise ValueError(f"tasks {', '.join(own)} share a place in the state: give each another `place`")

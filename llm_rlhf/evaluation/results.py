@@ -25,11 +25,13 @@ class Measure:
 
     top, bottom     of each item; bottom None = 1 each, so the value is the mean of top
     exponential     the value is exp of that, as perplexity is
+    share           items that are all 0 or 1 are successes of trials; False where they may be negative
     """
 
     top: Sequence[float]
     bottom: Sequence[float] | None = None
     exponential: bool = False
+    share: bool = True
 
     def __post_init__(self) -> None:
         if not self.top or (self.bottom is not None and len(self.bottom) != len(self.top)):
@@ -43,7 +45,7 @@ class Measure:
 
     def interval(self, confidence: float = 0.95) -> Interval:
         """Wilson's where every item is 0 or 1, else the percentile bootstrap over items."""
-        if self.bottom is None and not self.exponential and set(self.top) <= {0.0, 1.0}:
+        if self.share and self.bottom is None and not self.exponential and set(self.top) <= {0.0, 1.0}:
             return wilson_interval(int(sum(self.top)), len(self.top), confidence)
         return _percentiles(self._resampled(_draws(len(self.top), seed=0)), confidence)
 

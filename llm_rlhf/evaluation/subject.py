@@ -25,6 +25,10 @@ Prompt = str | list[Message]
 """A text or `Chat`, or the messages of a conversation whose next one is the assistant's."""
 
 
+TAIL = 8
+"""Tokens of a prompt that decide how what follows them is decoded."""
+
+
 @dataclass(frozen=True)
 class Decoding:
     """max_new_tokens: longest completion, EOS included; temperature 0 is greedy; samples: of each prompt; stop: a
@@ -59,6 +63,27 @@ class Likelihood:
         return self.log_prob / max(self.size, 1)
 
 
+def ends_of(policy: LanguagePolicy) -> frozenset[int]:
+    """Tokens at which the model's own generation settings end a text: a turn's end beside the tokenizer's eos."""
+    settings = getattr(policy.model, "generation_config", None)
+    ends = getattr(settings, "eos_token_id", None)
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+
+
+def until(tokens: list[int], ends: frozenset[int]) -> list[int]:
+    """What stands before the first of `ends`."""
+    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def decoded_behind(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int]) -> str:
+    """The completion's text as it continues the prompt's: decoded alone, some tokenizers drop its first space."""
+    tail = prompt[-TAIL:]
+    (before,), (alone,), (whole,) = (
+        decode_completions(tokenizer, [ids]) for ids in (tail, completion, [*tail, *completion])
+    )
+    return whole[len(before) :] if whole.startswith(before) else alone
+
+
 @dataclass
 class Subject:
     """A policy with its tokenizer.
@@ -77,12 +102,16 @@ class Subject:
 
     def text_of(self, prompt: Prompt) -> str:
         """What the model is given. Raises UserError if the chat template refuses the messages."""
+        given = self._given(prompt)
+        if isinstance(given, Chat):
+            return render(self.tokenizer, given.messages, answer=True, place=given.place)
+        return given
+
+    def _given(self, prompt: Prompt) -> str:
+        """A text, or a conversation (`Chat`) for the template, which also says whether it begins with bos."""
         if isinstance(prompt, str):
-            prompt = self.asked(prompt)
-            if isinstance(prompt, Chat):
-                return render(self.tokenizer, prompt.messages, answer=True, place=prompt.place)
-            return prompt
-        return render(self.tokenizer, prompt, answer=True) if self.chat else str(Chat.prompt(prompt))
+            return self.asked(prompt)
+        return Chat.prompt(prompt) if self.chat else str(Chat.prompt(prompt))
 
     def asked(self, prompt: str) -> str:
         """What whoever judges the answer must be given.
@@ -101,8 +130,9 @@ class Subject:
                 f"--max-new-tokens: {decoding.max_new_tokens} leave no room for a prompt in the model's context of "
                 f"{self.policy.context} tokens; lower it"
             )
-        ids = [self._fitting(one, room) for one in encode_prompts(self.tokenizer, [*map(self.text_of, prompts)])]
-        eos = int(self.tokenizer.eos_token_id)
+        given = [self._given(prompt) for prompt in prompts]
+        ids = [self._fitting(one, room) for one in encode_prompts(self.tokenizer, given)]
+        eos, ends = int(self.tokenizer.eos_token_id), ends_of(self.policy)
         generator = torch.Generator().manual_seed(decoding.seed) if decoding.temperature > 0 else None
         texts: list[str] = []
         with at_temperature(self.policy, decoding.temperature or 1.0):
@@ -116,7 +146,11 @@ class Subject:
                     pad=pad_id(self.tokenizer),
                     generator=generator,
                 )
-                texts += decode_completions(self.tokenizer, samples.completions(without=eos))
+                drawn = [until(tokens, ends) for tokens in samples.completions(without=eos)]
+                for row, text in enumerate(decode_completions(self.tokenizer, drawn)):
+                    prompt = start + row // decoding.samples
+                    plain = not isinstance(given[prompt], Chat)
+                    texts.append(decoded_behind(self.tokenizer, ids[prompt], drawn[row]) if plain else text)
         stopped = [cut_at(text, decoding.stop) for text in texts]
         return [stopped[row : row + decoding.samples] for row in range(0, len(stopped), decoding.samples)]
 
@@ -126,7 +160,7 @@ class Subject:
 
         Raises UserError for a completion that is empty or fills the context.
         """
-        prompts = encode_prompts(self.tokenizer, [self.text_of(prompt) for prompt, _ in pairs])
+        prompts = encode_prompts(self.tokenizer, [self._given(prompt) for prompt, _ in pairs])
         ends = [list(self.tokenizer.encode(text, add_special_tokens=False)) for _, text in pairs]
         found: list[Likelihood] = []
         with at_temperature(self.policy, 1.0):

@@ -167,7 +167,7 @@ def win_rate(pairs: Sequence[Pair], judge: Judge) -> Result:
     if unjudged == len(pairs):
         raise UserError(f"win rate: the judge could say nothing of any of the {len(pairs)} pairs")
     measures = {
-        name: Measure([sum(values) / len(values) for values in found.values()])
+        name: Measure([sum(values) / len(values) for values in found.values()], share=name != "position_bias")
         for name, found in points.items()
         if found
     }

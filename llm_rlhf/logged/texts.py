@@ -114,10 +114,11 @@ def tokenize_logged(
     prompts = encode_prompts(tokenizer, [text[0].text for text in texts])
     bodies = [_body(text, tokenizer) for text in texts]
     left, right = max(len(prompt) for prompt in prompts), max(len(body) for body in bodies)
-    if left + right > context:
+    longest = max(range(len(texts)), key=lambda row: len(prompts[row]) + len(bodies[row]))
+    if len(prompts[longest]) + len(bodies[longest]) > context:
         raise UserError(
-            f"a prompt of {left} tokens and what follows, up to {right} tokens, do not fit the model's context of "
-            f"{context}; shorten the texts, or set model.context for a new model"
+            f"a prompt of {len(prompts[longest])} tokens and what follows, {len(bodies[longest])} tokens, do not "
+            f"fit the model's context of {context}; shorten the texts, or set model.context for a new model"
         )
     shape = (len(texts), left + right)
     ids, attention = torch.full(shape, pad), torch.zeros(shape, dtype=torch.long)

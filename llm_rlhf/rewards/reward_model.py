@@ -364,9 +364,17 @@ def build_reward_model(
         policy, tokenizer = build_policy(ModelConfig(path=source), alphabet=alphabet)
         trunk = cast(PreTrainedModel, policy.model.base_model)
     start = tokenizer.cls_token_id if probe(trunk)[1] else None
-    longest = min(int(getattr(trunk.config, "max_position_embeddings", 2**31)), int(tokenizer.model_max_length))
+    longest = min(positions_of(trunk), int(tokenizer.model_max_length))
     context = longest - (start is not None)
     return RewardModel(trunk, objectives=objectives, heads=heads, start=start, context=context), tokenizer
+
+
+def positions_of(trunk: PreTrainedModel) -> int:
+    """Tokens that its positions suffice for. RoBERTa and its kin count positions from behind the padding's id."""
+    positions = int(getattr(trunk.config, "max_position_embeddings", 2**31))
+    embedding = getattr(getattr(trunk, "embeddings", None), "position_embeddings", None)
+    padding = getattr(embedding, "padding_idx", None)
+    return positions if padding is None else positions - padding - 1
 
 
 def reward_writer(model: RewardModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[Path], None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +239,24 @@ def test_the_kl_is_to_the_clone(config: TrainPPOConfig, clone: Path, rows_of: Ro
     for row in rows:
         assert row["objective/kl"] == pytest.approx(expected, abs=0.15)  # four standard errors of 1800 samples
         assert row["objective/kl_coef"] == 0.1
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.1])
+def test_it_resumes_without_what_it_began_with(
+    coef: float, config: TrainPPOConfig, clone: Path, tmp_path: Path, rows_of: Rows
+) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(clone, start)
+    ppo = replace(config.ppo, schedule="constant")
+    config = replace(config, init=str(start), kl=KLConfig(coef=coef), ppo=ppo)
+    whole = train_ppo.train(elsewhere(config, tmp_path / "whole")).folder
+    half = elsewhere(config, tmp_path / "half", total_steps=config.total_steps // 2)
+    train_ppo.train(half)
+    shutil.rmtree(start)
+    train_ppo.train(elsewhere(config, tmp_path / "half"), resume=tmp_path / "half")
+    assert ("objective/kl" in rows_of(whole)[-1]) == (coef > 0)
+    if coef:
+        assert rows_of(tmp_path / "half")[-1]["objective/kl"] == rows_of(whole)[-1]["objective/kl"]
 
 
 def test_a_strong_kl_holds_the_policy(config: TrainPPOConfig, clone: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import enum
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_a_model_of_a_helper_object_comes_back_before_its_data() -> None:
     room, nominal = Room(Task("red", np.zeros(2))), capture.nominal_fields(Room(Task("red", np.zeros(2))))
     assert list(nominal) == ["0.scene.model"]
     room.scene = _used()
-    assert capture.obstacle(room) is None
+    assert capture.obstacle(room, capture.nominal_fields(room)) is None
     state = capture.capture(room, nominal)
     assert sorted(state[0]["scene"]["items"]["model"]["fields"]) == ["body_mass", "opt.gravity", "opt.timestep"]
     fresh = Room(Task("red", np.zeros(2)))
@@ -170,7 +171,7 @@ def test_state_of_wrappers_is_kept() -> None:
     env.reset(seed=1)
     for _ in range(5):
         env.step(np.zeros(1, np.float32))
-    assert capture.obstacle(env) is None
+    assert capture.obstacle(env, capture.nominal_fields(env)) is None
     state, fresh = capture.capture(env, {}), made()
     fresh.reset(seed=2)
     capture.restore(fresh, state, {})
@@ -207,16 +208,46 @@ class _List(list):
 )
 def test_what_cannot_be_read_is_named(value: Any, message: str) -> None:
     scene = Scene()
-    assert capture.obstacle(scene) is None
+    assert capture.obstacle(scene, capture.nominal_fields(scene)) is None
     scene.extra = value
-    assert message in str(capture.obstacle(scene))
+    assert message in str(capture.obstacle(scene, capture.nominal_fields(scene)))
+
+
+class _Dice(random.Random):
+    """Keeps its state where only pickle finds it."""
+
+
+def test_pythons_own_generator_goes_on() -> None:
+    scene, other = Scene(), Scene()
+    scene.extra, other.extra = random.Random(3), random.Random(4)
+    scene.extra.gauss(0, 1)
+    nominal = capture.nominal_fields(scene)
+    state = capture.capture(scene, nominal)
+    expected = [scene.extra.random() for _ in range(5)]
+    capture.restore(other, state, nominal)
+    assert [other.extra.random() for _ in range(5)] == expected
+    other.extra = None
+    capture.restore(other, state, nominal)
+    assert [other.extra.random() for _ in range(5)] == expected
+    scene.extra = _Dice(3)
+    assert "_Dice has no readable state" in str(capture.obstacle(scene, nominal))
+
+
+def test_a_model_that_is_made_anew_with_other_parts_is_an_obstacle() -> None:
+    scene = Scene()
+    nominal = capture.nominal_fields(scene)
+    scene.model = mujoco.MjModel.from_xml_string(_XML)
+    assert capture.obstacle(scene, nominal) is None
+    more = _XML.replace("</worldbody>", '<geom type="box" size="1 1 1"/></worldbody>')
+    scene.model = mujoco.MjModel.from_xml_string(more)
+    assert "Scene.model: a MuJoCo model that is made anew" in str(capture.obstacle(scene, nominal))
 
 
 def test_an_object_within_itself_is_refused() -> None:
     scene = Scene()
     scene.extra = [scene.task]
     scene.extra.append(scene.extra)
-    assert "within itself" in str(capture.obstacle(scene))
+    assert "within itself" in str(capture.obstacle(scene, capture.nominal_fields(scene)))
 
 
 def test_a_state_of_another_environment_is_refused() -> None:

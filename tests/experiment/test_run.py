@@ -252,7 +252,7 @@ def test_signals_close_everything(
     [
         (
             3,
-            "stopped at step 3, resuming begins again (no checkpoint yet: run.checkpoint_every is 4); continue",
+            "stopped at step 3, resuming begins again (no checkpoint yet); continue",
         ),
         (5, "stopped at step 5, resuming goes back to step 4 (the newest checkpoint); continue with"),
     ],
@@ -358,6 +358,15 @@ def test_a_mistake_found_before_the_loop_leaves_no_folder(
     assert not (tmp_path / "r").exists()
     captured = capsys.readouterr()
     assert "continue with" not in captured.out + captured.err
+
+
+def test_what_somebody_else_keeps_in_the_folder_stays(toy: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "r" / ".git").mkdir(parents=True)
+    (tmp_path / "r" / ".git" / "HEAD").write_text("ref")
+    with pytest.raises(UserError, match="no model"), start(toy, tmp_path / "r"):
+        raise UserError("no model here")
+    assert [path.name for path in (tmp_path / "r").iterdir()] == [".git"]
+    assert (tmp_path / "r" / ".git" / "HEAD").read_text() == "ref"
 
 
 def test_a_mistake_found_in_the_loop_leaves_the_run(toy: SimpleNamespace, tmp_path: Path) -> None:

@@ -235,6 +235,17 @@ def test_a_report_by_objective_and_on_other_data(tmp_path: Path) -> None:
     assert "pareto" not in other["rows.jsonl"]
 
 
+def test_all_of_another_file_is_judged_and_nothing_else(tmp_path: Path) -> None:
+    path, held_out = rows(tmp_path / "rows.jsonl", objectives=False), tmp_path / "held.jsonl"
+    held_out.write_text("".join(Path(path).read_text().splitlines(keepends=True)[:30]))
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(Path(path).read_text().splitlines(keepends=True)[:5]))
+    pairs = {"path": path, "validation_path": str(held_out), "test_path": str(held_out), "limit": 40}
+    folder = trained(tmp_path / "run", path, pairs=pairs, learning={"steps": 2})
+    found = evaluate_run(folder, EvaluateConfig(data=str(other), checkpoint="last"))
+    assert found["other.jsonl"]["comparisons"] == 5
+
+
 def test_a_length_penalty_is_judged_too(tmp_path: Path) -> None:
     """With a penalty that outweighs everything, the shorter answer wins and the report says so."""
     path = rows(tmp_path / "rows.jsonl", objectives=False)

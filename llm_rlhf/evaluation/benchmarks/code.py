@@ -18,9 +18,10 @@ from llm_rlhf.evaluation.results import Measure, Result
 from llm_rlhf.evaluation.sandbox import LIMITS, Limits, Ran, protection, run_program
 from llm_rlhf.tasks.examples import text_column
 
-STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nimport ", "\nfrom ")
+STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nimport ", "\nfrom ", "\n```")
 """What can only stand behind the function's body (after the paper's section 2.2), for models asked to complete."""
-FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?\S.*?)(?:\n```|\Z)", re.DOTALL)
+"""A block with something in it: a fence behind which there is nothing closes what stands before it."""
 COLUMNS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 
 
@@ -47,13 +48,12 @@ def program_of(item: CodeItem, completion: str) -> str:
     """The program that passes if the completion is right.
 
     A completion is the rest of the function, or, from a model that was asked in a conversation, text with a fenced
-    block of Python; a block that defines the function stands for itself, and the prompt's imports come with it.
+    block of Python; a block that defines the function replaces the prompt's, whose imports and helpers stay.
     """
     fenced = FENCE.search(completion)
-    body = fenced.group(1) if fenced else completion
+    body = fenced.group(1) if fenced else completion.split("\n```", 1)[0]
     if re.search(rf"^def {re.escape(item.entry_point)}\b", body, re.MULTILINE):
-        imports = [line for line in item.prompt.splitlines() if re.match(r"(import|from) ", line)]
-        written = "\n".join([*imports, body])
+        written = f"{item.prompt.rstrip()}\n    pass\n\n\n{body}"
     else:
         written = item.prompt + body
     return f"{written}\n\n{item.test}\n\ncheck({item.entry_point})\n"

@@ -214,6 +214,11 @@ def test_trained_saved_evaluated_resumed(
     assert [row["samples"] for row in rows if "eval/mean_reward" in row] == [10, 20]
     figures = evaluate_run(result.folder, EvaluateConfig(checkpoint="last", episodes=3))
     assert figures["eval/episodes"] == 3
+    short = evaluate_run(result.folder, EvaluateConfig(checkpoint="last", episodes=2, max_episode_steps=5))
+    assert short["eval/ep_len_mean"] == 5
+    assert json.loads((result.folder / "eval.json").read_text())["environment"]["max_episode_steps"] == 5
+    with pytest.raises(UserError, match="deterministic=false: a back end's run"):
+        evaluate_run(result.folder, EvaluateConfig(checkpoint="last", deterministic=False))
     assert (result.folder / "eval.json").is_file()
     policy = result.folder / "checkpoints" / "last" / "policy"
     assert not [path for path in policy.iterdir() if path.suffix in (".pt", ".pkl", ".zip")]

@@ -150,6 +150,8 @@ def test_resumed_to_the_bit_and_evaluated(
         expected, found = (tmp_path / n / "checkpoints/last" / file for n in "ab")
         assert found.read_bytes() == expected.read_bytes()
     assert rows_of(tmp_path / "b") == rows_of(tmp_path / "a")
+    short = evaluate_run(tmp_path / "a", EvaluateConfig(checkpoint="last", episodes=2, max_episode_steps=3))
+    assert short["eval/ep_len_mean"] == 3
     figures = evaluate_run(tmp_path / "a", EvaluateConfig(checkpoint="last", episodes=3))
     assert figures["eval/episodes"] == 3
     (tmp_path / "a" / "checkpoints" / "best").unlink()

@@ -120,6 +120,24 @@ def test_what_was_steered_is_what_is_recorded(play: Callable[..., Any]) -> None:
     assert told[-1].startswith("1 episodes saved")
 
 
+def test_what_is_drawn_at_the_start_is_drawn_anew_for_every_episode(
+    play: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "once.yaml"
+    file.write_text("- {field: kp, operation: scale, range: [0.5, 1.0], names: 'joint*', when: start}\n")
+    strengths: list[float] = []
+    begin = teleop._Session._episode
+
+    def watched(session: Any, scene: int) -> Any:
+        end = begin(session, scene)
+        strengths.append(float(session._env.world.model.actuator_gainprm[0, 0]))
+        return end
+
+    monkeypatch.setattr(teleop._Session, "_episode", watched)
+    play({2: [RIGHT], 5: [ENTER], 8: [RIGHT], 11: [ENTER], 14: [ESCAPE]}, randomization=str(file))
+    assert len(set(strengths)) == len(strengths) >= 2
+
+
 def test_a_step_takes_a_tenth_of_a_second(play: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(f"{__name__}.Clock", lambda: clock)

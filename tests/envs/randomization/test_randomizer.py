@@ -295,7 +295,7 @@ def test_a_captured_environment_goes_on_bit_for_bit(model: mujoco.MjModel, mjcf:
     env = Arm(model, EVERYTHING)
     resumed = Arm(mujoco.MjModel.from_xml_string(mjcf), EVERYTHING)
     nominal = nominal_fields(env)
-    assert obstacle(env) is None
+    assert obstacle(env, nominal_fields(env)) is None
     env.reset(seed=1)
     play(env, 7, np.random.default_rng(2))
     state = capture(env, nominal)

@@ -41,6 +41,12 @@ HOME = OwnTask(
 )
 
 
+def test_two_tasks_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="two are named 'home'"):
+        TableEnv(tasks=(HOME, replace(HOME, hold=3, place=1)), observe=("state",))
+    assert len(TableEnv(tasks=(HOME, HOME, "reach"), observe=("state",))._tasks) == 3
+
+
 def test_a_task_of_ones_own_is_drawn_asked_for_and_judged() -> None:
     env = TableEnv(tasks=(HOME, "reach"), observe=("state",))
     seen = set()

@@ -423,7 +423,7 @@ def test_a_captured_table_goes_on_bit_for_bit(randomization: Any, steps: int, ob
 
     original, unused, used = make(), make(), make()
     nominal = [capture.nominal_fields(env) for env in (original, unused, used)]
-    assert capture.obstacle(original) is None
+    assert capture.obstacle(original, capture.nominal_fields(original)) is None
     moved(original, steps, seed=7)
     moved(used, 12, seed=8)
     state = capture.capture(original, nominal[0])

@@ -143,7 +143,8 @@ env.reset(seed=0)
 env.step(env.action_space.sample())
 from envs import capture, make
 importlib.reload(make)
-print(capture.obstacle(env), env.spec.max_episode_steps, gymnasium.spec("tandem/Table-v0").entry_point)
+nominal = capture.nominal_fields(env)
+print(capture.obstacle(env, nominal), env.spec.max_episode_steps, gymnasium.spec("tandem/Table-v0").entry_point)
 """
 
 

@@ -18,7 +18,7 @@ from llm_rlhf.logged.texts import tokenize_logged
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.loading import ModelConfig, new_language_model
 from llm_rlhf.models.tokenizer import character_tokenizer
-from llm_rlhf.rewards.reward_model import RewardModel, Scorer, build_reward_model
+from llm_rlhf.rewards.reward_model import RewardModel, Scorer, build_reward_model, positions_of
 from llm_rlhf.tasks.examples import Example, Piece
 from tandem.chat import ChatConfig, Conversation
 
@@ -141,6 +141,8 @@ def test_an_encoder_whose_cls_is_its_bos_gets_one(tmp_path: Path, pooling: Any) 
     tokenizer(cls_token="<s>", sep_token="</s>", model_max_length=32).save_pretrained(str(tmp_path))
     model, words = build_reward_model(ModelConfig(path=str(tmp_path)), alphabet="", objectives=("reward",), heads=1)
     assert model.start == BOS
+    assert positions_of(model.trunk) == 40 - PAD - 1
+    model.trunk(input_ids=torch.full((1, 40 - PAD - 1), A))  # as many as there are positions
     model.pooling = pooling
     bare = RewardModel(model.trunk, heads=1)
     bare.pooling = pooling

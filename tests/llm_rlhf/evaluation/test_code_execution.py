@@ -10,6 +10,7 @@ import pytest
 from experiment.errors import UserError
 from llm_rlhf.evaluation import sandbox
 from llm_rlhf.evaluation.benchmarks.code import (
+    STOP,
     CodeItem,
     pass_at_k,
     program_of,
@@ -18,6 +19,7 @@ from llm_rlhf.evaluation.benchmarks.code import (
     score_humaneval,
 )
 from llm_rlhf.evaluation.sandbox import Limits, Ran, protection, run_program
+from llm_rlhf.evaluation.subject import cut_at
 
 PROMPT = '''from typing import List
 
@@ -67,9 +69,23 @@ def test_completions_and_conversations_make_programs() -> None:
     assert program_of(ITEM, "    return 1\n").startswith(ITEM.prompt + "    return 1\n\n\nMETADATA")
     said = "Sure!\n```python\ndef largest(numbers: List[int]) -> int:\n    return max(numbers)\n```\nIt uses max."
     program = program_of(ITEM, said)
-    assert program.startswith("from typing import List\ndef largest")
+    assert program.startswith(ITEM.prompt.rstrip() + "\n    pass\n\n\ndef largest")
     assert "Sure" not in program
     assert program.endswith("check(largest)\n")
+
+
+def test_what_stands_before_a_closing_fence_is_the_body() -> None:
+    body = "    return max(numbers)\n```\n"
+    assert program_of(ITEM, body).startswith(ITEM.prompt + "    return max(numbers)\n\n")
+    assert cut_at("    return 1\n```\nmore", STOP) == "    return 1"
+
+
+def test_helpers_of_the_prompt_stay() -> None:
+    prompt = 'def double(x):\n    return 2 * x\n\n\ndef four(x):\n    """Twice double."""\n'
+    item = CodeItem("own/1", prompt, "", "def check(f):\n    assert f(1) == double(double(1))", "four")
+    said = "```python\ndef four(x):\n    return double(double(x))\n```"
+    (ran,) = run_all([item], [[said, "    return 4 * x\n"]], allowed=True, limits=QUICK)
+    assert [one.outcome for one in ran] == ["passed", "passed"]
 
 
 def test_right_wrong_and_cheating_programs() -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from llm_rlhf.evaluation.subject import Decoding, Subject, cut_at, load_subject
+from llm_rlhf.evaluation.subject import Decoding, Subject, cut_at, decoded_behind, ends_of, load_subject
 
 Make = Callable[..., Subject]
 
@@ -91,6 +93,30 @@ def test_conversations(make_subject: Make) -> None:
     assert make_subject(chat=True).text_of("hi") == "user: hi\nassistant: "
     assert make_subject().text_of(messages) == "user: hi\nassistant: oh\nuser: ?\nassistant: "
     assert make_subject(chat=True).text_of(messages) == "user: hi\nassistant: oh<eos>\nuser: ?\nassistant: "
+
+
+def test_a_turn_ends_where_the_models_own_settings_end_it(make_subject: Make) -> None:
+    subject = make_subject()
+    (whole,) = subject.complete(["hello "], Decoding(max_new_tokens=8))
+    ids = subject.tokenizer.encode(whole[0], add_special_tokens=False)
+    subject.policy.model.generation_config.eos_token_id = [subject.tokenizer.eos_token_id, ids[3]]
+    assert ends_of(subject.policy) == {subject.tokenizer.eos_token_id, ids[3]}
+    (cut,) = subject.complete(["hello "], Decoding(max_new_tokens=8))
+    assert cut == [subject.tokenizer.decode(ids[: ids.index(ids[3])])]
+    subject.policy.model.generation_config.eos_token_id = None
+    assert ends_of(subject.policy) == frozenset()
+
+
+def test_a_completion_keeps_the_space_that_its_tokenizer_drops_at_a_texts_beginning() -> None:
+    """As Llama 2's: a space is "\u2581", and the first one of a text is taken for the mark of its beginning."""
+    words = {"<s>": 0, "</s>": 1, "\u2581\u2581\u2581\u2581": 2, "\u2581": 3, "return": 4, ":": 5, "\n": 6}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    replace = decoders.Replace("\u2581", " ")
+    inner.decoder = decoders.Sequence([replace, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    assert tokenizer.decode([2, 4]) == "   return"
+    assert decoded_behind(tokenizer, [0, 4, 5, 6], [2, 4]) == "    return"
+    assert decoded_behind(tokenizer, [0], [4]) == "return"
 
 
 def test_stop_texts() -> None:

@@ -35,6 +35,7 @@ def test_a_fair_judge_by_hand() -> None:
     assert (figures["pairs"], figures["groups"], figures["unjudged"]) == (4, 4, 0)
     low, high = figures["win_rate_interval"]
     assert 0 <= low < 0.625 < high <= 1
+    assert figures["position_bias_interval"] == [0.0, 0.0]  # 0 of each pair: no trial that might have succeeded
     swapped = win_rate([Pair(pair.prompt, pair.b, pair.a) for pair in PAIRS], one_by_one(longer, "longer"))
     assert swapped.figures()["win_rate"] == 1 - figures["win_rate"]
 

@@ -104,6 +104,8 @@ def test_columns_of_a_conversation() -> None:
 
 def test_texts_that_do_not_fit_are_said() -> None:
     _, tokenizer, _ = tiny()
+    long_and_short = [[Piece("a" * 18, None), Piece("r", 1.0)], [Piece("a", None), Piece("r" * 18, 1.0)]]
+    assert len(tokens(tokenizer, long_and_short)) == 2  # the longest parts together would not fit
     with pytest.raises(UserError, match="do not fit the model's context of 24"):
         tokens(tokenizer, [[Piece("a", None), Piece("r" * 30, 1.0)]])
     with pytest.raises(UserError, match="no texts"):

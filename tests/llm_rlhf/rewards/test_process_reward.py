@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,16 @@ def test_it_resumes_to_the_bit_and_micro_batches_change_nothing(tmp_path: Path) 
     one = train_process_reward.train(small(tmp_path / "one", path, steps=1, learning={"micro_batch_size": None}))
     assert one.metrics["loss/steps"] == pytest.approx(rows_of(whole)[0]["loss/steps"], abs=1e-5)
     assert one.metrics["policy/grad_norm"] == pytest.approx(rows_of(whole)[0]["policy/grad_norm"], abs=1e-4)
+
+
+def test_nothing_need_be_held_out(tmp_path: Path) -> None:
+    path = counting(tmp_path / "rows.jsonl")
+    config = small(tmp_path / "run", path, steps=2)
+    config = replace(config, steps=replace(config.steps, validation=0.0, test=0.0))
+    folder = train_process_reward.train(config).folder
+    assert not any("eval/loss" in row for row in rows_of(folder))
+    with pytest.raises(UserError, match=r"steps\.test is 0"):
+        evaluate_run(folder, EvaluateConfig(checkpoint="last"))
 
 
 def test_an_encoder_is_refused(tmp_path: Path) -> None:
