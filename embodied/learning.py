@@ -18,8 +18,12 @@ from policy_core.ppo import NonFiniteLoss
 from policy_core.rollout import Rollout
 
 
-def charge_kl(rollout: Rollout, config: KLConfig, coef: float) -> tuple[Rollout, dict[str, float]]:
+def charge_kl(
+    rollout: Rollout, config: KLConfig, coef: float, *, decisions: float | None = None
+) -> tuple[Rollout, dict[str, float]]:
     """The rollout with the KL penalty in its rewards, where the configuration puts it there; and metrics.
+
+    decisions   of a whole episode, on average, where rollouts cut episodes; None: the rollout's are whole
 
     objective/kl is measured in `config.unit`, what the controller is fed with; nothing without a reference.
     """
@@ -35,8 +39,17 @@ def charge_kl(rollout: Rollout, config: KLConfig, coef: float) -> tuple[Rollout,
         estimator=config.estimator if in_reward else "k1",
         factor_mask=rollout.factor_mask,
     )
-    measured = kl_in_unit(divergence, mask=rollout.mask, episode=rollout.episode, unit=config.unit)
+    parts = {"mask": rollout.mask, "episode": rollout.episode}
+    if config.unit == "episode" and decisions is not None:
+        measured = decisions * kl_in_unit(divergence, unit="decision", **parts)
+    else:
+        measured = kl_in_unit(divergence, unit=config.unit, **parts)
     return replace(rollout, rewards=penalized), {"objective/kl": measured, "objective/kl_coef": coef}
+
+
+def decisions_of(recent: Sequence[EpisodeRecord], *, steps_a_decision: float = 1.0) -> float | None:
+    """Of an episode, on average over the latest that have ended; None where none has."""
+    return float(np.mean([record.length for record in recent])) / steps_a_decision if recent else None
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from embodied.evaluate import VALIDATION_SEEDS, film, score, seeds, summarize
-from embodied.learning import charge_kl, continue_environments, episode_metrics, stopping_on_nan
+from embodied.learning import charge_kl, continue_environments, decisions_of, episode_metrics, stopping_on_nan
 from embodied.logged.demonstrations import DemonstrationBatches, DemonstrationTerm
 from embodied.policies.normalization import RewardScaler
 from embodied.policies.numpy_actor import StatePolicyConfig
@@ -242,7 +242,8 @@ def improve(
     rollout = judge(experience, policy, gamma=config.ppo.gamma, rewards=rewards, reference=learner.reference)
     if update == 1:
         rollout.validate()
-    rollout, metrics = charge_kl(rollout, kl, learner.controller.coef)
+    ended_lately = [*learner.recent, *experience.episodes]
+    rollout, metrics = charge_kl(rollout, kl, learner.controller.coef, decisions=decisions_of(ended_lately))
     advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
     rate = scheduled(
         config.ppo.learning_rate, schedule=config.ppo.schedule, progress=progress, warmup=config.ppo.warmup

@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from embodied.learning import charge_kl, stopping_on_nan
+from embodied.learning import charge_kl, decisions_of, stopping_on_nan
 from embodied.vla.chunk_rollout import ChunkCollector, ChunkExperience, judge_chunks
 from embodied.vla.learner import (
     TableEvaluationConfig,
@@ -162,7 +162,9 @@ def improve(
     rollout = judge_chunks(experience, gamma=config.ppo.gamma, critic=policy, reference=learner.reference)
     if update == 1:
         rollout.validate()
-    rollout, kl_metrics = charge_kl(rollout, config.kl, learner.controller.coef)
+    steps = experience.control_steps / int(rollout.mask.sum())
+    decisions = decisions_of([episode.record for episode in learner.recent], steps_a_decision=steps)
+    rollout, kl_metrics = charge_kl(rollout, config.kl, learner.controller.coef, decisions=decisions)
     *current, eyes = rates(config, update=update, updates=updates)
     for group, rate in zip(learner.optimizer.param_groups, current, strict=True):
         group["lr"] = rate
