@@ -31,6 +31,7 @@ from llm_rlhf.models.loading import ModelConfig, model_folder, new_language_mode
 from llm_rlhf.models.lora import base_of
 from llm_rlhf.models.precision import Precision, autocast
 from llm_rlhf.models.tokenizer import character_tokenizer, pad_id, require_known_tokens
+from llm_rlhf.rewards.trunks import positions_of
 
 HEADS, SETTINGS = "reward_heads.safetensors", "reward.json"
 FOLDER = "reward_model"
@@ -367,14 +368,6 @@ def build_reward_model(
     longest = min(positions_of(trunk), int(tokenizer.model_max_length))
     context = longest - (start is not None)
     return RewardModel(trunk, objectives=objectives, heads=heads, start=start, context=context), tokenizer
-
-
-def positions_of(trunk: PreTrainedModel) -> int:
-    """Tokens that its positions suffice for. RoBERTa and its kin count positions from behind the padding's id."""
-    positions = int(getattr(trunk.config, "max_position_embeddings", 2**31))
-    embedding = getattr(getattr(trunk, "embeddings", None), "position_embeddings", None)
-    padding = getattr(embedding, "padding_idx", None)
-    return positions if padding is None else positions - padding - 1
 
 
 def reward_writer(model: RewardModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[Path], None]]:

@@ -1,4 +1,4 @@
-"""Parts of a pretrained trunk: which layers a reward model keeps, and which of those it learns."""
+"""Parts of a pretrained trunk: which layers a reward model keeps and learns, how many positions it has."""
 
 from __future__ import annotations
 
@@ -48,3 +48,11 @@ def lowest(trunk: PreTrainedModel, count: int) -> list[nn.Parameter]:
     every = list(trunk.parameters())
     end = max(place for place, parameter in enumerate(every) if id(parameter) in inside)
     return [parameter for parameter in every[: end + 1] if id(parameter) not in above]
+
+
+def positions_of(trunk: PreTrainedModel) -> int:
+    """Tokens that its positions suffice for. RoBERTa and its kin count positions from behind the padding's id."""
+    positions = int(getattr(trunk.config, "max_position_embeddings", 2**31))
+    embedding = getattr(getattr(trunk, "embeddings", None), "position_embeddings", None)
+    padding = getattr(embedding, "padding_idx", None)
+    return positions if padding is None else positions - padding - 1

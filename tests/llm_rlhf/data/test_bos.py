@@ -18,7 +18,8 @@ from llm_rlhf.logged.texts import tokenize_logged
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.loading import ModelConfig, new_language_model
 from llm_rlhf.models.tokenizer import character_tokenizer
-from llm_rlhf.rewards.reward_model import RewardModel, Scorer, build_reward_model, positions_of
+from llm_rlhf.rewards.reward_model import RewardModel, Scorer, build_reward_model
+from llm_rlhf.rewards.trunks import positions_of
 from llm_rlhf.tasks.examples import Example, Piece
 from tandem.chat import ChatConfig, Conversation
 
