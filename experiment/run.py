@@ -310,7 +310,7 @@ class Run:
 
     def _remove(self) -> None:
         """What this run has made, and its folder unless somebody else keeps something there."""
-        for path in self.folder.iterdir():
+        for path in list(self.folder.iterdir()):
             if path.name in self._there:
                 continue
             if path.is_dir() and not path.is_symlink():
