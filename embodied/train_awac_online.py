@@ -8,18 +8,18 @@ proportion to how good it was; so it stays near what it has seen, and goes beyon
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from embodied.logged.offline import Inputs, Parts, adam, new_networks, new_policy, precision
-from embodied.logged.practice import Practice, PracticeConfig, report
+from embodied.logged.practice import Practice, PracticeConfig, practise
 from embodied.logged.transitions import reward_scale
-from embodied.rollouts.rollout import Collector
 from experiment.checkpoint import Checkpoint
-from experiment.run import Run, RunResult
+from experiment.run import RunResult
 from policy_core import awac
 from policy_core.awac import AWACConfig
 from policy_core.critics import ActorCritic
@@ -38,29 +38,16 @@ class TrainAWACOnlineConfig(PracticeConfig):
 
 def train(config: TrainAWACOnlineConfig, *, resume: Path | None = None) -> RunResult:
     """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
-    inputs = Inputs.read(config)
-    if config.init is not None and resume is None:
-        build(config, inputs)  # what does not fit is told before there is a folder
-    with Run.start(config, recipe="embodied/awac_online", resume=resume) as run:
-        networks, practice = build(config, inputs, run.checkpoint)
-        policy = practice.policy
-        with Collector(config.environment, policy, steps=config.horizon, seed=config.run.seed) as collector:
-            first = practice.go_on(run.checkpoint, collector)
-            run.begin_loop(config.rounds)
-            for number in range(first, config.rounds + 1):
-                started = time.perf_counter()
-                practice.remember(collector.collect(policy), config)
-                collected = time.perf_counter()
-                metrics = improve(networks, practice, config, updates=config.updates_of(number))
-                seconds = {"rollout": collected - started, "update": time.perf_counter() - collected}
-                report(run, metrics, practice, collector, config, number=number, seconds=seconds)
-        return run.finish()
+    return practise(config, recipe="embodied/awac_online", build=build, resume=resume)
 
 
 def build(
     config: TrainAWACOnlineConfig, inputs: Inputs, checkpoint: Checkpoint | None = None
-) -> tuple[ActorCritic, Practice]:
-    """Fresh, from the run that `config.init` names, or from a checkpoint. UserError if the run does not fit."""
+) -> tuple[Practice, Callable[[int], Metrics]]:
+    """What learns (fresh, from the run that `config.init` names, or from a checkpoint), and how it does.
+
+    UserError if that run does not fit.
+    """
     policy = new_policy(config, inputs, "bounded")
     networks = new_networks(config, policy)
     movers = {
@@ -70,10 +57,11 @@ def build(
     modules = {"policy": policy, "critic": networks.critic, "target": networks.target}
     scale = reward_scale(inputs.episodes, config.data)
     parts = Parts(modules, movers, torch.Generator().manual_seed(config.run.seed), scale)
-    return networks, Practice.begin(config, inputs, policy, parts, checkpoint, offline="embodied/awac")
+    practice = Practice.begin(config, inputs, policy, parts, checkpoint, offline="embodied/awac")
+    return practice, partial(improve, networks, practice, config)
 
 
-def improve(networks: ActorCritic, practice: Practice, config: TrainAWACOnlineConfig, *, updates: int) -> Metrics:
+def improve(networks: ActorCritic, practice: Practice, config: TrainAWACOnlineConfig, updates: int) -> Metrics:
     """Gradient steps of critics and policy; the last one's metrics."""
     metrics: Metrics = {}
     parts = practice.parts

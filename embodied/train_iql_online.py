@@ -8,19 +8,19 @@ nobody took, so nothing needs to be warmed up at the switch. The policy explores
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from embodied.logged.offline import Inputs, Parts, adam, new_networks, new_policy, precision
-from embodied.logged.practice import Practice, PracticeConfig, report
+from embodied.logged.practice import Practice, PracticeConfig, practise
 from embodied.logged.transitions import reward_scale
 from embodied.policies.state_mlp import ValueUnits
-from embodied.rollouts.rollout import Collector
 from experiment.checkpoint import Checkpoint
-from experiment.run import Run, RunResult
+from experiment.run import RunResult
 from policy_core import iql
 from policy_core.critics import ActorCritic
 from policy_core.iql import IQLConfig
@@ -42,29 +42,16 @@ class TrainIQLOnlineConfig(PracticeConfig):
 
 def train(config: TrainIQLOnlineConfig, *, resume: Path | None = None) -> RunResult:
     """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
-    inputs = Inputs.read(config)
-    if config.init is not None and resume is None:
-        build(config, inputs)  # what does not fit is told before there is a folder
-    with Run.start(config, recipe="embodied/iql_online", resume=resume) as run:
-        networks, practice = build(config, inputs, run.checkpoint)
-        policy, traced = practice.policy, iql.traced_gradient(networks)
-        with Collector(config.environment, policy, steps=config.horizon, seed=config.run.seed) as collector:
-            first = practice.go_on(run.checkpoint, collector)
-            run.begin_loop(config.rounds)
-            for number in range(first, config.rounds + 1):
-                started = time.perf_counter()
-                practice.remember(collector.collect(policy), config)
-                collected = time.perf_counter()
-                metrics = improve(networks, practice, config, traced, updates=config.updates_of(number))
-                seconds = {"rollout": collected - started, "update": time.perf_counter() - collected}
-                report(run, metrics, practice, collector, config, number=number, seconds=seconds)
-        return run.finish()
+    return practise(config, recipe="embodied/iql_online", build=build, resume=resume)
 
 
 def build(
     config: TrainIQLOnlineConfig, inputs: Inputs, checkpoint: Checkpoint | None = None
-) -> tuple[ActorCritic, Practice]:
-    """Fresh, from the run that `config.init` names, or from a checkpoint. UserError if the run does not fit."""
+) -> tuple[Practice, Callable[[int], Metrics]]:
+    """What learns (fresh, from the run that `config.init` names, or from a checkpoint), and how it does.
+
+    UserError if that run does not fit.
+    """
     policy = new_policy(config, inputs, "bounded")
     scale = reward_scale(inputs.episodes, config.data)
     policy.value_units = ValueUnits(scale, config.data.shift)
@@ -72,7 +59,8 @@ def build(
     optimizer = adam([*policy.parameters(), *networks.critic.parameters()], config.learning_rate)
     modules = {"policy": policy, "critic": networks.critic, "target": networks.target}
     parts = Parts(modules, {"all": optimizer}, torch.Generator().manual_seed(config.run.seed), scale)
-    return networks, Practice.begin(config, inputs, policy, parts, checkpoint, offline="embodied/iql")
+    practice = Practice.begin(config, inputs, policy, parts, checkpoint, offline="embodied/iql")
+    return practice, partial(improve, networks, practice, config, iql.traced_gradient(networks))
 
 
 def improve(
@@ -80,7 +68,6 @@ def improve(
     practice: Practice,
     config: TrainIQLOnlineConfig,
     traced: TracedGradient,
-    *,
     updates: int,
 ) -> Metrics:
     """Gradient steps of policy, value and critics; the last one's metrics."""

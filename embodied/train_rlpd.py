@@ -9,18 +9,18 @@ RLPD (Ball 2023, 2302.02948): soft actor-critic with many normalised critics; pr
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from embodied.logged.offline import CriticConfig, Inputs, Parts, adam, new_networks, new_policy, precision
-from embodied.logged.practice import Practice, PracticeConfig, report
+from embodied.logged.practice import Practice, PracticeConfig, practise
 from embodied.logged.transitions import reward_scale
-from embodied.rollouts.rollout import Collector
 from experiment.checkpoint import Checkpoint
-from experiment.run import Run, RunResult
+from experiment.run import RunResult
 from policy_core import cql, sac
 from policy_core.cql import CQLConfig, Multiplier
 from policy_core.critics import ActorCritic
@@ -44,29 +44,16 @@ class TrainRLPDConfig(PracticeConfig):
 
 def train(config: TrainRLPDConfig, *, resume: Path | None = None) -> RunResult:
     """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
-    inputs = Inputs.read(config)
-    if config.init is not None and resume is None:
-        build(config, inputs)  # what does not fit is told before there is a folder
-    with Run.start(config, recipe="embodied/rlpd", resume=resume) as run:
-        networks, practice = build(config, inputs, run.checkpoint)
-        policy = practice.policy
-        with Collector(config.environment, policy, steps=config.horizon, seed=config.run.seed) as collector:
-            first = practice.go_on(run.checkpoint, collector)
-            run.begin_loop(config.rounds)
-            for number in range(first, config.rounds + 1):
-                started = time.perf_counter()
-                practice.remember(collector.collect(policy), config)
-                collected = time.perf_counter()
-                metrics = improve(networks, practice, config, updates=config.updates_of(number))
-                seconds = {"rollout": collected - started, "update": time.perf_counter() - collected}
-                report(run, metrics, practice, collector, config, number=number, seconds=seconds)
-        return run.finish()
+    return practise(config, recipe="embodied/rlpd", build=build, resume=resume)
 
 
 def build(
     config: TrainRLPDConfig, inputs: Inputs, checkpoint: Checkpoint | None = None
-) -> tuple[ActorCritic, Practice]:
-    """Fresh, from the run that `config.init` names, or from a checkpoint. UserError if the run does not fit."""
+) -> tuple[Practice, Callable[[int], Metrics]]:
+    """What learns (fresh, from the run that `config.init` names, or from a checkpoint), and how it does.
+
+    UserError if that run does not fit.
+    """
     policy = new_policy(config, inputs, "squashed")
     networks = new_networks(config, policy)
     temperature, coefficient = Coefficient(config.sac.initial_temperature), Coefficient(1.0)
@@ -85,10 +72,11 @@ def build(
     }
     scale = reward_scale(inputs.episodes, config.data)
     parts = Parts(modules, movers, torch.Generator().manual_seed(config.run.seed), scale)
-    return networks, Practice.begin(config, inputs, policy, parts, checkpoint, offline="embodied/cql")
+    practice = Practice.begin(config, inputs, policy, parts, checkpoint, offline="embodied/cql")
+    return practice, partial(improve, networks, practice, config)
 
 
-def improve(networks: ActorCritic, practice: Practice, config: TrainRLPDConfig, *, updates: int) -> Metrics:
+def improve(networks: ActorCritic, practice: Practice, config: TrainRLPDConfig, updates: int) -> Metrics:
     """Gradient steps of critics, policy and temperature; the last one's metrics."""
     metrics: Metrics = {}
     parts = practice.parts

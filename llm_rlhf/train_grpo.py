@@ -128,8 +128,7 @@ class TrainGRPOConfig:
     log_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.shaping.cut_of(self.generation) == "bootstrap":
-            raise ValueError("shaping.cut bootstrap needs a critic, and there is none here: penalise or drop")
+        self.shaping.require_no_bootstrap(self.generation)
         if self.sampling.dynamic_rounds > 1 and self.grpo.group_size == 1:
             raise ValueError("sampling.dynamic_rounds needs groups: set grpo.group_size to at least 2")
 

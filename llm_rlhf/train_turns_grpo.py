@@ -82,8 +82,7 @@ class TrainTurnsGRPOConfig:
     log_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.shaping.cut_of(self.generation) == "bootstrap":
-            raise ValueError("shaping.cut bootstrap needs a critic, and there is none here: penalise or drop")
+        self.shaping.require_no_bootstrap(self.generation)
 
 
 def train(config: TrainTurnsGRPOConfig, *, resume: Path | None = None) -> RunResult:

@@ -1,16 +1,17 @@
 """What the recipes have in common that learn online, off policy, with prior data in every batch.
 
-Prior data is never evicted; one's own transitions lie in a ring. Their loops are theirs.
+Prior data is never evicted; one's own transitions lie in a ring. The loop is `practise`; what learns is theirs.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from envs.stepper import EpisodeRecord
 from experiment.checkpoint import Checkpoint, load_checkpoint
 from experiment.config import read_tree
 from experiment.errors import UserError
-from experiment.run import Run
+from experiment.run import Run, RunResult
 from policy_core.metrics import Metrics
 from policy_core.replay import Replay
 from policy_core.rollout import Transitions
@@ -195,6 +196,10 @@ class Practice:
         return {"parts": self.parts.state_dict(), **self.memory.state_dict()}
 
 
+Configuration = TypeVar("Configuration", bound=PracticeConfig)
+Build = Callable[[Configuration, Inputs, Checkpoint | None], tuple[Practice, Callable[[int], Metrics]]]
+
+
 def _take_over(
     run: Path, config: PracticeConfig, policy: StatePolicy, parts: Parts, *, offline: str
 ) -> float | None:
@@ -287,3 +292,30 @@ def report(
         state = {"learner": practice.state_dict(), "environments": collector.workers.state()}
         metric = score(played) if played else float(number)
         run.save(state, global_step=number, folders={"policy": policy.save_pretrained}, metric=metric)
+
+
+def practise(
+    config: Configuration, *, recipe: str, build: Build[Configuration], resume: Path | None = None
+) -> RunResult:
+    """Collect a round, learn from it, report: until `config.total_steps`, or on from the run folder `resume`.
+
+    build   everything that learns, fresh, from the run that `config.init` names or from a checkpoint; and what
+            makes so many gradient steps of it
+    """
+    inputs = Inputs.read(config)
+    if config.init is not None and resume is None:
+        build(config, inputs, None)  # what does not fit is told before there is a folder
+    with Run.start(config, recipe=recipe, resume=resume) as run:
+        practice, improve = build(config, inputs, run.checkpoint)
+        policy = practice.policy
+        with Collector(config.environment, policy, steps=config.horizon, seed=config.run.seed) as collector:
+            first = practice.go_on(run.checkpoint, collector)
+            run.begin_loop(config.rounds)
+            for number in range(first, config.rounds + 1):
+                started = time.perf_counter()
+                practice.remember(collector.collect(policy), config)
+                collected = time.perf_counter()
+                metrics = improve(config.updates_of(number))
+                seconds = {"rollout": collected - started, "update": time.perf_counter() - collected}
+                report(run, metrics, practice, collector, config, number=number, seconds=seconds)
+        return run.finish()

@@ -76,12 +76,11 @@ def until(tokens: list[int], ends: frozenset[int]) -> list[int]:
 
 
 def decoded_behind(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int]) -> str:
-    """The completion's text as it continues the prompt's: decoded alone, some tokenizers drop its first space."""
+    """The completion's text as it continues the prompt's: decoded alone, as behind an empty prompt, some tokenizers
+    drop its first space."""
     tail = prompt[-TAIL:]
-    (before,), (alone,), (whole,) = (
-        decode_completions(tokenizer, [ids]) for ids in (tail, completion, [*tail, *completion])
-    )
-    return whole[len(before) :] if whole.startswith(before) else alone
+    before, whole = decode_completions(tokenizer, [tail, [*tail, *completion]])
+    return whole[len(before) :] if whole.startswith(before) else decode_completions(tokenizer, [completion])[0]
 
 
 @dataclass
@@ -146,11 +145,10 @@ class Subject:
                     pad=pad_id(self.tokenizer),
                     generator=generator,
                 )
-                drawn = [until(tokens, ends) for tokens in samples.completions(without=eos)]
-                for row, text in enumerate(decode_completions(self.tokenizer, drawn)):
+                for row, tokens in enumerate(samples.completions(without=eos)):
                     prompt = start + row // decoding.samples
-                    plain = not isinstance(given[prompt], Chat)
-                    texts.append(decoded_behind(self.tokenizer, ids[prompt], drawn[row]) if plain else text)
+                    before = [] if isinstance(given[prompt], Chat) else ids[prompt]
+                    texts.append(decoded_behind(self.tokenizer, before, until(tokens, ends)))
         stopped = [cut_at(text, decoding.stop) for text in texts]
         return [stopped[row : row + decoding.samples] for row in range(0, len(stopped), decoding.samples)]
 

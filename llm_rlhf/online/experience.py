@@ -84,11 +84,14 @@ class ShapingConfig:
             raise ValueError(f"shaping.cut {chosen} contradicts generation.cut_is_end false; leave the latter out")
         return chosen
 
-    def require_selection(self, generation: GenerationConfig) -> None:
-        """For recipes that choose among completions, where nothing bootstraps. Raises ValueError for what a choice
-        cannot have."""
+    def require_no_bootstrap(self, generation: GenerationConfig) -> None:
+        """For recipes without values. Raises ValueError where cut completions would bootstrap."""
         if self.cut_of(generation) == "bootstrap":
             raise ValueError("shaping.cut bootstrap needs a critic, and there is none here: penalise or drop")
+
+    def require_selection(self, generation: GenerationConfig) -> None:
+        """For recipes that choose among completions. Raises ValueError for what a choice cannot have."""
+        self.require_no_bootstrap(generation)
         if self.scale != "none":
             raise ValueError("shaping.scale is of policy gradients: a choice is by the scores as they are")
 

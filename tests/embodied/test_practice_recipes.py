@@ -197,7 +197,7 @@ def test_rounds_and_updates_by_hand() -> None:
 
 def test_a_part_of_a_batch_is_prior_data(tmp_path: Path, pendulum_demonstrations: Path) -> None:
     config = online(PAIRS["iql"], tmp_path, pendulum_demonstrations, prior=0.25)
-    _, practice = train_iql_online.build(config, Inputs.read(config))
+    practice, _ = train_iql_online.build(config, Inputs.read(config))
     memory = practice.memory
     with Collector(config.environment, practice.policy, steps=4, seed=0) as collector:
         practice.remember(collector.collect(practice.policy), config)
