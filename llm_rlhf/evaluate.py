@@ -30,7 +30,7 @@ from llm_rlhf.logged.value_heads import AdvantageSteering
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.generation import Samples, at_temperature, generate
 from llm_rlhf.models.loading import model_folder
-from llm_rlhf.models.tokenizer import decode_completions, load_tokenizer, pad_id, require_known_tokens
+from llm_rlhf.models.tokenizer import decode_completions, end_ids, load_tokenizer, pad_id, require_known_tokens
 from llm_rlhf.online.experience import kl_spent, reference_log_probs
 from llm_rlhf.rewards.functions import RewardSet, resolve
 from llm_rlhf.tasks.examples import Example
@@ -131,7 +131,7 @@ def evaluate_policy(
                     encode_prompts(tokenizer, [example.prompt for example in batch]),
                     samples_per_prompt=count,
                     max_new_tokens=limit,
-                    eos=int(tokenizer.eos_token_id),
+                    ends=end_ids(tokenizer, policy.model),
                     pad=pad_id(tokenizer),
                     generator=source,
                 )
@@ -157,7 +157,7 @@ def _score(
 ) -> dict[str, Tensor]:
     """Rewards [B] of a batch's samples by each judge; NaN where none of its functions could judge."""
     which = samples.prompt.tolist()
-    texts = decode_completions(tokenizer, samples.completions(without=int(tokenizer.eos_token_id)))
+    texts = decode_completions(tokenizer, samples.completions())
     columns = {name: [column[i] for i in which] for name, column in columns_of(batch).items()}
     columns["sample_index"] = list(range(len(which)))
     prompts = [batch[i].prompt for i in which]

@@ -18,8 +18,9 @@ import torch
 from experiment.errors import UserError, user_errors
 from llm_rlhf.data.chat import Chat, Message
 from llm_rlhf.data.texts import encode_prompts, keep_end
-from llm_rlhf.evaluation.subject import Subject, ends_of, load_subject
+from llm_rlhf.evaluation.subject import Subject, load_subject
 from llm_rlhf.models.generation import draw_index
+from llm_rlhf.models.tokenizer import end_ids
 from tandem.benchmark import find_model
 
 PROMPT = "> "
@@ -199,7 +200,7 @@ def stream(subject: Subject, ids: list[int], config: ChatConfig, generator: torc
     cache: Any = None
     drawn: list[int] = []
     shown = ""
-    ends = {int(tokenizer.eos_token_id), *ends_of(policy)}
+    ends = end_ids(tokenizer, policy.model)
     for _ in range(config.longest_answer(len(ids), policy.context)):
         logits, hidden, cache = policy.step(new, mask, cache=cache, use_cache=True, keep=1)
         offered = policy.decoding_logits(logits[:, -1], hidden[:, -1])

@@ -18,7 +18,7 @@ from llm_rlhf.logged.value_heads import AdvantageSteering
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import at_temperature, generate
 from llm_rlhf.models.loading import ModelConfig, model_folder
-from llm_rlhf.models.tokenizer import decode_completions, pad_id
+from llm_rlhf.models.tokenizer import decode_completions, end_ids, pad_id
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
@@ -61,18 +61,6 @@ class Likelihood:
     def per_byte(self) -> float:
         """Nats a byte: comparable between completions of different lengths, and between tokenizers."""
         return self.log_prob / max(self.size, 1)
-
-
-def ends_of(policy: LanguagePolicy) -> frozenset[int]:
-    """Tokens at which the model's own generation settings end a text: a turn's end beside the tokenizer's eos."""
-    settings = getattr(policy.model, "generation_config", None)
-    ends = getattr(settings, "eos_token_id", None)
-    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
-
-
-def until(tokens: list[int], ends: frozenset[int]) -> list[int]:
-    """What stands before the first of `ends`."""
-    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 def decoded_behind(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int]) -> str:
@@ -131,7 +119,6 @@ class Subject:
             )
         given = [self._given(prompt) for prompt in prompts]
         ids = [self._fitting(one, room) for one in encode_prompts(self.tokenizer, given)]
-        eos, ends = int(self.tokenizer.eos_token_id), ends_of(self.policy)
         generator = torch.Generator().manual_seed(decoding.seed) if decoding.temperature > 0 else None
         texts: list[str] = []
         with at_temperature(self.policy, decoding.temperature or 1.0):
@@ -141,14 +128,14 @@ class Subject:
                     ids[start : start + self.batch_size],
                     samples_per_prompt=decoding.samples,
                     max_new_tokens=decoding.max_new_tokens,
-                    eos=eos,
+                    ends=end_ids(self.tokenizer, self.policy.model),
                     pad=pad_id(self.tokenizer),
                     generator=generator,
                 )
-                for row, tokens in enumerate(samples.completions(without=eos)):
+                for row, tokens in enumerate(samples.completions()):
                     prompt = start + row // decoding.samples
                     before = [] if isinstance(given[prompt], Chat) else ids[prompt]
-                    texts.append(decoded_behind(self.tokenizer, before, until(tokens, ends)))
+                    texts.append(decoded_behind(self.tokenizer, before, tokens))
         stopped = [cut_at(text, decoding.stop) for text in texts]
         return [stopped[row : row + decoding.samples] for row in range(0, len(stopped), decoding.samples)]
 

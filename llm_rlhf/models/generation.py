@@ -8,7 +8,7 @@ generator only, so a resumed run draws what the uninterrupted one would have dra
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -58,7 +58,7 @@ class Samples:
 
     input_ids, attention_mask   [B, T] int; 1 = a real token
     mask                        [B, T] bool; True where the policy drew the token, EOS included
-    finished                    [B] bool; EOS was drawn
+    finished                    [B] bool; a token that ends a completion was drawn
     log_probs, values           [B, T], of the drawn tokens, 0 elsewhere; values None without a value head
     entropy                     [B, T] nats, of the distributions the tokens were drawn from
     prompt                      [B] int; which prompt each row belongs to
@@ -87,14 +87,9 @@ class Samples:
             "decisions": self.mask,
         }
 
-    def completions(self, *, without: int) -> list[list[int]]:
-        """Token ids of each completion, the ending token `without` left out."""
-        rows = self.input_ids.tolist()
-        masks = self.mask.tolist()
-        return [
-            [token for token, drawn in zip(row, mask, strict=True) if drawn and token != without]
-            for row, mask in zip(rows, masks, strict=True)
-        ]
+    def completions(self) -> list[list[int]]:
+        """Token ids of each completion, its ending token included."""
+        return [ids[drawn].tolist() for ids, drawn in zip(self.input_ids, self.mask, strict=True)]
 
 
 def left_pad(prompts: Sequence[Sequence[int]], *, pad: int) -> tuple[Tensor, Tensor]:
@@ -116,12 +111,13 @@ def generate(
     *,
     samples_per_prompt: int,
     max_new_tokens: int,
-    eos: int,
+    ends: Collection[int],
     pad: int,
     generator: torch.Generator | None,
 ) -> Samples:
     """Draw `samples_per_prompt` completions of each prompt; a prompt's rows are neighbours.
 
+    ends        tokens that end a completion (`tokenizer.end_ids`)
     generator   source of all randomness; None decodes greedily
 
     Raises ValueError if prompt and completion would not fit the model's context.
@@ -140,7 +136,7 @@ def generate(
             prompt_mask.to(policy.device),
             samples_per_prompt=samples_per_prompt,
             max_new_tokens=max_new_tokens,
-            eos=eos,
+            ends=torch.tensor(sorted(ends), device=policy.device),
             pad=pad,
             generator=generator,
         ).to("cpu")
@@ -153,11 +149,11 @@ def _decode(
     *,
     samples_per_prompt: int,
     max_new_tokens: int,
-    eos: int,
+    ends: Tensor,
     pad: int,
     generator: torch.Generator | None,
 ) -> Samples:
-    """`generate` for prompts [P, T] as tokens."""
+    """`generate` for prompts [P, T] as tokens; ends [E] int."""
     prompts, start = prompt_ids.shape
     device = prompt_ids.device
     cache = roomy_cache(policy.model.config, start + max_new_tokens)
@@ -189,7 +185,7 @@ def _decode(
         drawn[alive, column] = True
         log_probs[alive, column] = token_log_probs
         entropy[alive, column] = token_entropy
-        ended = token == eos
+        ended = (token.unsqueeze(1) == ends).any(1)
         finished[alive[ended]] = True
         if column == max_new_tokens - 1 or bool(ended.all()):
             break

@@ -70,6 +70,18 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if padding is None else padding)
 
 
+def end_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> frozenset[int]:
+    """Tokens that end a completion: the tokenizer's eos, and those at which the model's own generation settings end
+    a text, the end of a turn, say. Settings that name an ordinary word's id were made for another tokenizer (a
+    configuration's default is id 2 or 50256); only the tokenizer's special tokens count.
+    """
+    settings = getattr(model, "generation_config", None)
+    named = getattr(settings, "eos_token_id", None)
+    own = [] if named is None else [named] if isinstance(named, int) else list(named)
+    special = {int(token) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return frozenset({int(tokenizer.eos_token_id), *special.intersection(own)})
+
+
 def decode_completions(tokenizer: PreTrainedTokenizerBase, completions: list[list[int]]) -> list[str]:
     """Texts of completions, special tokens left out."""
     return list(tokenizer.batch_decode(completions, skip_special_tokens=True, clean_up_tokenization_spaces=False))

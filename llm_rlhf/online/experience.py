@@ -15,7 +15,7 @@ from experiment.errors import UserError
 from llm_rlhf.data.texts import columns_of, encode_prompts
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.generation import GenerationConfig, Samples, generate
-from llm_rlhf.models.tokenizer import decode_completions, pad_id
+from llm_rlhf.models.tokenizer import decode_completions, end_ids, pad_id
 from llm_rlhf.rewards.functions import RewardSet, Scores, resolve
 from llm_rlhf.rewards.safety import SafetyConfig, constrained
 from llm_rlhf.tasks.task import Task
@@ -196,14 +196,14 @@ class Sampler:
             [self.prompts[row] for row in rows],
             samples_per_prompt=samples_per_prompt,
             max_new_tokens=self.max_new_tokens,
-            eos=int(self.tokenizer.eos_token_id),
+            ends=end_ids(self.tokenizer, self.policy.model),
             pad=pad_id(self.tokenizer),
             generator=self.generator,
         )
         which = [row for row in rows for _ in range(samples_per_prompt)]
         columns = {name: [column[row] for row in which] for name, column in self.columns.items()}
         columns["sample_index"] = list(range(drawn_before, drawn_before + len(which)))
-        texts = decode_completions(self.tokenizer, samples.completions(without=int(self.tokenizer.eos_token_id)))
+        texts = decode_completions(self.tokenizer, samples.completions())
         scores = self.rewards([self.task.train[row].prompt for row in which], texts, columns)
         return samples, scores if self.overlong is None else self._with_overlong(samples, scores, self.overlong)
 

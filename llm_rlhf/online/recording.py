@@ -141,5 +141,5 @@ def texts_of(
     """Prompts and completions of a rollout as texts; of its first `rows`, or of all."""
     given = samples.attention_mask.bool() & ~samples.mask
     prompts = [ids[real].tolist() for ids, real in zip(samples.input_ids[:rows], given[:rows], strict=True)]
-    drawn = samples.completions(without=int(tokenizer.eos_token_id))[:rows]
+    drawn = samples.completions()[:rows]
     return decode_completions(tokenizer, prompts), decode_completions(tokenizer, drawn)

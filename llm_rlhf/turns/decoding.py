@@ -189,7 +189,7 @@ class _Table:
         self.policy, self.tokenizer, self.referee, self.config = policy, tokenizer, referee, config
         self.seats = seats
         self.writing = _Writing(tokenizer)
-        self.stop_ids = stop_ids(config, tokenizer)
+        self.stop_ids = stop_ids(config, tokenizer, policy.model)
 
     def read(self, alive: Tensor, columns: _Columns, count: int) -> Tensor:
         """`count` tokens of the answers that the rows `alive` have yet to read, [A, count]."""

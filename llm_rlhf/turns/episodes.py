@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 from llm_rlhf.models.generation import Samples
-from llm_rlhf.models.tokenizer import decode_completions
+from llm_rlhf.models.tokenizer import decode_completions, end_ids
 from llm_rlhf.turns.environments import Referee, Reply, own_environment
 from llm_rlhf.turns.tools import ANSWER_FORMAT, Calculator, ToolEnvironment, load_tools
 from policy_core.returns import next_values_of
@@ -84,13 +84,16 @@ def make_referee(config: TurnsConfig) -> Referee:
     return Referee("turns.tools", lambda: ToolEnvironment(tools), **limits)
 
 
-def stop_ids(config: TurnsConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a turn: EOS and the configured ones. Raises UserError for one that the tokenizer has not."""
+def stop_ids(config: TurnsConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> frozenset[int]:
+    """Tokens that end a turn: the model's own ends (`tokenizer.end_ids`) and the configured ones.
+
+    Raises UserError for one that the tokenizer has not.
+    """
     vocabulary = tokenizer.get_vocab()
     for token in config.stop_tokens:
         if token not in vocabulary:
             raise UserError(f"turns.stop_tokens: the tokenizer has no token {token!r}; give a text as turns.stop")
-    return frozenset({int(tokenizer.eos_token_id), *(vocabulary[token] for token in config.stop_tokens)})
+    return end_ids(tokenizer, model).union(vocabulary[token] for token in config.stop_tokens)
 
 
 @dataclass(frozen=True)

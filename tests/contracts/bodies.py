@@ -101,7 +101,7 @@ def language() -> Body:
         prompts,
         samples_per_prompt=2,
         max_new_tokens=7,
-        eos=int(tokenizer.eos_token_id),
+        ends={int(tokenizer.eos_token_id)},
         pad=int(tokenizer.pad_token_id),
         generator=torch.Generator().manual_seed(7),
     )

@@ -153,7 +153,7 @@ def test_eos_as_padding_changes_nothing() -> None:
             [[5, 6, 7], [8], [9, 10]],
             samples_per_prompt=8,
             max_new_tokens=6,
-            eos=EOS,
+            ends={EOS},
             pad=pad,
             generator=torch.Generator().manual_seed(0),
         )

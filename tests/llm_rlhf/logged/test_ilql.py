@@ -269,7 +269,7 @@ def test_slow_critics_follow_and_a_frozen_model_stays() -> None:
 
 def draw(policy: LanguagePolicy, prompts: list[list[int]], *, seed: int | None) -> Samples:
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return generate(policy, prompts, samples_per_prompt=3, max_new_tokens=6, eos=2, pad=0, generator=generator)
+    return generate(policy, prompts, samples_per_prompt=3, max_new_tokens=6, ends={2}, pad=0, generator=generator)
 
 
 PROMPTS = [[5, 6, 7], [8, 9], [4]]

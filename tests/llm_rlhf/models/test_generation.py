@@ -28,7 +28,9 @@ def draw(
     policy: LanguagePolicy, prompts: list[list[int]] = PROMPTS, *, k: int = 1, seed: int | None = 0
 ) -> Samples:
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return generate(policy, prompts, samples_per_prompt=k, max_new_tokens=6, eos=EOS, pad=PAD, generator=generator)
+    return generate(
+        policy, prompts, samples_per_prompt=k, max_new_tokens=6, ends={EOS}, pad=PAD, generator=generator
+    )
 
 
 def test_left_pad() -> None:
@@ -57,6 +59,20 @@ def test_greedy_with_cache_equals_full_forward_passes(policy: LanguagePolicy) ->
         for ids, mask in zip(samples.input_ids.tolist(), samples.mask.tolist(), strict=True)
     ]
     assert found == [naive_greedy(policy, prompt, 6) for prompt in PROMPTS]
+
+
+def test_every_one_of_several_ends_ends_a_completion(policy: LanguagePolicy) -> None:
+    free = draw(policy, seed=None).completions()
+    other = free[0][2]
+    samples = generate(
+        policy, PROMPTS, samples_per_prompt=1, max_new_tokens=6, ends={EOS, other}, pad=PAD, generator=None
+    )
+
+    def until(tokens: list[int]) -> list[int]:
+        return tokens[: tokens.index(other) + 1] if other in tokens else tokens
+
+    assert samples.completions() == [until(tokens) for tokens in free]
+    assert samples.finished.tolist() == [tokens[-1] in (EOS, other) for tokens in map(until, free)]
 
 
 def test_sampling_log_probs_and_values_equal_the_training_forward(policy: LanguagePolicy) -> None:
@@ -130,7 +146,7 @@ def test_frequencies_follow_the_temperature(policy: LanguagePolicy) -> None:
         [prompt],
         samples_per_prompt=20_000,
         max_new_tokens=1,
-        eos=EOS,
+        ends={EOS},
         pad=PAD,
         generator=torch.Generator().manual_seed(0),
     )
@@ -144,7 +160,7 @@ def test_frequencies_follow_the_temperature(policy: LanguagePolicy) -> None:
 
 def test_context_overflow_is_refused(policy: LanguagePolicy) -> None:
     with pytest.raises(ValueError, match="context of 24"):
-        generate(policy, [[5] * 20], samples_per_prompt=1, max_new_tokens=5, eos=EOS, pad=PAD, generator=None)
+        generate(policy, [[5] * 20], samples_per_prompt=1, max_new_tokens=5, ends={EOS}, pad=PAD, generator=None)
     with pytest.raises(ValueError, match="temperature"):
         GenerationConfig(temperature=0.0)
 

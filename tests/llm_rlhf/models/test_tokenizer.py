@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from experiment.errors import UserError
 from llm_rlhf.models.causal import build_policy
 from llm_rlhf.models.loading import ModelConfig, new_language_model
-from llm_rlhf.models.tokenizer import character_tokenizer, decode_completions, load_tokenizer, pad_id
+from llm_rlhf.models.tokenizer import character_tokenizer, decode_completions, end_ids, load_tokenizer, pad_id
 from llm_rlhf.rewards.reward_model import build_reward_model
 
 
@@ -49,6 +49,22 @@ def test_saved_tokenizer_loads_with_plain_transformers(tmp_path: Path) -> None:
 def test_folder_without_tokenizer_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_models_own_ends_count_where_they_are_special_tokens() -> None:
+    """As Gemma's: eos ends a text, and <end_of_turn>, which the generation settings name, a turn."""
+    torch.manual_seed(0)
+    tokenizer = character_tokenizer("ab")
+    model = new_language_model(ModelConfig(layers=1, width=8, heads=1, context=8), tokenizer)
+    eos = tokenizer.eos_token_id
+    assert model.generation_config is not None
+    assert end_ids(tokenizer, model) == {eos}
+    model.generation_config.eos_token_id = [tokenizer.bos_token_id, tokenizer.encode("a")[0]]
+    assert end_ids(tokenizer, model) == {eos, tokenizer.bos_token_id}
+    model.generation_config.eos_token_id = tokenizer.unk_token_id
+    assert end_ids(tokenizer, model) == {eos, tokenizer.unk_token_id}
+    model.generation_config.eos_token_id = None
+    assert end_ids(tokenizer, model) == {eos}
 
 
 def test_empty_alphabet_is_refused() -> None:

@@ -75,7 +75,9 @@ def critic(start: Path, tokenizer: PreTrainedTokenizerBase) -> ValueModel:
 
 def drawn(policy: LanguagePolicy, *, k: int = 2) -> Samples:
     generator = torch.Generator().manual_seed(0)
-    return generate(policy, PROMPTS, samples_per_prompt=k, max_new_tokens=5, eos=EOS, pad=PAD, generator=generator)
+    return generate(
+        policy, PROMPTS, samples_per_prompt=k, max_new_tokens=5, ends={EOS}, pad=PAD, generator=generator
+    )
 
 
 def reward_model(start: Path, folder: Path, *, heads: int = 1) -> RewardModel:

@@ -45,7 +45,9 @@ def policy() -> LanguagePolicy:
 
 def drawn(policy: LanguagePolicy, prompts: list[list[int]], *, k: int = 1, seed: int = 0) -> Samples:
     generator = torch.Generator().manual_seed(seed)
-    return generate(policy, prompts, samples_per_prompt=k, max_new_tokens=5, eos=EOS, pad=PAD, generator=generator)
+    return generate(
+        policy, prompts, samples_per_prompt=k, max_new_tokens=5, ends={EOS}, pad=PAD, generator=generator
+    )
 
 
 def hand_made() -> Samples:
@@ -243,7 +245,7 @@ def test_in_bfloat16_the_training_forward_has_the_last_word() -> None:
         [[5, 6, 7, 8], [9, 10], [11]] * 8,
         samples_per_prompt=1,
         max_new_tokens=40,
-        eos=EOS,
+        ends={EOS},
         pad=PAD,
         generator=torch.Generator().manual_seed(0),
     )
@@ -266,7 +268,7 @@ def test_draws_with_prompts_of_unequal_length_become_one(policy: LanguagePolicy)
     parts = [drawn(policy, [[5, 6, 7, 8], [9, 10]], k=2), drawn(policy, [[11]], k=2, seed=1)]
     whole = joined(parts, pad=PAD)
     assert whole.prompt.tolist() == [0, 0, 1, 1, 2, 2]
-    assert whole.completions(without=EOS) == [text for part in parts for text in part.completions(without=EOS)]
+    assert whole.completions() == [text for part in parts for text in part.completions()]
     assert whole.finished.tolist() == [end for part in parts for end in part.finished.tolist()]
     assert torch.allclose(recomputed_log_probs(policy, whole), whole.log_probs, atol=1e-5)
     assert whole.values is not None

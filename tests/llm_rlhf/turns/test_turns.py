@@ -246,7 +246,7 @@ def one(both: tuple[LanguagePolicy, Any], script: Script, **settings: Any) -> Ep
 
 
 def test_turns_end_at_stops_tokens_and_limits(both: tuple[LanguagePolicy, Any]) -> None:
-    _, tokenizer = both
+    policy, tokenizer = both
     letters = [[4], [5], [6], [7]]
     assert [tokenizer.encode(letter) for letter in "abcd"] == letters
     scripted = Script(*[Reply("dd")] * 30)
@@ -258,10 +258,10 @@ def test_turns_end_at_stops_tokens_and_limits(both: tuple[LanguagePolicy, Any]) 
     cut = one(both, Script(), max_turn_tokens=4, seed=3)
     if cut.turns[0][0].reply is None:
         assert int(cut.samples.mask.sum()) == 4
-    bos = stop_ids(TurnsConfig(stop_tokens=("<bos>",)), tokenizer)
+    bos = stop_ids(TurnsConfig(stop_tokens=("<bos>",)), tokenizer, policy.model)
     assert bos == {int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)}
     with pytest.raises(UserError, match=r"turns\.stop_tokens: the tokenizer has no token '<end>'"):
-        stop_ids(TurnsConfig(stop_tokens=("<end>",)), tokenizer)
+        stop_ids(TurnsConfig(stop_tokens=("<end>",)), tokenizer, policy.model)
 
 
 EVERY = ("a", "b", "c", "d")
