@@ -160,6 +160,7 @@ def _score(
     texts = decode_completions(tokenizer, samples.completions())
     columns = {name: [column[i] for i in which] for name, column in columns_of(batch).items()}
     columns["sample_index"] = list(range(len(which)))
+    columns["finished"] = samples.finished.tolist()
     prompts = [batch[i].prompt for i in which]
     found = {name: rewards(prompts, texts, columns) for name, rewards in judging.items()}
     return {name: torch.where(each.scored, each.total, torch.nan) for name, each in found.items()}

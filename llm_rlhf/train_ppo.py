@@ -184,7 +184,10 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int, train_policy
     """One rollout and the update on it (train_policy: not of the critic alone); metrics under TRL's names."""
     rows = learner.prompts.next().tolist()
     samples, scores = learner.sampler.draw(
-        rows, samples_per_prompt=config.sampling.samples_per_prompt, drawn_before=learner.counters.samples
+        rows,
+        samples_per_prompt=config.sampling.samples_per_prompt,
+        drawn_before=learner.counters.samples,
+        bootstrap=not learner.shaper.cut_is_end,
     )
     learner.latest = (samples, scores)
     if learner.good_answers is not None:

@@ -351,7 +351,8 @@ def good_demonstrations(
 ) -> tuple[TokenizedTexts, dict[str, float]]:
     """The demonstrations that reach the threshold."""
     examples = list(sampler.task.demonstrations)
-    columns = {**columns_of(examples), "sample_index": list(range(len(examples)))}
+    count = len(examples)
+    columns = {**columns_of(examples), "sample_index": list(range(count)), "finished": [True] * count}
     scores = sampler.rewards(
         [example.prompt for example in examples], [example.completion for example in examples], columns
     )

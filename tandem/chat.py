@@ -19,7 +19,7 @@ from experiment.errors import UserError, user_errors
 from llm_rlhf.data.chat import Chat, Message
 from llm_rlhf.data.texts import encode_prompts, keep_end
 from llm_rlhf.evaluation.subject import Subject, load_subject
-from llm_rlhf.models.generation import draw_index
+from llm_rlhf.models.drawing import chances, pick
 from llm_rlhf.models.tokenizer import end_ids
 from tandem.benchmark import find_model
 
@@ -209,7 +209,7 @@ def stream(subject: Subject, ids: list[int], config: ChatConfig, generator: torc
         if config.temperature == 0:
             token = offered.argmax(-1)
         else:
-            token = draw_index(torch.softmax(offered / config.temperature, dim=-1), generator)
+            token = pick(torch.softmax(offered / config.temperature, dim=-1), chances(1, generator))
         if int(token) in ends:
             break
         drawn.append(int(token))

@@ -87,7 +87,8 @@ def logged_texts(task: Task, rewards: dict[str, float]) -> list[Sequence[Piece]]
             raise UserError("rewards: the file brings its own; leave this section out")
         return list(task.logged)
     examples = list(task.demonstrations)
-    columns = {**columns_of(examples), "sample_index": list(range(len(examples)))}
+    count = len(examples)
+    columns = {**columns_of(examples), "sample_index": list(range(count)), "finished": [True] * count}
     score = resolve(rewards or task.gold, own=task.rewards, columns=list(columns))
     scores = score([example.prompt for example in examples], [example.completion for example in examples], columns)
     texts: list[Sequence[Piece]] = [

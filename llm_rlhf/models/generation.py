@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from experiment.errors import UserError
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.decoding import PlainGPT2, roomy_cache
+from llm_rlhf.models.drawing import chances, draw
 from llm_rlhf.models.precision import autocast, outside_autocast
+from policy_core.returns import next_values_of
 from policy_core.rollout import Rollout
 
 
@@ -62,6 +63,8 @@ class Samples:
     log_probs, values           [B, T], of the drawn tokens, 0 elsewhere; values None without a value head
     entropy                     [B, T] nats, of the distributions the tokens were drawn from
     prompt                      [B] int; which prompt each row belongs to
+    final_values                [B]; of what rows that were cut would have gone on from, 0 elsewhere; None without a
+                                value head or where nobody asked
     """
 
     input_ids: Tensor
@@ -72,12 +75,12 @@ class Samples:
     entropy: Tensor
     values: Tensor | None
     prompt: Tensor
+    final_values: Tensor | None = None
 
     def to(self, device: str) -> Samples:
         """The same elsewhere."""
-        values = None if self.values is None else self.values.to(device)
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "values"}
-        return Samples(**tensors, values=values)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def observations(self) -> dict[str, Tensor]:
         """What `LanguagePolicy.evaluate` takes beside the tokens."""
@@ -114,11 +117,13 @@ def generate(
     ends: Collection[int],
     pad: int,
     generator: torch.Generator | None,
+    bootstrap: bool = False,
 ) -> Samples:
     """Draw `samples_per_prompt` completions of each prompt; a prompt's rows are neighbours.
 
     ends        tokens that end a completion (`tokenizer.end_ids`)
     generator   source of all randomness; None decodes greedily
+    bootstrap   compute final_values
 
     Raises ValueError if prompt and completion would not fit the model's context.
     """
@@ -139,7 +144,55 @@ def generate(
             ends=torch.tensor(sorted(ends), device=policy.device),
             pad=pad,
             generator=generator,
+            bootstrap=bootstrap,
         ).to("cpu")
+
+
+class _Front:
+    """The rows that are still being written, and what the model says of their next tokens.
+
+    alive               [A] int; which of all rows these are
+    logits, hidden      [A, V], [A, D]; behind their last token
+    """
+
+    def __init__(
+        self, policy: LanguagePolicy, prompt_ids: Tensor, prompt_mask: Tensor, *, samples_per_prompt: int, room: int
+    ) -> None:
+        """Run the prompts [P, T] through the model, each once, and go on with `samples_per_prompt` rows of each.
+
+        room    new tokens that the cache should have place for
+        """
+        self.policy = policy
+        cache = roomy_cache(policy.model.config, prompt_ids.shape[1] + room)
+        self.plain = None if cache is None else PlainGPT2.of(policy.model, policy.precision)
+        logits, hidden, self.cache = policy.step(prompt_ids, prompt_mask, cache=cache, use_cache=True, keep=1)
+        if samples_per_prompt > 1:
+            self.cache.batch_repeat_interleave(samples_per_prompt)
+        self.logits, self.hidden, self.mask = (
+            tensor.repeat_interleave(samples_per_prompt, dim=0)
+            for tensor in (logits[:, -1], hidden[:, -1], prompt_mask)
+        )
+        self.alive = torch.arange(len(self.mask), device=prompt_ids.device)
+
+    def values(self) -> Tensor:
+        """[A]; by the policy's value head."""
+        assert self.policy.value_head is not None
+        return self.policy.value_head(self.hidden).squeeze(-1)
+
+    def go_on(self, token: Tensor, kept: Tensor) -> None:
+        """Drop the rows that are not `kept` [A] bool, and run each other's `token` [A] through the model."""
+        if not bool(kept.all()):
+            rows = kept.nonzero().squeeze(1)
+            self.cache.batch_select_indices(rows)
+            self.alive, token, self.mask = self.alive[rows], token[rows], self.mask[rows]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
+        if self.plain is not None:
+            logits, hidden = self.plain.step(token, self.mask, self.cache)
+        else:
+            logits, hidden, self.cache = self.policy.step(
+                token.unsqueeze(1), self.mask, cache=self.cache, use_cache=True, keep=1
+            )
+        self.logits, self.hidden = logits[:, -1], hidden[:, -1]
 
 
 def _decode(
@@ -152,95 +205,57 @@ def _decode(
     ends: Tensor,
     pad: int,
     generator: torch.Generator | None,
+    bootstrap: bool,
 ) -> Samples:
     """`generate` for prompts [P, T] as tokens; ends [E] int."""
-    prompts, start = prompt_ids.shape
     device = prompt_ids.device
-    cache = roomy_cache(policy.model.config, start + max_new_tokens)
-    plain = None if cache is None else PlainGPT2.of(policy.model, policy.precision)
-    logits, hidden, cache = policy.step(prompt_ids, prompt_mask, cache=cache, use_cache=True, keep=1)
-    if samples_per_prompt > 1:
-        cache.batch_repeat_interleave(samples_per_prompt)
-
-    def per_sample(tensor: Tensor) -> Tensor:
-        return tensor.repeat_interleave(samples_per_prompt, dim=0)
-
-    rows = prompts * samples_per_prompt
+    rows = len(prompt_ids) * samples_per_prompt
+    front = _Front(policy, prompt_ids, prompt_mask, samples_per_prompt=samples_per_prompt, room=max_new_tokens)
     new_ids = torch.full((rows, max_new_tokens), pad, device=device)
     drawn = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
     log_probs = torch.zeros(rows, max_new_tokens, device=device)
     entropy = torch.zeros(rows, max_new_tokens, device=device)
-    values = None if policy.value_head is None else torch.zeros(rows, max_new_tokens, device=device)
+    has_values = policy.value_head is not None
+    values = torch.zeros(rows, max_new_tokens, device=device) if has_values else None
+    final_values = torch.zeros(rows, device=device) if has_values and bootstrap else None
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    alive = torch.arange(rows, device=device)
-    logits, hidden, mask = per_sample(logits), per_sample(hidden), per_sample(prompt_mask)
 
     for column in range(max_new_tokens):
+        alive = front.alive
         with outside_autocast(device):  # heads are float32's, as in `LanguagePolicy.evaluate`
-            offered = policy.decoding_logits(logits[:, -1], hidden[:, -1])
-            if values is not None and policy.value_head is not None:
-                values[alive, column] = policy.value_head(hidden[:, -1]).squeeze(-1)
-        token, token_log_probs, token_entropy = _draw(offered, generator)
+            offered = policy.decoding_logits(front.logits, front.hidden)
+            if values is not None:
+                values[alive, column] = front.values()
+        chance = None if generator is None else chances(len(alive), generator)
+        token, log_probs[alive, column], entropy[alive, column] = draw(offered, chance)
         new_ids[alive, column] = token
         drawn[alive, column] = True
-        log_probs[alive, column] = token_log_probs
-        entropy[alive, column] = token_entropy
         ended = (token.unsqueeze(1) == ends).any(1)
         finished[alive[ended]] = True
-        if column == max_new_tokens - 1 or bool(ended.all()):
+        if bool(ended.all()):
             break
-        if bool(ended.any()):
-            going_on = (~ended).nonzero().squeeze(1)
-            cache.batch_select_indices(going_on)
-            alive, token, mask = alive[going_on], token[going_on], mask[going_on]
-        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-        if plain is not None:
-            logits, hidden = plain.step(token, mask, cache)
-        else:
-            logits, hidden, cache = policy.step(token.unsqueeze(1), mask, cache=cache, use_cache=True, keep=1)
+        if column < max_new_tokens - 1:
+            front.go_on(token, ~ended)
+        elif final_values is not None:  # of what the rows that are cut here would have gone on from
+            front.go_on(token, ~ended)
+            with outside_autocast(device):
+                final_values[front.alive] = front.values()
 
     def beside_prompt(columns: Tensor) -> Tensor:
-        return torch.cat([columns.new_zeros(rows, start), columns], dim=1)
+        return torch.cat([columns.new_zeros(rows, prompt_ids.shape[1]), columns], dim=1)
 
+    per_sample = [tensor.repeat_interleave(samples_per_prompt, dim=0) for tensor in (prompt_ids, prompt_mask)]
     return Samples(
-        input_ids=torch.cat([per_sample(prompt_ids), new_ids], dim=1),
-        attention_mask=torch.cat([per_sample(prompt_mask), drawn.long()], dim=1),
+        input_ids=torch.cat([per_sample[0], new_ids], dim=1),
+        attention_mask=torch.cat([per_sample[1], drawn.long()], dim=1),
         mask=beside_prompt(drawn),
         finished=finished,
         log_probs=beside_prompt(log_probs),
         entropy=beside_prompt(entropy),
         values=None if values is None else beside_prompt(values),
-        prompt=torch.arange(prompts, device=device).repeat_interleave(samples_per_prompt),
+        prompt=torch.arange(len(prompt_ids), device=device).repeat_interleave(samples_per_prompt),
+        final_values=final_values,
     )
-
-
-def _draw(logits: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row from its logits [B, V]; returns tokens, their log-probs and the entropies, [B].
-
-    Raises UserError if the logits are NaN.
-    """
-    log_softmax = torch.log_softmax(logits, dim=-1)
-    if bool(log_softmax.isnan().any()):
-        raise UserError("the model's logits are NaN, training has diverged: try a lower learning rate")
-    probabilities = log_softmax.exp()
-    if generator is None:
-        token = logits.argmax(-1)
-    else:
-        token = draw_index(probabilities, generator)
-    log_probs = log_softmax.gather(1, token.unsqueeze(1)).squeeze(1)
-    return token, log_probs, -(probabilities * log_softmax).sum(-1)
-
-
-def draw_index(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One index a row of probabilities [B, V], [B] int: where a uniform number falls in their running sum. The
-    generator is the processor's, so that a seed draws the same numbers for every device.
-
-    One number a row, where torch.multinomial draws V of them; in float64, so that no index of positive probability
-    is out of reach.
-    """
-    total = probabilities.double().cumsum(-1)
-    numbers = torch.rand(len(total), 1, generator=generator, dtype=total.dtype).to(total.device)
-    return torch.searchsorted(total, numbers * total[:, -1:], right=True).squeeze(1)
 
 
 def to_rollout(
@@ -248,42 +263,49 @@ def to_rollout(
     rewards: Tensor,
     *,
     scored: Tensor,
+    token_rewards: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     cut_is_end: bool = True,
     gamma: float = 1.0,
 ) -> Rollout:
-    """Completions with their rewards as decisions of a policy.
+    """Completions, or episodes of several turns, with their rewards as decisions of a policy.
 
-    rewards     [B], one for each completion, given at its last token
-    scored      [B] bool; a row without a reward is masked out whole
-    cut_is_end  see GenerationConfig
+    rewards         [B], given at the last token that the policy drew
+    scored          [B] bool; a row without a reward is masked out whole
+    token_rewards   [B, T] given beside it, at tokens that the policy drew; not to rows without a reward
+    cut_is_end      see GenerationConfig
 
-    Values, where the policy has a value head, bootstrap from the next token's; a completion that was cut
-    bootstraps from the value of its own last state, the nearest that was computed.
+    Raises ValueError if a row is cut, has values, and nobody asked for `final_values`.
     """
     mask = samples.mask & scored.unsqueeze(1)
-    last = _is_last(samples.mask)
-    per_token = torch.where(last & mask, rewards.unsqueeze(1), 0.0)
-    ends = last & mask & (samples.finished | cut_is_end).unsqueeze(1)
-    cuts = last & mask & ~ends
-    values = samples.values
-    next_values = None
-    if values is not None:
-        following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-        next_values = torch.where(cuts, values, torch.where(ends, 0.0, following))
+    last = _is_last(mask)
+    per_token = torch.where(last, rewards.unsqueeze(1), 0.0)
+    if token_rewards is not None:
+        per_token = per_token + torch.where(mask, token_rewards, 0.0)
+    ends = last & (samples.finished | cut_is_end).unsqueeze(1)
     episode = torch.where(samples.attention_mask.bool(), 0, -1)
+    next_values = None
+    if samples.values is not None:
+        final = samples.final_values
+        next_values = next_values_of(
+            values=samples.values,
+            mask=mask,
+            episode=episode,
+            terminated=ends,
+            final_values=None if final is None else final.unsqueeze(1).expand_as(samples.values),
+        )
     return Rollout(
         observations=samples.observations(),
         actions=samples.input_ids,
         rewards=per_token,
         terminated=ends,
-        truncated=cuts,
+        truncated=last & ~ends,
         mask=mask,
         discount=torch.full_like(per_token, gamma),
         old_log_probs=samples.log_probs,
         episode=episode,
         ref_log_probs=ref_log_probs,
-        values=values,
+        values=samples.values,
         next_values=next_values,
         group=samples.prompt.unsqueeze(1).expand_as(samples.input_ids),
     )

@@ -186,10 +186,13 @@ class Sampler:
         """The configured limit, or the task's."""
         return self.generation.max_new_tokens or self.task.max_new_tokens
 
-    def draw(self, rows: Sequence[int], *, samples_per_prompt: int, drawn_before: int) -> tuple[Samples, Scores]:
+    def draw(
+        self, rows: Sequence[int], *, samples_per_prompt: int, drawn_before: int, bootstrap: bool = False
+    ) -> tuple[Samples, Scores]:
         """Complete the training prompts `rows` and score what comes.
 
         drawn_before    completions that the run had drawn before, for the column sample_index
+        bootstrap       compute the values that completions which were cut would have gone on from
         """
         samples = generate(
             self.policy,
@@ -199,10 +202,12 @@ class Sampler:
             ends=end_ids(self.tokenizer, self.policy.model),
             pad=pad_id(self.tokenizer),
             generator=self.generator,
+            bootstrap=bootstrap,
         )
         which = [row for row in rows for _ in range(samples_per_prompt)]
         columns = {name: [column[row] for row in which] for name, column in self.columns.items()}
         columns["sample_index"] = list(range(drawn_before, drawn_before + len(which)))
+        columns["finished"] = samples.finished.tolist()
         texts = decode_completions(self.tokenizer, samples.completions())
         scores = self.rewards([self.task.train[row].prompt for row in which], texts, columns)
         return samples, scores if self.overlong is None else self._with_overlong(samples, scores, self.overlong)
@@ -257,6 +262,7 @@ def joined(parts: Sequence[Samples], *, pad: int) -> Samples:
             ]
         )
 
+    final = [part.final_values for part in parts if part.final_values is not None]
     prompts, first = [], 0
     for part in parts:
         prompts.append(part.prompt + first)
@@ -270,6 +276,7 @@ def joined(parts: Sequence[Samples], *, pad: int) -> Samples:
         entropy=columns("entropy"),
         values=None if parts[0].values is None else columns("values"),
         prompt=torch.cat(prompts),
+        final_values=torch.cat(final) if len(final) == len(parts) else None,
     )
 
 

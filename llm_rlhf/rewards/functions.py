@@ -6,8 +6,8 @@ list of the same length; it returns one number a completion, or None where it ca
     def short(prompts: list[str], completions: list[str], answer: list[str]) -> list[float | None]: ...
 
 It may be an `async def`; all of those run at once. A user's own is named as `file.py:function`, a trained reward
-model by its run folder. Besides the data's columns there is `sample_index`: how many completions the run had drawn
-before this one.
+model by its run folder. Besides the data's columns there are `sample_index`, how many completions the run had drawn
+before this one, and `finished`, whether the completion ended by itself (False: it was cut at the limit).
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from envs.own import is_own, load_own
 from experiment.errors import UserError
 from llm_rlhf.rewards.calls import AnyRewardFunction, call_all, check_columns
 from llm_rlhf.rewards.calls import RewardFunction as RewardFunction
+
+OF_SAMPLES = ("sample_index", "finished")
+"""Columns that come with completions, whatever the data has."""
 
 
 def exact_match(prompts: list[str], completions: list[str], answer: list[str]) -> list[float | None]:
@@ -139,7 +142,7 @@ def resolve(
                 f"{', '.join(built_in)}, or your own as path/to/file.py:function, or the folder of a reward "
                 "model's run"
             )
-        check_columns(name, functions[name], [*columns, "sample_index"])
+        check_columns(name, functions[name], [*columns, *OF_SAMPLES])
     return RewardSet(functions, weights, timeout=timeout)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from experiment.errors import UserError
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.decoding import roomy_cache
+from llm_rlhf.models.drawing import draw
 from llm_rlhf.models.generation import Samples, left_pad
 from llm_rlhf.models.tokenizer import decode_completions, pad_id
 from llm_rlhf.turns.environments import Environment, Referee, Reply
@@ -149,10 +150,8 @@ def play(
     seats = [_Seat(*pair) for pair in zip(referee.begin(rows), rooms, strict=True)]
     table = _Table(policy, tokenizer, referee, config, seats)
     chances = None
-    if generator is not None:  # below 1 for certain, so that the last token that is possible stays the last
-        chances = torch.rand(len(rows), max_new_tokens, generator=generator, dtype=torch.float64).clamp(
-            max=1 - 1e-12
-        )
+    if generator is not None:
+        chances = torch.rand(len(rows), max_new_tokens, generator=generator, dtype=torch.float64)
     columns = _Columns(len(rows), pad=pad_id(tokenizer))
     alive, mask, column = torch.arange(len(rows), device=device), prompt_mask, 0
     while True:
@@ -293,8 +292,9 @@ class _Table:
             values=columns.beside(nothing, "values") if has_values else None,
             prompt=torch.arange(len(self.seats)) // per_prompt,
         )
-        final_values = self._final_values(samples) if has_values and bootstrap else None
-        return Episodes(samples, turn_rewards, final_values, [seat.turns for seat in self.seats])
+        if has_values and bootstrap:
+            samples = replace(samples, final_values=self._final_values(samples))
+        return Episodes(samples, turn_rewards, [seat.turns for seat in self.seats])
 
     def _final_values(self, samples: Samples) -> Tensor:
         """[B]; the value of what an episode that was cut would have gone on from, 0 where it was not cut."""
@@ -310,25 +310,3 @@ class _Table:
         _, hidden, _ = self.policy.step(ids, mask, keep=1)
         values[cut] = self.policy.value_head(hidden[:, -1]).squeeze(-1).cpu()
         return values
-
-
-def draw(scores: Tensor, chance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row by inverting its distribution function; returns tokens, log-probs and entropies, [B].
-
-    scores      [B, V] logits over the temperature
-    chance      [B] float64, uniform in [0, 1); None takes the likeliest
-
-    Raises UserError if the logits are NaN.
-    """
-    log_softmax = torch.log_softmax(scores, dim=-1)
-    if bool(log_softmax.isnan().any()):
-        raise UserError("the model's logits are NaN, training has diverged: try a lower learning rate")
-    probabilities = log_softmax.exp()
-    if chance is None:
-        token = scores.argmax(-1)
-    else:
-        summed = probabilities.double().cumsum(-1)
-        token = torch.searchsorted(summed, (chance * summed[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    log_probs = log_softmax.gather(1, token.unsqueeze(1)).squeeze(1)
-    entropy = -torch.where(probabilities > 0, probabilities * log_softmax, 0.0).sum(-1)
-    return token, log_probs, entropy

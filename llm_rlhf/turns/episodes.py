@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,8 +16,6 @@ from llm_rlhf.models.generation import Samples
 from llm_rlhf.models.tokenizer import decode_completions, end_ids
 from llm_rlhf.turns.environments import Referee, Reply, own_environment
 from llm_rlhf.turns.tools import ANSWER_FORMAT, Calculator, ToolEnvironment, load_tools
-from policy_core.returns import next_values_of
-from policy_core.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -108,16 +105,14 @@ class Turn:
 class Episodes:
     """What was played; B episodes, T = prompt columns + new columns.
 
-    samples         tokens; `mask` is True where the policy drew one, `finished` where the environment said so
+    samples         tokens; `mask` is True where the policy drew one, `finished` where the environment said so, and
+                    `final_values` are at the true next observations, the last answer included
     turn_rewards    [B, T] float; what the environment gave, on the last token of the turn that earned it
-    final_values    [B] values at the true next observations of episodes that were cut, the last answer included;
-                    0 elsewhere, None without a value head or where nobody asked
     turns           of each episode
     """
 
     samples: Samples
     turn_rewards: Tensor
-    final_values: Tensor | None
     turns: list[list[Turn]]
 
     def completions(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -139,58 +134,3 @@ class Episodes:
             "tools/call_frequency": len(calls) / len(self.turns),
             "tools/failure_frequency": sum(reply.failed for reply in calls) / max(len(calls), 1),
         }
-
-
-def turns_to_rollout(
-    episodes: Episodes,
-    rewards: Tensor,
-    *,
-    scored: Tensor,
-    turn_weight: float = 1.0,
-    ref_log_probs: Tensor | None = None,
-    cut_is_end: bool = True,
-    gamma: float = 1.0,
-) -> Rollout:
-    """Episodes with their rewards as decisions of a policy; the environment's tokens are masked columns.
-
-    rewards         [B], given at the last token that the policy wrote
-    scored          [B] bool; an episode without a reward is masked out whole
-    turn_weight     of the environment's rewards, which lie on the last tokens of the turns that earned them
-    cut_is_end      an episode that the environment did not end is over at its last token (terminated); False: it
-                    was cut there (truncated), and bootstraps from the value at its true next observation
-
-    Raises ValueError if such a value is needed and was not computed.
-    """
-    samples = episodes.samples
-    mask = samples.mask & scored.unsqueeze(1)
-    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
-    earned = torch.where(mask, turn_weight * episodes.turn_rewards, 0.0) + torch.where(
-        last, rewards.unsqueeze(1), 0.0
-    )
-    ends = last & (samples.finished | cut_is_end).unsqueeze(1)
-    episode = torch.where(samples.attention_mask.bool(), 0, -1)
-    next_values = None
-    if samples.values is not None:
-        final = episodes.final_values
-        next_values = next_values_of(
-            values=samples.values,
-            mask=mask,
-            episode=episode,
-            terminated=ends,
-            final_values=None if final is None else final.unsqueeze(1).expand_as(samples.values),
-        )
-    return Rollout(
-        observations=samples.observations(),
-        actions=samples.input_ids,
-        rewards=earned,
-        terminated=ends,
-        truncated=last & ~ends,
-        mask=mask,
-        discount=torch.full_like(earned, gamma),
-        old_log_probs=samples.log_probs,
-        episode=episode,
-        ref_log_probs=ref_log_probs,
-        values=samples.values,
-        next_values=next_values,
-        group=samples.prompt.unsqueeze(1).expand_as(samples.input_ids),
-    )

@@ -12,7 +12,7 @@ from experiment.run import Run
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.evaluate_turns import validate_player
 from llm_rlhf.models.causal import build_policy
-from llm_rlhf.models.generation import GenerationConfig, Samples
+from llm_rlhf.models.generation import GenerationConfig, Samples, to_rollout
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.precision import Precision
 from llm_rlhf.online.critic import CriticConfig
@@ -41,7 +41,7 @@ from llm_rlhf.online.recording import conclude, folders_of
 from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import Task
-from llm_rlhf.turns.episodes import TurnsConfig, turns_to_rollout
+from llm_rlhf.turns.episodes import TurnsConfig
 from llm_rlhf.turns.playing import Judge, Played, Player, build_judge, build_player, written
 from policy_core.kl import KLConfig, KLController
 from policy_core.rollout import Rollout
@@ -217,11 +217,11 @@ def as_learned(
     judged = shaper.judged(samples, played.scores)
     final = torch.where(judged.scored, played.final + judged.total - played.scores.total, 0.0)
     divisor, metrics = shaper.divisor(judged)
-    rollout = turns_to_rollout(
-        replace(played.episodes, samples=samples),
+    rollout = to_rollout(
+        samples,
         final / divisor,
         scored=judged.scored,
-        turn_weight=turn_weight / divisor,
+        token_rewards=turn_weight / divisor * played.episodes.turn_rewards,
         cut_is_end=shaper.cut_is_end,
         gamma=gamma,
     )

@@ -54,6 +54,7 @@ class Judge:
             columns: dict[str, list[Any]] = {
                 **columns_of(examples),
                 "sample_index": list(range(first_index, first_index + count)),
+                "finished": episodes.samples.finished.tolist(),
                 "turns": [[turn.text for turn in turns] for turns in episodes.turns],
                 "replies": [[turn.reply.text for turn in turns if turn.reply] for turns in episodes.turns],
             }

@@ -104,6 +104,7 @@ def language() -> Body:
         ends={int(tokenizer.eos_token_id)},
         pad=int(tokenizer.pad_token_id),
         generator=torch.Generator().manual_seed(7),
+        bootstrap=True,
     )
     with torch.no_grad():
         ref_log_probs = reference.evaluate(samples.observations(), samples.input_ids).log_probs

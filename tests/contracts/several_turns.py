@@ -7,13 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.generation import to_rollout
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.turns.decoding import play
 from llm_rlhf.turns.environments import Referee
-from llm_rlhf.turns.episodes import Episodes, TurnsConfig, turns_to_rollout
+from llm_rlhf.turns.episodes import Episodes, TurnsConfig
+from policy_core.rollout import Rollout
 from tests.contracts.bodies import GAMMA, Body, double_precision, jittered, once
 
 LIMIT = 12
@@ -60,6 +63,12 @@ def played() -> tuple[LanguagePolicy, PreTrainedTokenizerBase, Episodes]:
     return policy, tokenizer, episodes
 
 
+def rollout_of(episodes: Episodes, rewards: Tensor, *, turn_weight: float = 1.0, **options: Any) -> Rollout:
+    """Episodes as decisions: the environment's rewards by turn, and one for each episode at its end."""
+    by_turn = turn_weight * episodes.turn_rewards
+    return to_rollout(episodes.samples, rewards, token_rewards=by_turn, **options)
+
+
 def body() -> Body:
     """As `bodies.language`: a reward at the end and by turn, and a random penalty for every token."""
     policy, tokenizer, episodes = played()
@@ -67,7 +76,7 @@ def body() -> Body:
     samples = episodes.samples
     with torch.no_grad():
         ref_log_probs = reference.evaluate(samples.observations(), samples.input_ids).log_probs
-    rollout = turns_to_rollout(
+    rollout = rollout_of(
         episodes,
         torch.randn(6),
         scored=torch.ones(6, dtype=torch.bool),

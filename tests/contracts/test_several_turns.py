@@ -15,14 +15,14 @@ from torch.nn import Parameter
 
 from llm_rlhf.models.generation import Samples
 from llm_rlhf.turns.environments import Reply
-from llm_rlhf.turns.episodes import Episodes, Turn, turns_to_rollout
+from llm_rlhf.turns.episodes import Episodes, Turn
 from policy_core.kl import KLConfig
 from policy_core.policy import Evaluation
 from policy_core.ppo import PPOConfig, update
 from policy_core.returns import gae
 from policy_core.rollout import Rollout
 from tests.contracts.bodies import GAMMA, LAMBDA, NAN, same, trained
-from tests.contracts.several_turns import LIMIT, played, several_turns
+from tests.contracts.several_turns import LIMIT, played, rollout_of, several_turns
 
 WHOLE = PPOConfig(epochs=1, minibatch_size=10_000, normalize_advantages=False, entropy_coef=0.01)
 KL: dict[str, Any] = {"kl": KLConfig(coef=0.2, placement="loss", estimator="k2"), "kl_coef": 0.2}
@@ -224,11 +224,12 @@ def test_a_step_by_hand() -> None:
         entropy=torch.zeros(2, 6),
         values=torch.where(mask, 0.4, 0.0),
         prompt=torch.tensor([0, 1]),
+        final_values=torch.tensor([0.0, 0.8]),
     )
     paid = torch.tensor([[0, 0, 1.0, 0, 0, 2.0], [0, 0.5, 0, 0, 0, 0]])
     turns = [[Turn("", Reply("", 1.0)), Turn("", Reply("", 2.0, True))], [Turn("", None)]]
-    episodes = Episodes(samples, paid, torch.tensor([0.0, 0.8]), turns)
-    rollout = turns_to_rollout(episodes, torch.zeros(2), scored=mask.any(1), cut_is_end=False, gamma=0.5)
+    episodes = Episodes(samples, paid, turns)
+    rollout = rollout_of(episodes, torch.zeros(2), scored=mask.any(1), cut_is_end=False, gamma=0.5)
     advantages, returns = gae(rollout, gae_lambda=0.8)
     same(advantages, torch.tensor([[0, 0.376, 1.44, 0, 0, 1.6], [0, 0.5, 0, 0, 0, 0]]))
     moved = copy.deepcopy(policy)

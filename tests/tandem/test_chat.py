@@ -41,7 +41,7 @@ def test_what_is_streamed_is_what_generation_draws() -> None:
     subject = make_subject()
     for temperature, seed in ((0.0, 0), (1.3, 5)):
         config = ChatConfig(temperature=temperature, max_new_tokens=12, seed=seed)
-        text = subject.text_of("hello")
+        text = render(subject.tokenizer, [{"role": "user", "content": "hello"}], answer=True)
         ids = list(subject.tokenizer.encode(text, add_special_tokens=False))
         pieces = list(stream(subject, ids, config, torch.Generator().manual_seed(seed)))
         expected = subject.complete(["hello"], Decoding(max_new_tokens=12, temperature=temperature, seed=seed))

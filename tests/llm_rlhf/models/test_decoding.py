@@ -12,7 +12,6 @@ from transformers.cache_utils import DynamicCache
 
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.decoding import PlainGPT2, RoomyLayer, roomy_cache
-from llm_rlhf.models.generation import draw_index
 from llm_rlhf.models.lora import LoRAConfig, add_lora
 from llm_rlhf.models.precision import Precision
 
@@ -139,20 +138,3 @@ def test_what_plain_steps_leave_to_transformers() -> None:
     assert PlainGPT2.of(LlamaForCausalLM(llama)) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert PlainGPT2.of(small_model()) is None
-
-
-def test_indices_are_drawn_with_their_probabilities() -> None:
-    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
-    drawn = draw_index(probabilities.repeat(20_000, 1), torch.Generator().manual_seed(0))
-    shares = torch.bincount(drawn, minlength=6) / 20_000
-    assert shares[probabilities == 0].tolist() == [0.0, 0.0, 0.0]
-    # three standard errors of the largest share
-    torch.testing.assert_close(shares, probabilities, rtol=0, atol=3 * (0.25 / 20_000) ** 0.5)
-
-
-def test_an_unlikely_index_among_many_is_drawn() -> None:
-    probabilities = torch.full((1, 50_000), 1e-9)
-    probabilities[0, 0] = 1.0
-    probabilities[0, -1] = 1.0
-    drawn = draw_index(probabilities.repeat(64, 1), torch.Generator().manual_seed(0))
-    assert set(drawn.tolist()) == {0, 49_999}

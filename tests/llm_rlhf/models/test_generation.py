@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -195,11 +197,43 @@ def test_rollout_by_hand() -> None:
 
 
 def test_a_cut_completion_may_bootstrap_instead() -> None:
-    rollout = to_rollout(hand_made(), torch.tensor([1.0, 2.0]), scored=torch.tensor([True, True]), cut_is_end=False)
+    both = torch.tensor([True, True])
+    known = replace(hand_made(), final_values=torch.tensor([0.0, 0.8]))
+    rollout = to_rollout(known, torch.tensor([1.0, 2.0]), scored=both, cut_is_end=False)
     rollout.validate()
     assert rollout.truncated.tolist() == [[False] * 5, [False] * 4 + [True]]
     assert rollout.next_values is not None
-    assert float(rollout.next_values[1, 4]) == pytest.approx(0.5)
+    assert float(rollout.next_values[1, 4]) == pytest.approx(0.8)
+    advantages, _ = gae(rollout, gae_lambda=1.0)
+    assert float(advantages[1, 4]) == pytest.approx(2.0 + 0.8 - 0.5)
+    with pytest.raises(ValueError, match="row 1, column 4: an episode is cut here and final_values is not given"):
+        to_rollout(hand_made(), torch.tensor([1.0, 2.0]), scored=both, cut_is_end=False)
+
+
+@torch.no_grad()
+def test_final_values_are_those_of_the_whole_text(policy: LanguagePolicy) -> None:
+    """0 for what has ended; the batch drops rows on the way, and those that are cut keep their places."""
+    samples = generate(
+        policy,
+        PROMPTS * 16,
+        samples_per_prompt=2,
+        max_new_tokens=6,
+        ends={EOS, 5, 9},
+        pad=PAD,
+        generator=torch.Generator().manual_seed(0),
+        bootstrap=True,
+    )
+    assert samples.final_values is not None
+    assert samples.finished.any()
+    assert (~samples.finished).sum() > 10
+    assert policy.value_head is not None
+    expected = torch.zeros(len(samples.finished))
+    for row in (~samples.finished).nonzero().flatten().tolist():
+        ids = samples.input_ids[row][samples.attention_mask[row].bool()].unsqueeze(0)
+        _, hidden, _ = policy.step(ids, torch.ones_like(ids))
+        expected[row] = policy.value_head(hidden[0, -1])
+    torch.testing.assert_close(samples.final_values, expected, atol=1e-5, rtol=0)
+    assert draw(policy, PROMPTS).final_values is None
 
 
 def test_unscored_rows_count_for_nothing() -> None:

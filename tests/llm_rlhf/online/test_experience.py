@@ -26,7 +26,7 @@ from llm_rlhf.online.experience import (
     with_behaviour,
     with_dense_rewards,
 )
-from llm_rlhf.rewards.functions import Scores
+from llm_rlhf.rewards.functions import Scores, resolve
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.returns import gae
 
@@ -62,6 +62,7 @@ def hand_made() -> Samples:
         entropy=torch.zeros(3, 4),
         values=torch.where(mask, torch.tensor([0.0, 1.0, 2.0, 3.0]), 0.0),
         prompt=torch.arange(3),
+        final_values=torch.tensor([0.0, -2.0, 7.0]),
     )
 
 
@@ -104,8 +105,8 @@ def test_bootstrap_gives_a_cut_completion_a_future() -> None:
         rollout = to_rollout(hand_made(), SCORES.total, scored=SCORES.scored, cut_is_end=made.cut_is_end)
         assert rollout.truncated.tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
         advantages, _ = gae(rollout, gae_lambda=1.0)
-        # 1.5 and the value 3 of the state that was cut, less the value 1 of the first
-        assert float(advantages[1, 1]) == pytest.approx(1.5 + 3.0 - 1.0)
+        # 1.5 and the value -2 of what it would have gone on from, less the value 1 of the first
+        assert float(advantages[1, 1]) == pytest.approx(1.5 - 2.0 - 1.0)
         assert float(advantages[0, 1]) == pytest.approx(1.0 - 1.0)
 
 
@@ -175,6 +176,18 @@ def test_the_reward_for_ending_in_time_is_a_reward_among_the_others(sampler: Sam
     task = scores.by_name["optimality"]
     assert torch.allclose(scores.total, task + 3.0 * scores.by_name["overlong"])
     assert "rewards/overlong/mean" in scores.metrics()
+
+
+def test_rewards_are_told_what_ended_and_how_much_came_before(sampler: Sampler) -> None:
+    def told(
+        prompts: list[str], completions: list[str], finished: list[bool], sample_index: list[int]
+    ) -> list[float]:
+        return [index + 0.5 * end for index, end in zip(sample_index, finished, strict=True)]
+
+    telling = replace(sampler, rewards=resolve({"told": 1.0}, own={"told": told}, columns=[]), overlong=None)
+    samples, scores = telling.draw(list(range(12)), samples_per_prompt=8, drawn_before=1000)
+    assert 5 < int(samples.finished.sum()) < 91
+    assert scores.total.tolist() == [1000 + i + 0.5 * end for i, end in enumerate(samples.finished.tolist())]
 
 
 def test_sampler_settings_are_checked(sampler: Sampler) -> None:

@@ -10,11 +10,12 @@ from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.generation import Samples
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.turns.environments import Reply
-from llm_rlhf.turns.episodes import Episodes, Turn, turns_to_rollout
+from llm_rlhf.turns.episodes import Episodes, Turn
 from policy_core.policy import Evaluation
 from policy_core.ppo import PPOConfig, update
 from policy_core.returns import gae
 from policy_core.rollout import Rollout, credit_decisions
+from tests.contracts.several_turns import rollout_of
 
 
 def tiny_policy() -> LanguagePolicy:
@@ -36,10 +37,11 @@ def two_turns() -> Episodes:
         entropy=torch.zeros(2, 7),
         values=torch.tensor([[0, 0, 0.1, 0.2, 0, 0, 0.3], [0, 0, 0.4, 0, 0, 0, 0]]),
         prompt=torch.tensor([0, 1]),
+        final_values=torch.tensor([0.0, 0.8]),
     )
     rewards = torch.tensor([[0, 0, 0, 1.0, 0, 0, 2.0], [0, 0, 0.5, 0, 0, 0, 0]])
     turns = [[Turn("cd", Reply("bb", 1.0)), Turn("c", Reply("", 2.0, True))], [Turn("c", None)]]
-    return Episodes(samples, rewards, torch.tensor([0.0, 0.8]), turns)
+    return Episodes(samples, rewards, turns)
 
 
 YES = torch.tensor([True, True])
@@ -47,7 +49,7 @@ YES = torch.tensor([True, True])
 
 def test_gae_of_a_two_turn_episode_by_hand() -> None:
     """gamma 0.5, lambda 0.8: over the answer's two columns there is neither discount nor lambda."""
-    rollout = turns_to_rollout(two_turns(), torch.tensor([10.0, 20.0]), scored=YES, gamma=0.5, cut_is_end=False)
+    rollout = rollout_of(two_turns(), torch.tensor([10.0, 20.0]), scored=YES, gamma=0.5, cut_is_end=False)
     rollout.validate()
     assert rollout.rewards.tolist() == [[0, 0, 0, 1, 0, 0, 12], [0, 0, 20.5, 0, 0, 0, 0]]
     assert rollout.terminated.nonzero().tolist() == [[0, 6]]
@@ -64,23 +66,23 @@ def test_gae_of_a_two_turn_episode_by_hand() -> None:
 
 
 def test_rewards_by_turn_land_where_the_turn_ended() -> None:
-    found = turns_to_rollout(two_turns(), torch.tensor([0.0, 0.0]), scored=YES, turn_weight=3.0)
+    found = rollout_of(two_turns(), torch.tensor([0.0, 0.0]), scored=YES, turn_weight=3.0)
     assert found.rewards.tolist() == [[0, 0, 0, 3, 0, 0, 6], [0, 0, 1.5, 0, 0, 0, 0]]
     assert found.terminated.nonzero().tolist() == [[0, 6], [1, 2]]
-    off = turns_to_rollout(two_turns(), torch.tensor([0.0, 0.0]), scored=YES, turn_weight=0.0)
+    off = rollout_of(two_turns(), torch.tensor([0.0, 0.0]), scored=YES, turn_weight=0.0)
     assert not off.rewards.any()
 
 
 def test_a_reward_on_the_answer_comes_back_to_the_turn_that_earned_it() -> None:
     """What the core's credit_decisions makes of rewards on the columns that brought them is what we have."""
-    ours = turns_to_rollout(two_turns(), torch.tensor([0.0, 0.0]), scored=YES)
+    ours = rollout_of(two_turns(), torch.tensor([0.0, 0.0]), scored=YES)
     on_answers = torch.tensor([[0, 0, 0, 0, 1.0, 0, 2.0], [0, 0, 0.5, 0, 0, 0, 0]])
     assert torch.equal(credit_decisions(replace(ours, rewards=on_answers)).rewards, ours.rewards)
     assert torch.equal(credit_decisions(ours).rewards, ours.rewards)
 
 
 def test_unscored_episodes_count_for_nothing() -> None:
-    found = turns_to_rollout(two_turns(), torch.tensor([1.0, 1.0]), scored=torch.tensor([False, True]))
+    found = rollout_of(two_turns(), torch.tensor([1.0, 1.0]), scored=torch.tensor([False, True]))
     found.validate()
     assert not found.mask[0].any()
     assert not found.rewards[0].any()
@@ -133,7 +135,7 @@ def test_inserting_an_answer_changes_only_what_it_is_read_for() -> None:
     policy = tiny_policy()
     gradients = []
     for found, inside in ((narrow, None), (hidden, 4)):
-        rollout = turns_to_rollout(found, torch.tensor([1.0, -1.0]), scored=YES, gamma=0.5)
+        rollout = rollout_of(found, torch.tensor([1.0, -1.0]), scored=YES, gamma=0.5)
         if inside is not None:
             rollout = replace(rollout, episode=rollout.episode.index_fill(1, torch.tensor([4, 5]), 0))
             rollout.episode[1, 4:] = -1

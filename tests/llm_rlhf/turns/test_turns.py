@@ -14,12 +14,13 @@ from experiment.errors import UserError
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.tokenizer import decode_completions
-from llm_rlhf.turns.decoding import _Writing, draw, play
+from llm_rlhf.turns.decoding import _Writing, play
 from llm_rlhf.turns.environments import Referee, Reply
-from llm_rlhf.turns.episodes import Episodes, TurnsConfig, make_referee, stop_ids, turns_to_rollout
+from llm_rlhf.turns.episodes import Episodes, TurnsConfig, make_referee, stop_ids
 from policy_core.ppo import PPOConfig, update
 from policy_core.returns import gae
 from policy_core.rollout import Rollout
+from tests.contracts.several_turns import rollout_of
 
 PROMPTS = ["abcab", "b", "cab"]
 CONTEXT = 40
@@ -205,24 +206,6 @@ def test_same_generator_same_episodes(both: tuple[LanguagePolicy, Any], episodes
     assert other.turns != episodes.turns
 
 
-def test_frequencies_follow_the_distribution() -> None:
-    scores = torch.tensor([0.0, -torch.inf, 1.5, -1.0, -torch.inf]).expand(40_000, 5)
-    chance = torch.rand(40_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    chance[:2] = torch.tensor([0.0, 1 - 1e-12], dtype=torch.float64)
-    tokens, log_probs, entropy = draw(scores, chance)
-    expected = torch.softmax(scores[0], -1)
-    found = torch.bincount(tokens, minlength=5) / 40_000
-    assert (found - expected).abs().max() < 0.01  # four standard errors
-    assert (found[[1, 4]] == 0).all()
-    assert int(tokens[0]) == 0
-    assert int(tokens[1]) == 3
-    torch.testing.assert_close(log_probs, expected.log()[tokens])
-    torch.testing.assert_close(entropy[0], -(expected[expected > 0] * expected[expected > 0].log()).sum())
-    assert (draw(scores, None)[0] == 2).all()
-    with pytest.raises(UserError, match="NaN"):
-        draw(torch.full((1, 3), torch.nan), None)
-
-
 # ---------------------------------------------------------------- where a turn and an episode end
 
 
@@ -294,16 +277,16 @@ def test_values_of_cut_episodes_are_those_of_their_true_next_observation(both: t
     with torch.no_grad():
         hidden = policy.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
         expected = policy.value_head(hidden[0, -1])
-    assert found.final_values is not None
-    torch.testing.assert_close(found.final_values, expected, atol=1e-5, rtol=0)
-    rollout = turns_to_rollout(found, torch.zeros(1), scored=torch.tensor([True]), cut_is_end=False)
+    assert found.samples.final_values is not None
+    torch.testing.assert_close(found.samples.final_values, expected, atol=1e-5, rtol=0)
+    rollout = rollout_of(found, torch.zeros(1), scored=torch.tensor([True]), cut_is_end=False)
     rollout.validate()
     assert rollout.next_values is not None
     assert rollout.truncated[0].tolist() == [False] * (len(ids) - 4) + [True]
     torch.testing.assert_close(rollout.next_values[0, -1:], expected, atol=1e-5, rtol=0)
-    unknown = replace(found, final_values=None)
+    unknown = replace(found, samples=replace(found.samples, final_values=None))
     with pytest.raises(ValueError, match="final_values is not given"):
-        turns_to_rollout(unknown, torch.zeros(1), scored=torch.tensor([True]), cut_is_end=False)
+        rollout_of(unknown, torch.zeros(1), scored=torch.tensor([True]), cut_is_end=False)
 
 
 def test_an_environment_that_fails_is_named(both: tuple[LanguagePolicy, Any]) -> None:
@@ -338,7 +321,7 @@ def test_the_ratio_is_one_and_answers_have_no_loss(both: tuple[LanguagePolicy, A
     """Rubbish in every number of the answers' columns, and the gradient stays; in one own token it does not."""
     policy, _ = both
     rewards = torch.arange(48.0) % 3
-    rollout = turns_to_rollout(episodes, rewards, scored=torch.ones(48, dtype=torch.bool), gamma=0.9)
+    rollout = rollout_of(episodes, rewards, scored=torch.ones(48, dtype=torch.bool), gamma=0.9)
     rollout.validate()
     answers = rollout.episode.eq(0) & ~rollout.mask
     assert answers[:, 5:].sum() > 20
