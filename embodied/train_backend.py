@@ -38,7 +38,7 @@ class TrainBackendConfig:
     hidden           widths of its networks
     data             gamma and n_steps are the library's affair, and do not count here
     total            updates (d3rlpy) or environment steps (sb3)
-    log_every, evaluate_every: in the same
+    log_every, evaluate_every: in the unit of `total`
     episodes         played at each evaluation
     """
 
@@ -107,7 +107,7 @@ def train(config: TrainBackendConfig, *, resume: Path | None = None) -> RunResul
 
 
 def scaled(inputs: Inputs, data: DataConfig) -> Inputs:
-    """With the rewards that `data` asks for."""
+    """The inputs with the rewards that `data` asks for."""
     factor = reward_scale(inputs.episodes, data)
     episodes = [replace(e, rewards=(e.rewards * factor + data.shift).astype(np.float32)) for e in inputs.episodes]
     return replace(inputs, episodes=episodes)

@@ -268,7 +268,7 @@ def improve(
             auxiliary=auxiliary,
             traced=learner.gradient,
         )
-    if rollout.ref_log_probs is not None:
+    if rollout.ref_log_probs is not None and update > warmup:
         learner.controller.update(metrics["objective/kl"], episodes=max(1, len(experience.episodes)))
     if learner.reference is None and config.init is None:
         policy.learn_normalization(experience.observations.flatten(0, 1))

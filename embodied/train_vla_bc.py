@@ -48,9 +48,9 @@ from policy_core.optimizer import FlatAdam
 from policy_core.schedules import Schedule, scheduled, set_learning_rate
 
 LOG_EVERY = 50
-"""Updates."""
+"""Updates between two lines of metrics."""
 AT_ONCE = 256
-"""Pictures, where no gradient is asked for."""
+"""Pictures of a forward pass where no gradient is asked for."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def train(config: TrainVLABCConfig, *, resume: Path | None = None) -> RunResult:
         for update in range(first, updates + 1):
             part = eyes if update <= hand.done else hand
             metrics = part.step(update, config.schedule, config.warmup)
-            last = update in (hand.done, updates)  # of the part
+            last = update in (hand.done, updates)  # the last one of the eyes or of the hand
             if last or update % LOG_EVERY == 0:
                 run.log({f"train/{name}": float(value) for name, value in metrics.items()}, global_step=update)
             if last or update % config.evaluate_every == 0:
@@ -248,10 +248,10 @@ def eyes_loss(
 def hand_loss(
     policy: VLAPolicy, steps: ControlSteps, config: TrainVLABCConfig
 ) -> Callable[[int], tuple[Tensor, dict[str, Tensor]]]:
-    """What is imitated, read as the eyes see it when the hand begins. Metrics: nll (nats per decision)."""
+    """The loss of imitation, from what the eyes say when the hand begins. Metrics: nll (nats per decision)."""
     shuffled = Shuffled(len(steps), config.hand.batch_size, config.run.seed)
     blind = replace(steps, images={})
-    percepts: list[Tensor] = []  # one, when the eyes are finished
+    percepts: list[Tensor] = []  # of all steps, once the eyes are finished
 
     def loss(update: int) -> tuple[Tensor, dict[str, Tensor]]:
         if not percepts:
@@ -312,7 +312,7 @@ def prepare(
 
 
 def weighted(steps: ControlSteps, config: AdvantageConfig) -> ControlSteps:
-    """The steps with what they count, where an IQL run says so; tells how unlike that is."""
+    """The steps with what each counts, where an IQL run says so; prints how unevenly they count."""
     weights = step_weights(config, steps.state, steps.labels)
     if weights is None:
         return steps

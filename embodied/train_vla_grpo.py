@@ -157,8 +157,9 @@ def improve(
     )
     if update == 1:
         rollout.validate()
+    rewards = rollout.rewards
     rollout, kl_metrics = charge_kl(rollout, config.kl, learner.controller.coef)
-    advantages, group_metrics = group_advantages(rollout, config=config.grpo)
+    advantages, group_metrics = group_advantages(rollout, config=config.grpo, scores=rewards)
     metrics |= {f"objective/{name}": float(value) for name, value in group_metrics.items()}
     decisions, advantages = rollout.decisions(), advantages[rollout.mask].unsqueeze(1)
     if config.skip_flat_groups:

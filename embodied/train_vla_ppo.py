@@ -169,10 +169,11 @@ def improve(
     for group, rate in zip(learner.optimizer.param_groups, current, strict=True):
         group["lr"] = rate
     with stopping_on_nan(update):
-        trained = learn(learner, experience, rollout, config, train_policy=update > config.ppo.critic_only(updates))
+        train_policy = update > config.ppo.critic_only(updates)
+        trained = learn(learner, experience, rollout, config, train_policy=train_policy)
         trained |= learner.look(experience, config.perception, rate=eyes)
     trained["learning_rate"] = current[0]
-    metrics |= gap | learner.steer(kl_metrics, experience)
+    metrics |= gap | learner.steer(kl_metrics, experience, train_policy=train_policy)
     return metrics | {f"train/{name}": v for name, v in trained.items()}
 
 

@@ -205,8 +205,9 @@ def iterate(config: TrainGRPOConfig, learner: Learner, *, step: int) -> dict[str
     rollout = with_behaviour(rollout, drawn)
     if config.sampling.dynamic_rounds > 1:
         rollout = rollout.select(chosen_rows(judged, samples.prompt, prompts=config.sampling.prompts))
+    scores_alone = rollout.rewards
     rollout, kl_metrics = with_kl_rewards(rollout, config=config.kl, coef=learner.controller.coef)
-    advantages, group_metrics = group_advantages(rollout, config=config.grpo)
+    advantages, group_metrics = group_advantages(rollout, config=config.grpo, scores=scores_alone)
     metrics = {f"objective/{name}": float(value) for name, value in group_metrics.items()}
     metrics |= {**draw_metrics, **shaping_metrics, **gap}
     trained = rollout

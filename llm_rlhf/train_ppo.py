@@ -230,7 +230,8 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int, train_policy
     if rollout.values is not None:
         metrics["val/explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
     metrics["objective/kl_coef"] = learner.controller.coef
-    steer_kl(learner.controller, samples, ref_log_probs)
+    if train_policy:
+        steer_kl(learner.controller, samples, ref_log_probs)
     learner.counters.samples += len(scores.total)
     learner.counters.tokens += int(samples.mask.sum())
     return metrics

@@ -148,7 +148,7 @@ def iterate(config: TrainTurnsGRPOConfig, learner: Learner) -> tuple[dict[str, f
     """One rollout and the update on it; returns metrics under TRL's names, and what was played."""
     lived = experience(learner, samples_per_prompt=config.grpo.group_size, gamma=config.ppo.gamma)
     rollout, kl_metrics = with_kl_rewards(lived.rollout, config=config.kl, coef=learner.controller.coef)
-    advantages, group_metrics = group_advantages(rollout, config=config.grpo)
+    advantages, group_metrics = group_advantages(rollout, config=config.grpo, scores=lived.rollout.rewards)
     if config.sampling.skip_flat_groups:
         rollout, advantages = with_signal(rollout, advantages)
     statistics = update(

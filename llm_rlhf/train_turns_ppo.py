@@ -175,5 +175,5 @@ def iterate(
     metrics = {**lived.metrics, **kl_metrics, **policy_metrics(statistics)}
     if rollout.values is not None:
         metrics["val/explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
-    count(learner, lived)
+    count(learner, lived, steer=train_policy)
     return metrics, lived.played

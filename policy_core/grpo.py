@@ -8,12 +8,13 @@ The functions differ in one line each; a recipe picks one from `ADVANTAGES` and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from policy_core.masking import FLAT
 from policy_core.returns import episode_returns
 from policy_core.rollout import Rollout
 
@@ -29,10 +30,6 @@ class GRPOConfig:
     def __post_init__(self) -> None:
         if self.group_size < 1 or (self.group_size == 1 and self.advantage != "reinforce_pp"):
             raise ValueError(f"grpo.group_size must be at least 2, got {self.group_size}: one answer has no peer")
-
-
-FLAT = 1e-6
-"""Share of the largest return (or of 1) within which returns are one and the same: what is left is rounding."""
 
 
 def is_flat(returns: Tensor, group: Tensor) -> Tensor:
@@ -130,8 +127,14 @@ def overlong_punishment(lengths: Tensor, *, max_length: int, cache: int) -> Tens
     return ((max_length - cache - lengths) / cache).clamp(-1.0, 0.0)
 
 
-def group_advantages(rollout: Rollout, *, config: GRPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def group_advantages(
+    rollout: Rollout, *, config: GRPOConfig, scores: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Every decision gets its episode's advantage over its group. Returns [B, T] and metrics.
+
+    scores  [B, T] rewards before a KL was taken off them; None = the rollout's rewards. Where a group's (with
+            "reinforce_pp", the batch's) are one and the same, advantages are 0: nothing but the KL differs, and a
+            standard deviation would scale its hundredths up to full strength.
 
     Metrics: frac_reward_zero_std (share of episodes whose group is flat, see `is_flat`: no signal),
     reward_std (mean over episodes of their group's standard deviation).
@@ -140,12 +143,15 @@ def group_advantages(rollout: Rollout, *, config: GRPOConfig) -> tuple[Tensor, d
     if rollout.group is None:
         raise ValueError("group advantages need rollout.group")
     returns, index, group = episode_returns(rollout)
-    advantages = ADVANTAGES[config.advantage](returns, group).to(returns)
+    earned = returns if scores is None else episode_returns(replace(rollout, rewards=scores))[0]
+    flat = is_flat(earned, group)
+    peers_alike = is_flat(earned, torch.zeros_like(group)) if config.advantage == "reinforce_pp" else flat
+    advantages = torch.where(peers_alike, 0.0, ADVANTAGES[config.advantage](returns, group)).to(returns)
     spread = torch.zeros_like(rollout.rewards)
     spread[rollout.mask] = advantages[index[rollout.mask]]
     _, size, _, squares = _group_sums(returns, group)
     std = (squares / (size - 1).clamp(min=1)).sqrt()
-    return spread, {"frac_reward_zero_std": is_flat(returns, group).float().mean(), "reward_std": std.mean()}
+    return spread, {"frac_reward_zero_std": flat.float().mean(), "reward_std": std.mean()}
 
 
 def with_signal(rollout: Rollout, advantages: Tensor) -> tuple[Rollout, Tensor]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 Aggregation = Literal["decision", "episode", "constant"]
+FLAT = 1e-6
+"""Share of the largest number within which numbers are one and the same: what is left is rounding."""
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
@@ -37,9 +39,15 @@ def masked_std(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def normalize(values: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:
-    """Counted entries shifted to mean 0 and scaled to standard deviation 1; the rest is 0. [B, T] -> [B, T]."""
+    """Counted entries shifted to mean 0 and scaled to standard deviation 1; the rest is 0. [B, T] -> [B, T].
+
+    All are 0 where the entries are one and the same up to rounding, which would be scaled up to 1 otherwise.
+    """
+    high = torch.where(mask, values, -torch.inf).amax()
+    low = torch.where(mask, values, torch.inf).amin()
+    flat = high - low <= FLAT * torch.maximum(high.abs(), low.abs())
     centred = values - masked_mean(values, mask)
-    return torch.where(mask, centred / (masked_std(values, mask) + epsilon), 0.0)
+    return torch.where(mask & ~flat, centred / (masked_std(values, mask) + epsilon), 0.0)
 
 
 def episode_index(mask: Tensor, episode: Tensor) -> tuple[Tensor, int]:

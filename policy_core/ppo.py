@@ -37,7 +37,7 @@ class PPOConfig:
     """PPO's own numbers.
 
     learning_rate, schedule, warmup     Adam's rate, its course over the run, share of the run to rise over
-    epochs, minibatch_size              passes over a rollout; rows per optimizer step
+    epochs, minibatch_size              passes over a rollout; rows per optimizer step, at most
     micro_batch_size                    rows per backward pass; None = the minibatch at once
     gamma, gae_lambda                   discount per step or token; GAE's lambda
     clip_range, clip_range_high         ratio within [1 - clip_range, 1 + clip_range_high]; None = symmetric
@@ -277,7 +277,8 @@ def make_batches(
     order: Tensor,
     with_reference: bool = False,
 ) -> list[Batch]:
-    """One epoch's optimizer steps: the rows in `order` ([B] int), cut into minibatches.
+    """One epoch's optimizer steps: the rows in `order` ([B] int), cut into minibatches of the same size, or of one
+    row less: as few as `config.minibatch_size` allows.
 
     Weights are over each step's own decisions; old log-probs are brought to the ratio level; masked columns are
     cleared.
@@ -311,7 +312,9 @@ def make_batches(
         if column is not None
     }
     batches = []
-    for part in split_rows(shuffled, config.minibatch_size):
+    steps = max(1, math.ceil(len(order) / config.minibatch_size))
+    least, more = divmod(len(order), steps)
+    for part in split_rows(shuffled, [least + (step < more) for step in range(steps)]):
         decisions, episode = part.pop("decisions"), part.pop("episode")
 
         def weights_of(factors: Tensor | None, decisions: Tensor = decisions, episode: Tensor = episode) -> Tensor:

@@ -31,8 +31,8 @@ def leaves(nested: Nested) -> list[Tensor]:
     return [leaf for value in nested.values() for leaf in leaves(value)]
 
 
-def split_rows(nested: Nested, size: int) -> list[Any]:
-    """Views of consecutive blocks of at most `size` rows, each with the structure of `nested`."""
+def split_rows(nested: Nested, size: int | list[int]) -> list[Any]:
+    """Views of consecutive blocks of at most `size` rows, or of these sizes, each structured as `nested`."""
     if isinstance(nested, Tensor):
         return list(nested.split(size))
     columns = [split_rows(value, size) for value in nested.values()]

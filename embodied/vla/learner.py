@@ -54,7 +54,7 @@ class VLALearner:
     """Everything that learns or remembers in a run; its state is what a checkpoint keeps.
 
     clone       what it started from, which never changes; `reference` is the same where a KL term asks for it
-    unread      words of instructions that the policy does not know, as they were told of
+    unread      words of instructions that the policy does not know and that the user was told of
     """
 
     policy: VLAPolicy
@@ -143,9 +143,12 @@ class VLALearner:
         set_learning_rate(self.eyes, rate)
         return fit_perception(self.policy, self.eyes, experience, self.scenes, config, self.generator)
 
-    def steer(self, kl_metrics: Mapping[str, float], experience: ChunkExperience) -> dict[str, float]:
-        """Feed the KL that `charge_kl` measured to the controller; returns it, and the deviation of the actions."""
-        if kl_metrics:
+    def steer(
+        self, kl_metrics: Mapping[str, float], experience: ChunkExperience, *, train_policy: bool = True
+    ) -> dict[str, float]:
+        """Feed the KL that `charge_kl` measured to the controller, where the policy learned; returns it, and the
+        deviation of the actions."""
+        if kl_metrics and train_policy:
             self.controller.update(kl_metrics["objective/kl"], episodes=max(1, len(experience.episodes)))
         return {**kl_metrics, "train/std": float(self.policy.bounded_log_std().detach().exp().mean())}
 

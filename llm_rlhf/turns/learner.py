@@ -166,9 +166,10 @@ def experience(learner: Learner, *, samples_per_prompt: int, gamma: float) -> Ex
     return Experience(played, samples, ref_log_probs, rollout, metrics)
 
 
-def count(learner: Learner, lived: Experience) -> None:
-    """After the update: the KL's controller and the counters take note of the rollout."""
-    steer_kl(learner.controller, lived.samples, lived.ref_log_probs)
+def count(learner: Learner, lived: Experience, *, steer: bool = True) -> None:
+    """After the update: the counters take note of the rollout, and where the policy learned the KL's controller."""
+    if steer:
+        steer_kl(learner.controller, lived.samples, lived.ref_log_probs)
     learner.counters.samples += len(lived.played.scores.total)
     learner.counters.tokens += int(lived.samples.mask.sum())
 

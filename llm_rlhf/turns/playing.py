@@ -139,7 +139,7 @@ class Player:
 
         generator   None plays greedily
         first_index how many episodes were played before: sample_index of the first one
-        bootstrap   see `turn_decoding.play`
+        bootstrap   see `decoding.play`
         """
         played = [example for example in examples for _ in range(samples_per_prompt)]
         rows = [

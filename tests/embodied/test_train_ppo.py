@@ -205,7 +205,8 @@ def test_a_clone_starts_as_it_is(
     config: TrainPPOConfig, clone: Path, pendulum_demonstrations: Path, rows_of: Rows
 ) -> None:
     config = replace(config, **from_clone(clone, pendulum_demonstrations))
-    result = train_ppo.train(replace(config, ppo=replace(config.ppo, critic_warmup=4)))
+    kl = KLConfig(coef=0.5, target=1e-9, horizon=1.0)
+    result = train_ppo.train(replace(config, kl=kl, ppo=replace(config.ppo, critic_warmup=4)))
     rows = rows_of(result.folder)
     before = StatePolicy.from_pretrained(clone)
     warm, after = policy_of(result.folder, "000000003"), policy_of(result.folder)
@@ -217,7 +218,9 @@ def test_a_clone_starts_as_it_is(
     assert torch.equal(after.normalizer.mean, before.normalizer.mean)  # the clone's own, and it stays
     assert ["train/policy_loss" in row for row in rows] == [False] * 4 + [True] * 2
     assert ["train/demonstration_nll" in row for row in rows] == [False] * 4 + [True] * 2
-    assert all("objective/kl" in row and "objective/kl_coef" in row for row in rows)
+    assert all("objective/kl" in row for row in rows)
+    # a frozen policy says nothing of the KL; the fifth update steers it, and the sixth takes the new coefficient
+    assert [row["objective/kl_coef"] for row in rows] == [0.5] * 5 + [pytest.approx(0.4)]
 
 
 def test_the_kl_is_to_the_clone(config: TrainPPOConfig, clone: Path, rows_of: Rows) -> None:

@@ -169,10 +169,12 @@ def test_what_the_eyes_learn_while_the_hand_does(clone: Path, tmp_path: Path, ro
     assert "train/grounding_loss" not in row
 
 
-def test_the_eyes_learn_while_the_critic_warms_up(clone: Path, tmp_path: Path) -> None:
+def test_the_eyes_learn_while_the_critic_warms_up(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
     config = ppo_config(clone, tmp_path / "run", perception=EYES)
+    config = replace(config, kl=KLConfig(coef=0.5, target=1e9, horizon=1.0))
     result = train_vla_ppo.train(replace(config, ppo=replace(config.ppo, critic_warmup=2)))
     assert moved(clone, result.folder, "000000001") == {"critic", "perception"}
+    assert [row["objective/kl_coef"] for row in rows_of(result.folder)] == [0.5, 0.5]
 
 
 def test_a_dry_run_draws_few_scenes(clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

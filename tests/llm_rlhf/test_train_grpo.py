@@ -14,6 +14,7 @@ from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf import train_grpo
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
+from llm_rlhf.models.generation import Samples
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.tasks.task import TaskConfig, build_task
@@ -182,6 +183,28 @@ def test_one_and_the_same_reward_teaches_nothing(
         sampling={"updates": 2, "prompts": 4, "skip_flat_groups": skip},
     )
     metrics = train_grpo.train(config).metrics
+    assert metrics["objective/frac_reward_zero_std"] == 1.0
+    assert metrics["policy/grad_norm"] == 0.0
+    before, after = weights(start), weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_one_and_the_same_reward_teaches_nothing_whatever_the_kl_took_off(
+    tmp_path: Path, start: Path, halves: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reference(_: Any, samples: Samples) -> Tensor:
+        return samples.log_probs - torch.where(samples.mask, torch.rand(samples.mask.shape), 0.0)
+
+    monkeypatch.setattr(train_grpo, "reference_log_probs", reference)
+    config = small(
+        tmp_path / "run",
+        start,
+        rewards={halves.replace(":score", ":same"): 1.0},
+        kl={"coef": 0.1, "placement": "reward"},
+        sampling={"updates": 2, "prompts": 4},
+    )
+    metrics = train_grpo.train(config).metrics
+    assert metrics["objective/kl"] > 0.1
     assert metrics["objective/frac_reward_zero_std"] == 1.0
     assert metrics["policy/grad_norm"] == 0.0
     before, after = weights(start), weights(tmp_path / "run")

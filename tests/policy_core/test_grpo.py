@@ -121,6 +121,27 @@ def test_flat_groups_are_counted_and_left_out(
     assert trained.shape == (3, 1)
 
 
+def test_a_group_is_flat_by_its_scores_not_by_the_kl_that_was_taken_off() -> None:
+    """Both answers to prompt 0 earned 1 and differ in what the KL took; those to prompt 1 earned 0 and 2."""
+    scores = torch.tensor([[1.0], [1.0], [0.0], [2.0]])
+    kl = torch.tensor([[0.005], [0.015], [0.25], [0.25]])
+    rollout = replace(make_rollout(scores.tolist(), group=[[0], [0], [1], [1]]), rewards=scores - kl)
+    names: tuple[Literal["grpo", "rloo", "dr_grpo"], ...] = ("grpo", "rloo", "dr_grpo")
+    for name in names:
+        config = GRPOConfig(advantage=name)
+        advantages, metrics = group_advantages(rollout, config=config, scores=scores)
+        assert not advantages[:2].any(), name
+        assert advantages[2:].all(), name
+        assert float(metrics["frac_reward_zero_std"]) == 0.5
+        blind, metrics = group_advantages(rollout, config=config)
+        assert blind[:2].any(), name
+        assert float(metrics["frac_reward_zero_std"]) == 0.0
+        close(blind[2:], advantages[2:])
+    batch = GRPOConfig(advantage="reinforce_pp")
+    assert group_advantages(rollout, config=batch, scores=scores)[0].all()
+    assert not group_advantages(rollout, config=batch, scores=torch.ones(4, 1))[0].any()
+
+
 def test_overlong_punishment_by_hand() -> None:
     """The last 4 of 12 tokens cost a quarter each; beyond, all costs 1."""
     lengths = torch.tensor([[0, 8, 9], [11, 12, 40]])

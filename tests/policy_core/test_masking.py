@@ -39,6 +39,19 @@ def test_one_entry_has_no_deviation() -> None:
     close(normalize(torch.tensor([[5.0, 7.0]]), flags("01")), [[0.0, 0.0]])
 
 
+@pytest.mark.parametrize("value", [0.7, 0.1, -1234.7, 1e-9, 0.0])
+def test_one_and_the_same_number_is_normalized_to_nothing(value: float) -> None:
+    """In float32 the mean of equal numbers is another number, and rounding by its own deviation is of size 1."""
+    values = torch.full((64, 40), value, dtype=torch.float32)
+    mask = torch.ones(64, 40, dtype=torch.bool)
+    assert not normalize(values, mask).any()
+    other = values.clone()
+    other[3, 5], mask[3, 5] = NAN, False
+    assert not normalize(other, mask).any()
+    values[0, 0] += 1.0
+    assert float(normalize(values, mask)[0, 0]) > 40
+
+
 def test_normalize_by_hand() -> None:
     # 1, 3, 8: mean 4, deviation sqrt(13)
     normal = normalize(torch.tensor([[1.0, NAN, 3.0, 8.0]]), flags("1011"), epsilon=0.0)

@@ -16,7 +16,7 @@ from policy_core.kl import KLConfig
 from policy_core.masking import normalize
 from policy_core.optimizer import FlatAdam
 from policy_core.policy import Evaluation
-from policy_core.ppo import NonFiniteLoss, PPOConfig, only_critic, update
+from policy_core.ppo import NonFiniteLoss, PPOConfig, make_batches, only_critic, update
 from policy_core.returns import gae
 from policy_core.rollout import Rollout, leaves
 from tests.policy_core.helpers import (
@@ -130,10 +130,25 @@ def test_counts_of_steps_and_order_of_rows() -> None:
     rollout = sampled_rollout(policy)  # 6 rows
     config = PPOConfig(epochs=3, minibatch_size=4)
     metrics = run(clone(policy), rollout, config, optimizer=None)
-    assert metrics["updates"] == 6.0  # minibatches of 4 and 2, three times
+    assert metrics["updates"] == 6.0  # minibatches of 3 and 3, three times
     same = step_of(policy, rollout, config, seed=5)
     assert torch.equal(same, step_of(policy, rollout, config, seed=5))
     assert not torch.equal(same, step_of(policy, rollout, config, seed=6))
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "expected"),
+    [(65, 64, [33, 32]), (8, 4, [4, 4]), (10, 4, [4, 3, 3]), (3, 64, [3]), (0, 4, [0])],
+)
+def test_no_row_has_a_step_of_its_own_because_it_was_left_over(rows: int, size: int, expected: list[int]) -> None:
+    batches = make_batches(
+        make_rollout(torch.zeros(rows, 1)),
+        advantages=torch.zeros(rows, 1),
+        returns=None,
+        config=PPOConfig(minibatch_size=size),
+        order=torch.arange(rows),
+    )
+    assert [len(batch.advantages) for batch in batches] == expected
 
 
 def test_the_gradient_is_clipped_to_its_global_norm() -> None:

@@ -162,6 +162,14 @@ def test_the_kl_is_steered_by_what_was_drawn_dropped_completions_too(
     assert metrics["completions/finished"] < 0.9
 
 
+def test_a_frozen_policy_says_nothing_of_the_kl(tmp_path: Path, base: Path) -> None:
+    """While the critic warms up the controller's coefficient stays, however far the target."""
+    kl = {"coef": 0.5, "target": 1e9, "horizon": 1.0}
+    rows = ppo(tmp_path / "run", base, kl=kl, ppo={"minibatch_size": 8, "critic_warmup": 2})
+    coefs = [row["objective/kl_coef"] for row in rows]
+    assert coefs[:4] == [0.5, 0.5, 0.5, pytest.approx(0.4)]
+
+
 def test_the_monitor_stops_a_run_and_names_the_last_good_checkpoint(tmp_path: Path, base: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(HackingSuspected, match=r"stopped by monitor\.stop: .*kl.*(last good|no checkpoint)"):
