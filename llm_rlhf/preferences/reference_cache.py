@@ -23,6 +23,7 @@ from experiment.errors import UserError, storage_errors
 from llm_rlhf.data.texts import TokenizedTexts
 from llm_rlhf.models.causal import LanguagePolicy, build_policy, tokenizer_of
 from llm_rlhf.models.loading import ModelConfig, model_folder
+from llm_rlhf.models.lora import LoRAConfig, base_of
 from llm_rlhf.preferences.learning import LearningConfig, all_log_probs
 
 CACHE = "reference_log_probs.safetensors"
@@ -96,6 +97,8 @@ class ReferenceSource:
     """path    the reference's folder; policy: the one that training starts from
     named   it is another model than the one that training starts from: the setting `reference`
     is_policy   the policy, before its first update, is the reference itself; not so with a new adapter beside it
+    lora        of the adapter in `path` that the policy goes on with: the reference computes with it as the policy
+                does, since merged weights would round otherwise in bfloat16
     file    where its log-probs are kept; shared: the user named that file, so that other runs may read it, too
     """
 
@@ -105,6 +108,7 @@ class ReferenceSource:
     is_policy: bool
     file: Path
     shared: bool
+    lora: LoRAConfig | None = None
 
     @classmethod
     def of(
@@ -112,13 +116,15 @@ class ReferenceSource:
     ) -> ReferenceSource:
         """What a recipe's settings mean. The model's path must be given."""
         file = run_folder / CACHE if reference_cache is None else Path(reference_cache)
+        goes_on = reference is None and base_of(model_folder(str(model.path))) is not None
         return cls(
             path=reference or str(model.path),
             policy=str(model.path),
             named=reference is not None,
-            is_policy=reference is None and model.lora is None,
+            is_policy=reference is None and (model.lora is None or goes_on),
             file=file,
             shared=reference_cache is not None,
+            lora=model.lora if goes_on else None,
         )
 
 
@@ -172,7 +178,7 @@ def _load_reference(source: ReferenceSource, policy: LanguagePolicy) -> Language
     """The reference, for as long as it is measured. Raises UserError if it reads other tokens than the policy."""
     try:
         reference, tokenizer = build_policy(
-            ModelConfig(path=source.path), alphabet="", temperature=policy.temperature
+            ModelConfig(path=source.path, lora=source.lora), alphabet="", temperature=policy.temperature
         )
     except UserError as error:
         raise UserError(str(error).replace("model.path", "reference", 1) if source.named else str(error)) from error

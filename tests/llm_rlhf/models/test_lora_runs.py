@@ -1,6 +1,8 @@
 """Runs that begin with another run's adapter: what they start from, keep as their reference and save."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from experiment.config import build_from_dict
 from llm_rlhf import train_dpo, train_ppo, train_sft
 from llm_rlhf.models.causal import LanguagePolicy
+from llm_rlhf.preferences.reference_cache import CACHE
 
 IDS = torch.arange(5, 15)[None]
 WALKS = {"name": "random_walks", "random_walks": {"walks": 60}}
@@ -85,6 +88,34 @@ def test_dpo_of_all_weights_starts_from_base_and_adapter(adapter: Path, tmp_path
     folder = train_dpo.train(config).folder
     found = plain_logits(folder / "checkpoints" / "last" / "policy")
     torch.testing.assert_close(found, logits(adapter), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_an_adapter_that_goes_on_begins_at_its_reference(adapter: Path, tmp_path: Path, precision: str) -> None:
+    """To the bit in bfloat16, too, where an adapter merged into the weights computes something else. A run that has
+    lost its file of log-probs finds the reference again when it resumes."""
+    pairs = tmp_path / "pairs.jsonl"
+    letters = "abcdefgh"
+    rows = [{"prompt": letters[i % 8] + letters[i // 8], "chosen": "abab", "rejected": "ba"} for i in range(64)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = {
+        "pairs": {"path": str(pairs)},
+        "model": {"path": str(adapter), "lora": {"rank": 4, "alpha": 8.0}},
+        "learning": {
+            "steps": 1,
+            "batch_size": 8,
+            "learning_rate": 0.01,
+            "warmup": 0.0,
+            "schedule": "constant",
+            "precision": precision,
+        },
+    }
+    config = build_from_dict(settings(tmp_path / "dpo", **sections), train_dpo.TrainDPOConfig)
+    result = train_dpo.train(config)
+    assert result.metrics["loss/preference"] == pytest.approx(math.log(2), abs=1e-6)
+    (result.folder / CACHE).unlink()
+    more = replace(config, learning=replace(config.learning, steps=2))
+    assert train_dpo.train(more, resume=result.folder).metrics["loss/preference"] < 0.69
 
 
 def test_a_resumed_run_writes_its_merged_model_whole(base: Path, tmp_path: Path) -> None:
