@@ -104,7 +104,8 @@ def test_the_reference_is_read_at_the_policys_temperature(
 @pytest.mark.parametrize("module", [train_ppo, train_grpo])
 def test_in_bfloat16_the_first_ratio_is_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
     """Of long completions sampling's log-probs differ from the training forward's there, so an update does not
-    start from them."""
+    start from them, and weighs what it learns by the difference. In the update's own shuffled minibatches, too,
+    where they are not of a few rows."""
     torch.manual_seed(0)
     alphabet = build_task(TaskConfig(name="random_walks")).alphabet
     policy, tokenizer = build_policy(ModelConfig(layers=2, width=32, heads=4, context=64), alphabet=alphabet)
@@ -117,10 +118,14 @@ def test_in_bfloat16_the_first_ratio_is_1(tmp_path: Path, monkeypatch: pytest.Mo
 
     def update(**given: Any) -> dict[str, float]:
         rollout = given["rollout"]
-        with torch.no_grad():
-            log_probs = given["policy"].evaluate(rollout.observations, rollout.actions).log_probs
-        ratio = (log_probs - rollout.old_log_probs)[rollout.mask].exp()
-        gaps.append(float((ratio - 1).abs().max()))
+        assert not torch.equal(rollout.behaviour_log_probs, rollout.old_log_probs)
+        assert len(rollout.mask) == 64
+        for rows in [torch.arange(64), *torch.randperm(64).split(32)]:
+            part = rollout.select(rows)
+            with torch.no_grad():
+                log_probs = given["policy"].evaluate(part.observations, part.actions).log_probs
+            ratio = (log_probs - part.old_log_probs)[part.mask].exp()
+            gaps.append(float((ratio - 1).abs().max()))
         return original(**given)
 
     monkeypatch.setattr(module, "update", update)
@@ -129,14 +134,14 @@ def test_in_bfloat16_the_first_ratio_is_1(tmp_path: Path, monkeypatch: pytest.Mo
         "task": {"name": "random_walks", "random_walks": {"walks": 60}},
         "model": {"path": str(tmp_path / "start")},
         "generation": {"max_new_tokens": 40},
-        "sampling": {"updates": 2, "prompts": 8},
+        "sampling": {"updates": 2, "prompts": 8} | ({"samples_per_prompt": 8} if module is train_ppo else {}),
         "precision": "bf16",
         "validation": {"every": 0},
     }
     config = "TrainPPOConfig" if module is train_ppo else "TrainGRPOConfig"
     metrics = module.train(build_from_dict(tree, getattr(module, config))).metrics
     assert 1e-4 < metrics["sampling/logprob_gap"] < 0.1
-    assert len(gaps) == 2
+    assert len(gaps) == 6
     assert max(gaps) < 1e-5
 
 

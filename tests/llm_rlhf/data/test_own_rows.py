@@ -99,6 +99,12 @@ def test_a_parquet_file_with_names_of_its_own(tmp_path: Path) -> None:
         build_task(TaskConfig(name="rows", data=str(tmp_path / "rows.parquet")))
 
 
+def test_two_columns_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="two kinds of column are both called 'text'; give the one"):
+        RowsConfig(completion="text")
+    assert RowsConfig(completion="text", text="no column").completion == "text"
+
+
 def test_shares() -> None:
     prompts = [str(i) for i in range(10)]
     assert [len(part) for part in split_prompts(prompts, validation=0.0, test=0.2, seed=0, data="x")] == [8, 0, 2]

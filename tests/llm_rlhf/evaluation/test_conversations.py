@@ -93,10 +93,9 @@ def test_answers_of_conversations(tmp_path: Path) -> None:
 def test_a_conversation_is_asked_through_the_template(make_subject: Callable[..., Subject], chat: bool) -> None:
     subject, plain = make_subject(context=128, chat=chat), make_subject(context=128)
     subject.tokenizer.chat_template = MARKS
-    assert subject.text_of(Chat.prompt(HELLO)) == "<user>hi<assistant>ho<user>hey<assistant>"
     expected = plain.complete(["<user>hi<assistant>ho<user>hey<assistant>"], SHORT)
     assert subject.complete([Chat.prompt(HELLO)], SHORT) == expected
-    assert subject.text_of("hi") == ("<user>hi<assistant>" if chat else "hi")
+    assert subject.complete(["hi"], SHORT) == plain.complete(["<user>hi<assistant>" if chat else "hi"], SHORT)
 
 
 Judged = list[tuple[str, str]]

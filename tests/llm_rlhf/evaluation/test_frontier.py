@@ -19,7 +19,6 @@ from llm_rlhf.evaluation.frontier import (
     fit_bon,
     fit_rl,
     frontier,
-    row_of_evaluation,
     rows_of_run,
 )
 
@@ -30,14 +29,13 @@ def test_both_forms_are_recovered() -> None:
     bon = fit_bon((D**2).tolist(), (D * (1.5 - 0.25 * D)).tolist())
     assert (bon.alpha, bon.beta) == pytest.approx((1.5, 0.25))
     assert bon.turning_point == pytest.approx(1.5 / 0.5)
-    assert bon.peak == pytest.approx(3 * (1.5 - 0.75))
+    assert float(bon(np.array([3.0]))[0]) == pytest.approx(3 * (1.5 - 0.75))
     logs = np.log(np.where(D > 0, D, 1))
     rl = fit_rl((D**2).tolist(), (0.7 + D * (1.2 - 0.6 * logs)).tolist(), intercept=True)
     assert (rl.alpha, rl.beta, rl.offset) == pytest.approx((1.2, 0.6, 0.7))
     assert rl.turning_point == pytest.approx(math.e)
-    assert rl.turning_kl == pytest.approx(math.e**2)
-    assert rl.peak == pytest.approx(0.7 + 0.6 * math.e)  # beta d* above the start
-    assert float(rl(np.array([math.e]))[0]) == pytest.approx(rl.peak)
+    assert float(rl(np.array([math.e]))[0]) == pytest.approx(0.7 + 0.6 * math.e)  # beta d* above the start
+    assert "a KL of 7.39 nats" in describe(rl)
     assert max(rl(np.linspace(0, 6, 500))) <= 0.7 + 0.6 * math.e + 1e-9
 
 
@@ -60,7 +58,7 @@ def test_standard_errors_are_those_of_repeated_fits(form: str) -> None:
 
 def test_what_does_not_turn() -> None:
     rising = fit_bon((D**2).tolist(), (D * (1 + 0.1 * D)).tolist())
-    assert rising.turning_point is rising.peak is rising.turning_kl is None
+    assert rising.turning_point is None
     assert "no turning point" in describe(rising)
     straight = fit_rl((D**2).tolist(), (2 * D).tolist())
     assert straight.turning_point is None or straight.turning_point > 1e6
@@ -109,21 +107,6 @@ def test_rows_of_runs(tmp_path: Path) -> None:
         rows_of_run(tmp_path)
     with pytest.raises(UserError, match=r"no metrics\.jsonl"):
         rows_of_run(tmp_path / "nowhere")
-
-
-def test_row_of_an_evaluation(tmp_path: Path) -> None:
-    path = tmp_path / "eval.json"
-    figures = {"sampled": 0.5, "sampled_interval": [0.4, 0.6], "kl": 2.0, "rewards": {"sampled": 1.5}}
-    unjudged = {"sampled": None, "kl": 2.0, "rewards": {"sampled": None}}
-    path.write_text(json.dumps({"splits": {"test": figures, "bare": {"sampled": 1.0}, "unjudged": unjudged}}))
-    assert row_of_evaluation(path, "unjudged") == Row(tmp_path.name, 0, 2.0, None, None, None)
-    assert row_of_evaluation(path, "test") == Row(tmp_path.name, 0, 2.0, 0.5, 1.5, (0.4, 0.6))
-    with pytest.raises(UserError, match="no split 'tset'; it has test, bare, unjudged"):
-        row_of_evaluation(path, "tset")
-    with pytest.raises(UserError, match="it has no kl"):
-        row_of_evaluation(path, "bare")
-    with pytest.raises(UserError, match="no evaluation could be read"):
-        row_of_evaluation(tmp_path / "none.json", "test")
 
 
 def test_the_picture(tmp_path: Path) -> None:

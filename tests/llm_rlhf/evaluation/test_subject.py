@@ -89,10 +89,15 @@ def test_conversations(make_subject: Make) -> None:
         {"role": "assistant", "content": "oh"},
         {"role": "user", "content": "?"},
     ]
-    assert make_subject().text_of("hi") == "hi"
-    assert make_subject(chat=True).text_of("hi") == "user: hi\nassistant: "
-    assert make_subject().text_of(messages) == "user: hi\nassistant: oh\nuser: ?\nassistant: "
-    assert make_subject(chat=True).text_of(messages) == "user: hi\nassistant: oh<eos>\nuser: ?\nassistant: "
+    plain, chat = make_subject(), make_subject(chat=True)
+    for subject, prompt, given in (
+        (plain, "hi", "hi"),
+        (chat, "hi", "user: hi\nassistant: "),
+        (plain, messages, "user: hi\nassistant: oh\nuser: ?\nassistant: "),
+        (chat, messages, "user: hi\nassistant: oh<eos>\nuser: ?\nassistant: "),
+    ):
+        (likelihood,) = subject.likelihoods([(prompt, "yes")])
+        assert likelihood.log_prob == pytest.approx(naive(subject, given, "yes"), abs=1e-4)
 
 
 def test_a_turn_ends_where_the_models_own_settings_end_it(make_subject: Make) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from experiment.config import build_from_dict
-from llm_rlhf import train_dpo, train_ppo, train_sft
+from llm_rlhf import train_dpo, train_grpo, train_ppo, train_sft
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.preferences.reference_cache import CACHE
 
@@ -72,6 +73,40 @@ def test_ppo_of_all_weights_starts_from_base_and_adapter(adapter: Path, tmp_path
     for saved in (folder / "reference", folder / "checkpoints" / "last" / "policy"):
         torch.testing.assert_close(plain_logits(saved), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(logits(saved), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("module", [train_ppo, train_grpo])
+@pytest.mark.parametrize("start", ["base", "adapter"])
+def test_an_adapter_learns_by_reinforcement_and_its_reference_is_its_start(
+    base: Path, adapter: Path, tmp_path: Path, module: Any, start: str
+) -> None:
+    """New or one that goes on; and a resumed run keeps the reference that it began with."""
+    begun = base if start == "base" else adapter
+    recipe = module.TrainPPOConfig if module is train_ppo else module.TrainGRPOConfig
+
+    def trained(folder: Path, updates: int, resume: Path | None = None) -> list[dict[str, Any]]:
+        tree = settings(
+            folder,
+            task=WALKS,
+            model={"path": str(begun), "lora": {"rank": 4, "alpha": 8.0}},
+            generation={"max_new_tokens": 4},
+            sampling={"updates": updates, "prompts": 8},
+            ppo={"learning_rate": 0.02, "minibatch_size": 64, "schedule": "constant", "critic_warmup": 0},
+            kl={"coef": 0.1},
+        )
+        found = module.train(build_from_dict(tree, recipe), resume=resume).folder
+        return [json.loads(line) for line in (found / "metrics.jsonl").read_text().splitlines()]
+
+    rows = trained(tmp_path / "whole", 3)
+    assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert abs(rows[2]["objective/kl"]) > 1e-3
+    trained(tmp_path / "parts", 2)
+    resumed = trained(tmp_path / "parts", 3, resume=tmp_path / "parts")
+    for name in ("objective/kl", "objective/scores", "policy/grad_norm"):
+        assert resumed[2][name] == rows[2][name], name
+    learned = load_file(tmp_path / "whole" / "checkpoints" / "last" / "policy" / "adapter_model.safetensors")
+    assert all("lora_" in name or "value_head" in name for name in learned)
+    assert (logits(tmp_path / "whole") - logits(begun)).abs().max() > 1e-3
 
 
 def test_dpo_of_all_weights_starts_from_base_and_adapter(adapter: Path, tmp_path: Path) -> None:
