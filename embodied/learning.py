@@ -14,7 +14,7 @@ from embodied.rollouts.processes import Workers
 from envs.stepper import EpisodeRecord
 from experiment.errors import UserError
 from policy_core.kl import KLConfig, kl_in_unit, kl_rewards
-from policy_core.ppo import NonFiniteLoss
+from policy_core.optimizer import NonFiniteLoss
 from policy_core.rollout import Rollout
 
 
@@ -23,9 +23,9 @@ def charge_kl(
 ) -> tuple[Rollout, dict[str, float]]:
     """The rollout with the KL penalty in its rewards, where the configuration puts it there; and metrics.
 
-    decisions   of a whole episode, on average, where rollouts cut episodes; None: the rollout's are whole
+    decisions   of a whole episode, on average, where rollouts cut episodes; None: the rollout's episodes are whole
 
-    objective/kl is measured in `config.unit`, what the controller is fed with; nothing without a reference.
+    objective/kl is measured in `config.unit`, as the controller wants it; no metrics without a reference.
     """
     if rollout.ref_log_probs is None:
         return rollout, {}
@@ -48,17 +48,17 @@ def charge_kl(
 
 
 def decisions_of(recent: Sequence[EpisodeRecord], *, steps_a_decision: float = 1.0) -> float | None:
-    """Of an episode, on average over the latest that have ended; None where none has."""
+    """Decisions of an episode, on average over the latest that have ended; None where none has."""
     return float(np.mean([record.length for record in recent])) / steps_a_decision if recent else None
 
 
 @contextlib.contextmanager
-def stopping_on_nan(update: int) -> Iterator[None]:
+def stopping_on_nan(update: int, *, setting: str = "ppo.learning_rate") -> Iterator[None]:
     """Turn a NaN or infinity in an update into one line for the user; the weights were not spoiled."""
     try:
         yield
     except NonFiniteLoss as error:
-        rate = error.setting or "ppo.learning_rate"
+        rate = error.setting or setting
         raise UserError(f"update {update}: {error}; lower {rate}, or go on from the last checkpoint") from error
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from embodied.datasets.episode import Episode
 from embodied.evaluate import VALIDATION_SEEDS, score, seeds, summarize
+from embodied.learning import stopping_on_nan
 from embodied.logged.offline import Inputs
 from embodied.logged.transitions import DataConfig, read_offline
 from embodied.policies.decision_transformer import Conditioned, DecisionTransformer, DecisionTransformerConfig
@@ -25,6 +26,7 @@ from envs.stepper import EpisodeRecord, Stepper
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
 from policy_core.bc import bc_loss
+from policy_core.optimizer import clipped_step
 from policy_core.schedules import scheduled, set_learning_rate
 
 
@@ -148,8 +150,8 @@ def train(config: TrainDTConfig, *, resume: Path | None = None) -> RunResult:
             loss, metrics = bc_loss(log_probs=log_probs, mask=observations["present"])
             optimizer.zero_grad()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-            optimizer.step()
+            with stopping_on_nan(update, setting="learning_rate"):
+                norm = clipped_step(optimizer, max_grad_norm=config.max_grad_norm, losses=metrics)
             judged = update == updates or update % config.evaluate_every == 0
             if not judged and update % config.log_every:
                 continue

@@ -36,7 +36,7 @@ from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.critics import polyak_
 from policy_core.ilql import ILQLConfig
-from policy_core.ppo import NonFiniteLoss
+from policy_core.optimizer import clipped_step
 from policy_core.schedules import Schedule, scheduled
 
 RECIPE = "llm/ilql"
@@ -244,13 +244,7 @@ def update(learner: Learner, data: LoggedTexts, config: TrainILQLConfig, *, step
         totals["loss/total"] += loss.item()
         for name, value in metrics.items():
             totals[NAMES[name]] = totals.get(NAMES[name], 0.0) + float(value)
-    learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(learned, settings.max_grad_norm)
-    if not torch.isfinite(grad_norm):
-        raise NonFiniteLoss(
-            f"NaN or infinity in the update (loss {totals['loss/total']:g}, gradient {float(grad_norm):g})"
-        )
-    optimizer.step()
+    grad_norm = clipped_step(optimizer, max_grad_norm=settings.max_grad_norm, losses=totals)
     polyak_(learner.heads.slow, learner.heads.critics, rate=config.ilql.iql.target_rate)
     counters.samples += len(rows)
     counters.tokens += chosen

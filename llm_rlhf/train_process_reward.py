@@ -42,7 +42,7 @@ from llm_rlhf.rewards.process_reward import (
 )
 from llm_rlhf.rewards.reward_model import Scorer, build_reward_model
 from llm_rlhf.train_reward import LOOK, RewardLearningConfig, RewardValidationConfig, refuse_adapter
-from policy_core.ppo import NonFiniteLoss
+from policy_core.optimizer import clipped_step
 from policy_core.schedules import scheduled
 
 RECIPE = "llm/process_reward"
@@ -186,15 +186,12 @@ def update(learner: Learner, config: TrainProcessRewardConfig, *, step: int, tot
         loss.backward()
         total_loss += loss.item()
         right += int((~labels.isnan() & ((logits > 0) == (labels >= 0.5))).sum())
-    learned = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(learned, settings.max_grad_norm)
-    if not (torch.isfinite(grad_norm) and math.isfinite(total_loss)):
-        raise NonFiniteLoss(f"NaN or infinity in the update (loss {total_loss:g}, gradient {float(grad_norm):g})")
-    learner.optimizer.step()
+    losses = {"loss/steps": total_loss}
+    grad_norm = clipped_step(learner.optimizer, max_grad_norm=settings.max_grad_norm, losses=losses)
     learner.counters.samples += len(rows)
     learner.counters.tokens += int(data.attention_mask[rows].sum())
     return {
-        "loss/steps": total_loss,
+        **losses,
         "rewards/accuracies": right / labelled,
         "policy/grad_norm": float(grad_norm),
         "lr": rates[1] * factor,

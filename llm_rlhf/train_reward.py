@@ -41,7 +41,7 @@ from llm_rlhf.rewards.reward_model import (
 from llm_rlhf.rewards.trunks import lowest, shorten
 from policy_core.calibration import both_ways, fit_temperature
 from policy_core.comparisons import bradley_terry_loss, centring_loss, davidson_loss, rao_kupper_loss
-from policy_core.ppo import NonFiniteLoss
+from policy_core.optimizer import clipped_step
 from policy_core.schedules import Schedule, scheduled
 
 RECIPE = "llm/reward"
@@ -413,13 +413,7 @@ def update(learner: Learner, config: TrainRewardConfig, *, step: int, total: int
         )
         totals["loss/reward"] = totals.get("loss/reward", 0.0) + loss.item()
         learner.counters.tokens += int(data.attention_mask[texts].sum())
-    learned = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(learned, settings.max_grad_norm)
-    if not (torch.isfinite(grad_norm) and math.isfinite(totals["loss/reward"])):
-        raise NonFiniteLoss(
-            f"NaN or infinity in the update (loss {totals['loss/reward']:g}, gradient {float(grad_norm):g})"
-        )
-    learner.optimizer.step()
+    grad_norm = clipped_step(learner.optimizer, max_grad_norm=settings.max_grad_norm, losses=totals)
     learner.counters.samples += len(whole)
     return {**totals, "policy/grad_norm": float(grad_norm), "lr": rates[2] * factor, "lr/heads": rates[0] * factor}
 

@@ -31,7 +31,7 @@ from llm_rlhf.online.recording import log_and_save, writer
 from llm_rlhf.tasks.room import leaving_room, require_room
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 from policy_core.bc import bc_loss
-from policy_core.ppo import NonFiniteLoss
+from policy_core.optimizer import clipped_step
 from policy_core.schedules import Schedule, scheduled, set_learning_rate
 
 RECIPE = "llm/sft"
@@ -260,10 +260,7 @@ def supervised_step(
         loss, _ = bc_loss(log_probs=log_probs, mask=data.mask[part], denominator=learned)
         loss.backward()
         total += loss.item()
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    if not torch.isfinite(grad_norm):
-        raise NonFiniteLoss(f"NaN or infinity in the update (loss {total:g}, gradient {float(grad_norm):g})")
-    optimizer.step()
+    grad_norm = clipped_step(optimizer, max_grad_norm=config.max_grad_norm, losses={"loss/sft": total})
     counters.samples += len(rows)
     counters.tokens += int(data.attention_mask[rows].sum())
     return {"loss/sft": total, "policy/grad_norm": float(grad_norm), "lr": rate}

@@ -19,7 +19,7 @@ def average(history: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     }
 
 
-def describe(metrics: Mapping[str, Tensor], grad_norm: float) -> str:
+def describe(metrics: Mapping[str, float | Tensor], grad_norm: float) -> str:
     """Name the terms of a step that went wrong."""
     bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
     culprit = f"{', '.join(bad)} not finite" if bad else "the losses are finite, their gradient is not"

@@ -1,4 +1,4 @@
-"""Adam over a few flat tensors instead of many small ones.
+"""An optimizer step with a clipped gradient, and Adam over a few flat tensors instead of many small ones.
 
 For small networks a step's cost is the number of tensors, not of weights: zeroing, the gradient's norm and Adam
 itself each visit every one. `flatten_` moves a group of parameters into one contiguous tensor and leaves the
@@ -7,10 +7,46 @@ parameters as views of it, gradients too, so the visits become one. Nothing else
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
+
+from policy_core.metrics import describe
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss or a gradient became NaN or infinite; the weights were left as they were before that step.
+
+    setting     the learning rate that is to blame, where it is not the caller's own
+    """
+
+    def __init__(self, message: str, *, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
+def clipped_step(
+    optimizer: torch.optim.Optimizer, *, max_grad_norm: float, losses: Mapping[str, float | Tensor]
+) -> Tensor:
+    """Scale the gradient down to a global norm of `max_grad_norm`, where it is larger, and step.
+
+    losses  by name, to say which of them was not finite
+
+    Returns the norm before clipping. Raises NonFiniteLoss, before the step, if it is not finite.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    norm = float(grad_norm)
+    if not math.isfinite(norm):
+        raise NonFiniteLoss(describe(losses, norm))
+    if norm > max_grad_norm:
+        for gradient in gradients:
+            gradient.mul_(max_grad_norm / (norm + 1e-6))
+    optimizer.step()
+    return grad_norm
 
 
 def flatten_(parameters: Iterable[Parameter]) -> Parameter:

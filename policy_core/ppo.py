@@ -19,8 +19,9 @@ from torch import Tensor
 
 from policy_core.kl import KLConfig, kl_estimate, per_decision
 from policy_core.masking import Aggregation, aggregation_weights, normalize
-from policy_core.metrics import Metrics, average, describe
+from policy_core.metrics import Metrics, average
 from policy_core.mismatch import importance_weights, weighted
+from policy_core.optimizer import clipped_step
 from policy_core.policy import Evaluation, Policy
 from policy_core.rollout import Nested, Rollout, map_nested, split_rows
 from policy_core.schedules import Schedule
@@ -95,17 +96,6 @@ class PPOConfig:
     def critic_only(self, updates: int) -> int:
         """How many of a run's `updates` teach the critic alone; the last is the policy's, however short a run."""
         return min(self.critic_warmup, updates - 1)
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A loss or a gradient became NaN or infinite; the weights were left as they were before that step.
-
-    setting     the learning rate that is to blame, where it is not the caller's own
-    """
-
-    def __init__(self, message: str, *, setting: str | None = None) -> None:
-        super().__init__(message)
-        self.setting = setting
 
 
 def policy_loss(
@@ -408,7 +398,7 @@ def update(
                         metrics.update(_backward_auxiliary(auxiliary))
                     if config.target_kl is not None and metrics["approx_kl"] > 1.5 * config.target_kl:
                         break
-                metrics["grad_norm"] = _step(optimizer, metrics, config.max_grad_norm)
+                metrics["grad_norm"] = clipped_step(optimizer, max_grad_norm=config.max_grad_norm, losses=metrics)
                 history.append(metrics)
                 done += 1
             if done < len(batches):
@@ -438,20 +428,6 @@ def _backward_auxiliary(auxiliary: AuxiliaryLoss) -> Metrics:
     loss, metrics = auxiliary()
     loss.backward()
     return metrics
-
-
-def _step(optimizer: torch.optim.Optimizer, metrics: Metrics, max_grad_norm: float) -> Tensor:
-    """Clip the gradient to a global norm and step; returns the norm before clipping."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
-    norm = float(grad_norm)
-    if not math.isfinite(norm):
-        raise NonFiniteLoss(describe(metrics, norm))
-    if norm > max_grad_norm:
-        for gradient in gradients:
-            gradient.mul_(max_grad_norm / (norm + 1e-6))
-    optimizer.step()
-    return grad_norm
 
 
 def _accumulate(

@@ -11,7 +11,7 @@ from torch import Tensor
 from embodied.policies.vla import Observations, VLAPolicy
 from embodied.vla.chunk_rollout import ChunkExperience
 from embodied.vla.grounding import GroundingConfig, GroundingScenes
-from policy_core.ppo import NonFiniteLoss
+from policy_core.optimizer import NonFiniteLoss
 
 
 def percept_loss(percept: Tensor, state: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from embodied.policies.vla import VLAPolicy
 from embodied.vla.chunk_rollout import ChunkExperience, final_values_of
-from policy_core.ppo import NonFiniteLoss
+from policy_core.optimizer import NonFiniteLoss
 from policy_core.returns import explained_variance, gae, next_values_of
 from policy_core.rollout import Rollout
 

@@ -34,7 +34,7 @@ from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import Task
 from policy_core.kl import KLConfig, KLController, kl_in_unit
-from policy_core.ppo import NonFiniteLoss
+from policy_core.optimizer import NonFiniteLoss
 
 
 @dataclass(frozen=True)

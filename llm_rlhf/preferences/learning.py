@@ -23,7 +23,7 @@ from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.precision import Precision, autocast
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.online.moved import Counters
-from policy_core.ppo import NonFiniteLoss
+from policy_core.optimizer import clipped_step
 from policy_core.preference import PREFERENCE_LOSSES, PairLogProbs, PreferenceConfig
 from policy_core.schedules import Schedule, set_learning_rate
 
@@ -337,13 +337,7 @@ def optimizer_step(
         loss, metrics = loss_of(rows)
         loss.backward()
         accumulate(totals, {"loss/total": loss, **metrics})
-    learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(learned, learning.max_grad_norm)
-    if not torch.isfinite(grad_norm):
-        raise NonFiniteLoss(
-            f"NaN or infinity in the update (loss {float(totals['loss/total']):g}, gradient {float(grad_norm):g})"
-        )
-    optimizer.step()
+    grad_norm = clipped_step(optimizer, max_grad_norm=learning.max_grad_norm, losses=totals)
     return {**totals, "policy/grad_norm": grad_norm, "lr": torch.tensor(rate)}
 
 

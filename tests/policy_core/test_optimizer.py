@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from policy_core.optimizer import FlatAdam, flatten_
+from policy_core.optimizer import FlatAdam, NonFiniteLoss, clipped_step, flatten_
 from tests.policy_core.helpers import close, weights_of
 
 
@@ -121,3 +121,29 @@ def test_state_dict_round_trip_continues_bit_for_bit() -> None:
     three.load_state_dict(saved[1])
     train(resumed, three, range(4, 10))
     assert torch.equal(weights_of(resumed), weights_of(straight))
+
+
+def test_a_step_is_clipped_as_torch_clips_it() -> None:
+    for largest in (1e-3, 1e3):
+        ours, theirs = network(), network()
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in (ours, theirs)]
+        for model in (ours, theirs):
+            loss_of(model, 0).backward()
+        norm = clipped_step(optimizers[0], max_grad_norm=largest, losses={})
+        expected = nn.utils.clip_grad_norm_(theirs.parameters(), largest)
+        optimizers[1].step()
+        close(norm, expected)
+        close(weights_of(ours), weights_of(theirs))
+
+
+def test_a_gradient_that_is_not_finite_spoils_no_weights() -> None:
+    model = network()
+    before = weights_of(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    (loss_of(model, 0) * torch.inf).backward()
+    with pytest.raises(
+        NonFiniteLoss, match=r"^NaN or infinity in the update: value_loss not finite \("
+    ):
+        clipped_step(optimizer, max_grad_norm=1.0, losses={"loss": 1.0, "value_loss": torch.tensor(torch.inf)})
+    assert torch.equal(weights_of(model), before)
+    assert not optimizer.state

@@ -14,9 +14,9 @@ from torch import Tensor
 from policy_core.distributions import Categorical
 from policy_core.kl import KLConfig
 from policy_core.masking import normalize
-from policy_core.optimizer import FlatAdam
+from policy_core.optimizer import FlatAdam, NonFiniteLoss
 from policy_core.policy import Evaluation
-from policy_core.ppo import NonFiniteLoss, PPOConfig, make_batches, only_critic, update
+from policy_core.ppo import PPOConfig, make_batches, only_critic, update
 from policy_core.returns import gae
 from policy_core.rollout import Rollout, leaves
 from tests.policy_core.helpers import (

@@ -159,6 +159,12 @@ def test_resumed_to_the_bit_and_evaluated(
         evaluate_run(tmp_path / "a", EvaluateConfig(checkpoint="best", episodes=1))
 
 
+def test_a_diverged_run_stops_with_one_line(tmp_path: Path, pendulum_demonstrations: Path) -> None:
+    settings = config(tmp_path, pendulum_demonstrations, learning_rate=1e38, warmup=0.0)
+    with pytest.raises(UserError, match=r"^update \d+: NaN or infinity in the update: .*; lower learning_rate, or go"):
+        train_dt.train(settings)
+
+
 def test_impossible_settings() -> None:
     with pytest.raises(ValueError, match="width a multiple of heads"):
         DecisionTransformerConfig(width=10, heads=3)

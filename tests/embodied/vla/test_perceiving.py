@@ -14,7 +14,7 @@ from embodied.vla.chunk_rollout import ChunkExperience
 from embodied.vla.grounding import GroundingConfig, GroundingScenes
 from embodied.vla.perceiving import PerceptionConfig, fit_perception, percept_loss
 from envs.table.observations import PERCEPT, PROPRIO, STATE
-from policy_core.ppo import NonFiniteLoss
+from policy_core.optimizer import NonFiniteLoss
 from tests.embodied.tables import tiny_policy
 
 CONFIG = PerceptionConfig(learning_rate=1e-2, pictures=100, minibatch_size=3)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from embodied.vla.chunk_rollout import ChunkExperience, judge_chunks
 from embodied.vla.step_credit import control_steps, credit_steps, fit_critic
-from policy_core.ppo import NonFiniteLoss
+from policy_core.optimizer import NonFiniteLoss
 from policy_core.returns import gae
 from tests.embodied.tables import tiny_policy
 
