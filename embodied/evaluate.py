@@ -19,6 +19,7 @@ from envs.stepper import EpisodeRecord
 from experiment.checkpoint import Which, find_checkpoint, write_atomically
 from experiment.config import build_from_dict, read_tree
 from experiment.errors import UserError, user_errors
+from experiment.run import Metric
 from experiment.statistics import bootstrap_interval, wilson_interval
 from experiment.video import write_mp4
 
@@ -62,7 +63,10 @@ def seeds(first: int, count: int) -> list[int]:
 
 
 def summarize(records: Sequence[EpisodeRecord], *, prefix: str = "eval") -> dict[str, float]:
-    """Means over episodes with 95% intervals (`_low`, `_high`); success only where the environment reports it."""
+    """Means over episodes with 95% intervals (`_low`, `_high`); success only where the environment reports it.
+
+    Where it reports success of some episodes only, those of which it says nothing have failed.
+    """
     returns = np.array([record.episode_return for record in records], dtype=np.float64)
     low, high = bootstrap_interval(returns)
     summary = {
@@ -74,16 +78,22 @@ def summarize(records: Sequence[EpisodeRecord], *, prefix: str = "eval") -> dict
     }
     for name in ("success_once", "success_at_end"):
         outcomes = [getattr(record, name) for record in records]
-        if all(outcome is not None for outcome in outcomes):
+        if any(outcome is not None for outcome in outcomes):
             successes = sum(map(bool, outcomes))
             low, high = wilson_interval(successes, len(outcomes))
             summary |= {name: successes / len(outcomes), f"{name}_low": low, f"{name}_high": high}
     return {f"{prefix}/{name}": value for name, value in summary.items()}
 
 
-def score(summary: Mapping[str, float]) -> float:
-    """What `best` is chosen by, of figures that `summarize` gave: success where there is one, else the return."""
-    return summary.get("eval/success_once", summary["eval/mean_reward"])
+def score(summary: Mapping[str, float]) -> Metric:
+    """What `best` is chosen by, of figures that `summarize` gave: success where there is one, else the return.
+
+    An environment that reports nothing but successes is known to report them from the first one on: whatever was
+    judged by its return before is worse, and whatever has none after it, too.
+    """
+    if "eval/success_once" in summary:
+        return Metric(summary["eval/success_once"], rank=1)
+    return Metric(summary["eval/mean_reward"])
 
 
 def evaluate_policy(
@@ -150,7 +160,7 @@ def asked_for(config: EvaluateConfig, trained: EnvironmentConfig) -> Environment
 
 
 def require_plain(config: EvaluateConfig, whose: str) -> None:
-    """UserError for a film or sampled actions, which `whose` policies have not."""
+    """Raise UserError where the evaluation asks for a film or sampled actions, which `whose` policy cannot give."""
     if config.videos:
         raise UserError(f"videos: not of {whose}")
     if not config.deterministic:

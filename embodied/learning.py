@@ -77,7 +77,7 @@ def episode_metrics(recent: Sequence[EpisodeRecord], total: int) -> dict[str, fl
     if recent:
         metrics["rollout/ep_rew_mean"] = float(np.mean([record.episode_return for record in recent]))
         metrics["rollout/ep_len_mean"] = float(np.mean([record.length for record in recent]))
-        if recent[0].success_once is not None:
+        if any(record.success_once is not None for record in recent):
             metrics["env/success_once"] = float(np.mean([bool(record.success_once) for record in recent]))
             metrics["env/success_at_end"] = float(np.mean([bool(record.success_at_end) for record in recent]))
     return metrics

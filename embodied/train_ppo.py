@@ -29,7 +29,7 @@ from embodied.rollouts.workers import EnvironmentConfig, environment_spec
 from envs.make import EnvironmentSpec
 from envs.stepper import EpisodeRecord
 from experiment.errors import UserError
-from experiment.run import Run, RunConfig, RunResult
+from experiment.run import Metric, Run, RunConfig, RunResult
 from policy_core import ppo
 from policy_core.kl import KLConfig, KLController
 from policy_core.optimizer import FlatAdam
@@ -284,7 +284,7 @@ def improve(
 
 
 def save(
-    run: Run, learner: Learner, collector: Collector, *, global_step: int, metric: float | None = None
+    run: Run, learner: Learner, collector: Collector, *, global_step: int, metric: Metric | None = None
 ) -> None:
     """A checkpoint: the policy as a folder that loads by itself, the rest as state."""
     state = {"learner": learner.state_dict(), "environments": collector.workers.state()}

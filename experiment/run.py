@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from experiment.allocator import keep_freed_memory
 from experiment.checkpoint import Checkpoint, Checkpoints, load_checkpoint, write_atomically
@@ -85,6 +85,14 @@ class RunConfig:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise ValueError(f"name must be letters, digits, '.', '-' and '_' only, got {self.name!r}")
+
+
+class Metric(NamedTuple):
+    """What `best` is chosen by; higher is better. One of a higher rank beats all of a lower one: where it becomes
+    known on the way what to judge by, the first checkpoint that is judged by it is better than all before."""
+
+    value: float
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -249,7 +257,7 @@ class Run:
         *,
         global_step: int,
         folders: Mapping[str, Callable[[Path], None]] | None = None,
-        metric: float | None = None,
+        metric: float | Metric | None = None,
     ) -> Path:
         """Write a checkpoint; nothing of it shows until all of it is on the disk.
 
@@ -257,7 +265,8 @@ class Run:
             state: the recipe's tree (see `experiment.state`); the global generators are added by the run.
             global_step: updates so far.
             folders: name -> writer into that sub-folder, such as {"policy": policy.save_pretrained}.
-            metric: higher is better; if it beats every earlier one, `best` moves here.
+            metric: higher is better; if it beats every earlier one, `best` moves here. A `Metric` of higher rank
+                beats all of a lower one.
 
         Returns:
             The checkpoint's folder.
@@ -265,14 +274,15 @@ class Run:
         Raises:
             UserError: the disk is full; nothing half-written is left.
         """
-        if metric is not None and metric > (self._best["metric"] if self._best else -math.inf):
-            best: dict[str, float] | None = {"step": global_step, "metric": float(metric)}
-        else:
-            best = self._best
+        given = Metric(-math.inf if metric is None else metric) if not isinstance(metric, Metric) else metric
+        best = self._best
+        beaten = best is None or (given.rank, given.value) > (best.get("rank", 0), best["metric"])
+        if beaten and given.value > -math.inf:
+            best = {"step": global_step, "metric": float(given.value), "rank": given.rank}
         meta = {
             "metrics_offset": self._metrics.sync(),
             "elapsed": self._elapsed(),
-            "metric": None if metric is None or not math.isfinite(metric) else float(metric),
+            "metric": float(given.value) if math.isfinite(given.value) else None,
             "best": best,
         }
         rng = rng_state()
@@ -289,7 +299,7 @@ class Run:
             self._progress.close()
             self._progress.message(f"finished after {format_seconds(self._elapsed())}: {self.folder}")
         self._close(exit_code=0)
-        best = {f"best/{key}": value for key, value in self._best.items()} if self._best else {}
+        best = {f"best/{key}": self._best[key] for key in ("step", "metric")} if self._best else {}
         return RunResult(self.folder, {**self._last, **best})
 
     def __enter__(self) -> Self:

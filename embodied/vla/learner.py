@@ -292,7 +292,12 @@ def record(
 
 
 def save(
-    run: Run, learner: VLALearner, collector: ChunkCollector, *, global_step: int, metric: float | None = None
+    run: Run,
+    learner: VLALearner,
+    collector: ChunkCollector,
+    *,
+    global_step: int,
+    metric: float | None = None,
 ) -> None:
     """A checkpoint: the policy and the clone that it was, as folders that load by themselves; the rest as state."""
     state = {"learner": learner.state_dict(), "environments": collector.workers.state()}

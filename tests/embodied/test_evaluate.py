@@ -21,6 +21,7 @@ from embodied.evaluate import (
     evaluate_policy,
     evaluate_run,
     film,
+    score,
     seeds,
     summarize,
 )
@@ -61,9 +62,22 @@ def test_figures_by_hand() -> None:
     assert 1.0 <= low < 4.0 < high <= 7.0
 
 
-def test_success_only_where_every_episode_reports_it() -> None:
+def test_best_is_by_success_from_the_first_one_on() -> None:
+    unknown, seldom, often = (
+        score({"eval/mean_reward": reward, **({} if success is None else {"eval/success_once": success})})
+        for reward, success in ((900.0, None), (-5.0, 0.05), (-9.0, 0.9))
+    )
+    assert unknown.value == 900.0
+    by_rank = sorted([often, unknown, seldom], key=lambda metric: (metric.rank, metric.value))
+    assert by_rank == [unknown, seldom, often]
+
+
+def test_success_where_any_episode_reports_it() -> None:
+    """Many environments speak of success only where there is one."""
     assert not any("success" in name for name in summarize([record(1.0), record(2.0)]))
-    assert not any("success" in name for name in summarize([record(1.0, once=True, end=True), record(2.0)]))
+    some = summarize([record(1.0, once=True, end=True), record(2.0), record(3.0), record(2.0, once=True)])
+    assert some["eval/success_once"] == 0.5
+    assert some["eval/success_at_end"] == 0.25
     assert summarize([record(1.0, once=True, end=False)], prefix="test")["test/success_once"] == 1.0
 
 

@@ -22,11 +22,36 @@ from experiment.checkpoint import load_checkpoint
 from experiment.config import build, read_tree
 from experiment.errors import NonFiniteMetric, UserError
 from experiment.metrics import read_metrics
-from experiment.run import Run, RunConfig
+from experiment.run import Metric, Run, RunConfig
 
 
 def start(toy: SimpleNamespace, folder: Path, **changes: Any) -> Run:
     return Run.start(toy.config(folder, **changes), recipe="toy")
+
+
+def test_a_metric_of_a_higher_rank_beats_all_of_a_lower_one(toy: SimpleNamespace, tmp_path: Path) -> None:
+    """And a resumed run knows which that was."""
+    kept: list[str] = []
+
+    def save(run: Run, step: int, metric: float | Metric) -> None:
+        run.log({"train/loss": 1.0}, global_step=step)
+        run.save({}, global_step=step, folders={}, metric=metric)
+        kept.append(os.readlink(tmp_path / "r" / "checkpoints" / "best"))
+
+    with start(toy, tmp_path / "r") as run:
+        run.begin_loop(6)
+        save(run, 1, 900.0)
+        save(run, 2, Metric(0.1, rank=1))
+        save(run, 3, 950.0)
+    with Run.start(toy.config(tmp_path / "r"), recipe="toy", resume=tmp_path / "r") as run:
+        run.begin_loop(6)
+        save(run, 4, Metric(970.0))
+        save(run, 5, Metric(float("nan"), rank=1))
+        save(run, 6, Metric(0.2, rank=1))
+        result = run.finish()
+    assert kept == ["000000001", *["000000002"] * 4, "000000006"]
+    assert (result.metrics["best/step"], result.metrics["best/metric"]) == (6, 0.2)
+    assert not any("rank" in name for name in result.metrics)
 
 
 def test_a_whole_run(toy: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,7 +161,7 @@ def test_resumed_to_the_bit_and_evaluated(
 
 def test_a_diverged_run_stops_with_one_line(tmp_path: Path, pendulum_demonstrations: Path) -> None:
     settings = config(tmp_path, pendulum_demonstrations, learning_rate=1e38, warmup=0.0)
-    with pytest.raises(UserError, match=r"^update \d+: NaN or infinity in the update: .*; lower learning_rate, or go"):
+    with pytest.raises(UserError, match=r"^update \d+: NaN or infinity in .*; lower learning_rate, or"):
         train_dt.train(settings)
 
 
