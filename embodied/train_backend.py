@@ -12,12 +12,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from embodied.backends import d3rlpy_backend, sb3_backend
 from embodied.backends.backend import Backend, Units, play
@@ -80,8 +78,9 @@ def begin(config: TrainBackendConfig, inputs: Inputs, units: Units) -> Any:
 
 def train(config: TrainBackendConfig, *, resume: Path | None = None) -> RunResult:
     """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
-    inputs = scaled(Inputs.read(config), config.data)
-    units = Units.of(inputs.episodes, inputs.environment)
+    inputs = Inputs.read(config)
+    scale = reward_scale(inputs.episodes, config.data)
+    units = Units.of(inputs.episodes, inputs.environment, reward_scale=scale, reward_shift=config.data.shift)
     begin(config, inputs, units)  # what is not known is told before there is a folder
     pieces = 1 if config.run.dry_run else -(-config.total // config.log_every)
     with Run.start(config, recipe="embodied/backend", resume=resume) as run:
@@ -104,13 +103,6 @@ def train(config: TrainBackendConfig, *, resume: Path | None = None) -> RunResul
                 folders = {"policy": partial(save, backend, units)}
                 run.save({}, global_step=piece, folders=folders, metric=score(played))
         return run.finish()
-
-
-def scaled(inputs: Inputs, data: DataConfig) -> Inputs:
-    """The inputs with the rewards that `data` asks for."""
-    factor = reward_scale(inputs.episodes, data)
-    episodes = [replace(e, rewards=(e.rewards * factor + data.shift).astype(np.float32)) for e in inputs.episodes]
-    return replace(inputs, episodes=episodes)
 
 
 def judge(backend: Backend, units: Units, config: TrainBackendConfig) -> dict[str, float]:

@@ -21,7 +21,8 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Units:
-    """Observations are shifted and scaled to the data's moments, actions so that +-1 are the environment's bounds.
+    """Observations are shifted and scaled to the data's moments, actions so that +-1 are the environment's bounds,
+    rewards as the data's are.
 
     mean, std [D]; low, high [A].
     """
@@ -30,10 +31,19 @@ class Units:
     std: Array
     low: Array
     high: Array
+    reward_scale: float = 1.0
+    reward_shift: float = 0.0
 
     @classmethod
-    def of(cls, episodes: Sequence[Episode], environment: EnvironmentSpec) -> Units:
-        """Of a data set. Raises UserError where actions have no bounds."""
+    def of(
+        cls,
+        episodes: Sequence[Episode],
+        environment: EnvironmentSpec,
+        *,
+        reward_scale: float = 1.0,
+        reward_shift: float = 0.0,
+    ) -> Units:
+        """The units of a data set. Raises UserError where actions have no bounds."""
         assert environment.action_low is not None
         assert environment.action_high is not None
         if not (np.isfinite(environment.action_low).all() and np.isfinite(environment.action_high).all()):
@@ -45,6 +55,8 @@ class Units:
             std.astype(np.float32),
             environment.action_low,
             environment.action_high,
+            reward_scale,
+            reward_shift,
         )
 
     def observations(self, raw: Array) -> Array:
@@ -52,22 +64,28 @@ class Units:
         return np.clip((raw - self.mean) / self.std, -OBSERVATION_LIMIT, OBSERVATION_LIMIT).astype(np.float32)
 
     def actions(self, raw: Array) -> Array:
-        """The environment's [..., A] -> within +-1."""
+        """The environment's actions [..., A] -> the same within +-1."""
         clipped = np.clip(raw, self.low, self.high)
         return ((clipped - self.low) / (self.high - self.low) * 2.0 - 1.0).astype(np.float32)
 
     def to_environment(self, actions: Array) -> Array:
-        """Within +-1 -> the environment's."""
+        """Actions [..., A] within +-1 -> the environment's."""
         return (self.low + (actions + 1.0) / 2.0 * (self.high - self.low)).astype(np.float32)
 
-    def as_json(self) -> dict[str, list[float]]:
-        """For a file."""
-        return {name: getattr(self, name).tolist() for name in ("mean", "std", "low", "high")}
+    def rewards(self, raw: Array) -> Array:
+        """The environment's rewards [...] -> the learner's."""
+        return np.asarray(raw * self.reward_scale + self.reward_shift, np.float32)
+
+    def as_json(self) -> dict[str, Any]:
+        """The units as plain numbers and lists, for a file."""
+        arrays = {name: getattr(self, name).tolist() for name in ("mean", "std", "low", "high")}
+        return {**arrays, "reward_scale": self.reward_scale, "reward_shift": self.reward_shift}
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Units:
-        """Read back. Raises KeyError for what is missing."""
-        return cls(*(np.asarray(told[name], np.float32) for name in ("mean", "std", "low", "high")))
+        """Read what `as_json` gave. Raises KeyError for what is missing."""
+        mean, std, low, high = (np.asarray(told[name], np.float32) for name in ("mean", "std", "low", "high"))
+        return cls(mean, std, low, high, told.get("reward_scale", 1.0), told.get("reward_shift", 0.0))
 
 
 class Backend(Protocol):

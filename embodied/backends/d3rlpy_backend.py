@@ -68,7 +68,7 @@ class D3rlpyBackend:
 
     @classmethod
     def of(cls, config: Any, episodes: Sequence[Episode], units: Units) -> D3rlpyBackend:
-        """With the episodes in learner's units; where an episode was cut, d3rlpy leaves its last decision out.
+        """The algorithm on the episodes in learner's units; where one was cut, d3rlpy leaves its last decision out.
 
         Raises UserError if that leaves nothing.
         """
@@ -77,7 +77,7 @@ class D3rlpyBackend:
         dataset = d3rlpy.dataset.MDPDataset(
             observations=units.observations(np.concatenate([e.observations for e in episodes])),
             actions=units.actions(np.concatenate([e.actions for e in episodes])),
-            rewards=np.concatenate([e.rewards for e in episodes]),
+            rewards=np.concatenate([units.rewards(e.rewards) for e in episodes]),
             terminals=np.concatenate([end * e.terminated for end, e in zip(ended, episodes, strict=True)]),
             timeouts=np.concatenate([end * (not e.terminated) for end, e in zip(ended, episodes, strict=True)]),
         )
@@ -88,7 +88,7 @@ class D3rlpyBackend:
         return cls(config, (episodes[0].observations.shape[1], episodes[0].actions.shape[1]), dataset)
 
     def learn(self, count: int) -> dict[str, float]:
-        """`count` updates; the last one's losses."""
+        """Make `count` updates; returns the last one's losses."""
         metrics: dict[str, float] = {}
         for _ in range(count):
             metrics = self.learner.update(self.dataset.sample_transition_batch(self.config.batch_size))
@@ -99,7 +99,7 @@ class D3rlpyBackend:
         return np.asarray(self.learner.predict(observations), np.float32)
 
     def save(self, folder: Path) -> None:
-        """Configuration and weights; the optimizers are left out."""
+        """Write configuration and weights; the optimizers are left out."""
         folder.mkdir(parents=True, exist_ok=True)
         described = {
             "algorithm": type(self.learner).__name__,
@@ -117,7 +117,7 @@ class D3rlpyBackend:
         )
 
     def restore(self, folder: Path) -> None:
-        """Take the weights of a saved one of the same configuration. UserError if they do not fit."""
+        """Take the weights of a saved back end of the same configuration. UserError if they do not fit."""
         weights = load_file(folder / WEIGHTS)
         try:
             for name, module in self.learner.impl.modules.get_torch_modules().items():
@@ -131,7 +131,7 @@ class D3rlpyBackend:
 
 
 def load(folder: Path) -> D3rlpyBackend:
-    """A saved one, to act. UserError if the folder holds none."""
+    """A saved back end, to act. UserError if the folder holds none."""
     d3rlpy = _library()
     try:
         described = json.loads((folder / DESCRIPTION).read_text())

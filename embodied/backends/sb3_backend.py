@@ -12,7 +12,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.wrappers import RescaleAction, TransformObservation
+from gymnasium.wrappers import RescaleAction, TransformObservation, TransformReward
 from safetensors.torch import load_file, save_file
 
 from embodied.backends.backend import Array, Units
@@ -23,13 +23,13 @@ from experiment.errors import UserError, user_errors
 ALGORITHMS = ("DDPG", "SAC", "TD3")
 DESCRIPTION, WEIGHTS = "sb3.json", "sb3.safetensors"
 OURS = ("policy", "env", "policy_kwargs", "seed", "device")
-"""Arguments of SB3's that have settings of their own here, or none."""
+"""SB3's arguments that are no options here: they have settings of their own, or none."""
 ENTROPY = "log_ent_coef"
 """SAC's learned temperature, under SB3's own name: it is no part of the policy's weights."""
 
 
 def check(algorithm: str, options: Mapping[str, Any]) -> Any:
-    """SB3's class. UserError for an algorithm or option that it does not have."""
+    """SB3's class of that name. UserError for an algorithm or option that it does not have."""
     import stable_baselines3
 
     if algorithm not in ALGORITHMS:
@@ -49,7 +49,8 @@ def wrapped(environment: Any, units: Units) -> gymnasium.Env[Any, Any]:
     )
     space = gymnasium.spaces.Box(-np.inf, np.inf, units.mean.shape, np.float32)
     flat = gymnasium.wrappers.FlattenObservation(made)
-    return RescaleAction(TransformObservation(flat, units.observations, space), np.float32(-1), np.float32(1))
+    paid = TransformReward(flat, lambda reward: float(units.rewards(np.asarray(reward))))
+    return RescaleAction(TransformObservation(paid, units.observations, space), np.float32(-1), np.float32(1))
 
 
 class SB3Backend:
@@ -91,6 +92,7 @@ class SB3Backend:
                 [episode.observations, (episode.observations[-1] if final is None else final)[None]]
             )
             observations, actions = units.observations(seen), units.actions(episode.actions)
+            rewards = units.rewards(episode.rewards)
             for step in range(last):
                 ended = step == last - 1
                 cut = ended and not episode.terminated
@@ -100,7 +102,7 @@ class SB3Backend:
                     observations[step][None],
                     observations[step + 1][None],
                     actions[step][None],
-                    np.array([episode.rewards[step]]),
+                    rewards[step][None],
                     np.array([ended]),
                     [{"TimeLimit.truncated": cut}],
                 )
@@ -112,7 +114,7 @@ class SB3Backend:
         return count
 
     def learn(self, count: int) -> dict[str, float]:
-        """`count` environment steps, with SB3's gradient steps; its latest metrics."""
+        """Make `count` environment steps, with SB3's gradient steps; returns its latest metrics."""
         with redirect_stdout(io.StringIO()):
             self.model.learn(count, reset_num_timesteps=False, log_interval=1_000_000)
         values = self.model.logger.name_to_value
@@ -123,7 +125,7 @@ class SB3Backend:
         return np.asarray(self.model.predict(observations, deterministic=True)[0], np.float32)
 
     def save(self, folder: Path) -> None:
-        """Policy, critics and SAC's learned temperature; replay and optimizers are left out."""
+        """Write policy, critics and SAC's learned temperature; replay and optimizers are left out."""
         folder.mkdir(parents=True, exist_ok=True)
         described = {"algorithm": self.algorithm, "options": self.options, "hidden": self.hidden}
         (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
@@ -133,7 +135,7 @@ class SB3Backend:
         save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, folder / WEIGHTS)
 
     def restore(self, folder: Path) -> None:
-        """Take the weights of a saved one. UserError if they do not fit."""
+        """Take the weights of a saved back end. UserError if they do not fit."""
         weights = load_file(folder / WEIGHTS)
         temperature = weights.pop(ENTROPY, None)
         if temperature is not None and self._temperature() is not None:
@@ -151,7 +153,7 @@ class SB3Backend:
 
 
 def load(folder: Path, environment: Any, units: Units) -> SB3Backend:
-    """A saved one, to act. UserError if the folder holds none."""
+    """A saved back end, to act. UserError if the folder holds none."""
     try:
         described = json.loads((folder / DESCRIPTION).read_text())
         options = described.get("options", {}) | {"buffer_size": 1}

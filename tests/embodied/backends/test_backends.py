@@ -115,6 +115,20 @@ def test_the_data_set_lies_in_sb3s_replay(final: bool) -> None:
         sb3_backend.SB3Backend("SAC", {"buffer_size": 100}, (8,), PENDULUM, units, 0).remember(episodes(), units)
 
 
+def test_what_sb3_plays_earns_rewards_as_scaled_as_the_datas() -> None:
+    units = Units.of(episodes(), environment_spec(PENDULUM), reward_scale=0.01, reward_shift=-1.0)
+    backend = sb3_backend.SB3Backend("SAC", {"buffer_size": 500}, (8,), PENDULUM, units, 0)
+    count = backend.remember(episodes(), units)
+    buffer = backend.model.replay_buffer
+    given = np.concatenate([episode.rewards for episode in episodes()])
+    np.testing.assert_allclose(buffer.rewards[:count, 0], given * 0.01 - 1.0, rtol=1e-6)
+    backend.learn(20)
+    earned = buffer.rewards[count : count + 20, 0]  # -16.3 to 0, before it is scaled
+    assert (earned > -1.17).all()
+    assert (earned <= -1.0).all()
+    assert np.ptp(earned) > 0.01
+
+
 @pytest.mark.parametrize("final", [True, False])
 def test_n_step_sums_of_sb3_stop_at_every_end(final: bool) -> None:
     made = episodes(final=final)
