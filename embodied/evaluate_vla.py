@@ -26,8 +26,6 @@ from envs.table.language import TASKS
 from experiment.checkpoint import Which, find_checkpoint, write_atomically
 from experiment.config import read_tree
 
-REPORT = "eval_info.json"
-
 Suite = Literal["normal", "held_out", "synonyms", "randomized", "swapped"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 
@@ -133,7 +131,7 @@ def evaluate_policy(
 
 
 def evaluate_vla_run(run_folder: Path, config: EvaluateVLAConfig) -> dict[str, Any]:
-    """Evaluate a run's checkpoint, write RUN/eval_info.json and RUN/videos; returns the report.
+    """Evaluate a run's checkpoint, write RUN/eval.json and RUN/videos; returns the report.
 
     UserError if the run holds no such checkpoint, and as `evaluate_policy`.
     """
@@ -144,7 +142,7 @@ def evaluate_vla_run(run_folder: Path, config: EvaluateVLAConfig) -> dict[str, A
     policy = VLAPolicy.from_pretrained(folder / "policy")
     report = evaluate_policy(policy, config, tasks=tasks, phrasing=phrasing, source=str(folder / "policy"))
     report = {"recipe": described.get("recipe"), "checkpoint": folder.resolve().name, **report}
-    write_atomically(run_folder / REPORT, json.dumps(report, indent=2) + "\n")
+    write_atomically(run_folder / "eval.json", json.dumps(report, indent=2) + "\n")
     if config.videos:  # last: where they fail, the figures are kept
         film_tasks(policy, config, *asked(config, tasks, phrasing), run_folder / "videos")
     return report

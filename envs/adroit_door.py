@@ -9,7 +9,6 @@ negative, and so are the rewards recorded with the demonstrations.
 
 import contextlib
 import io
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -58,19 +57,3 @@ class AdroitDoor(AdroitHandDoorEnv):
         if self.reward == "dapg":
             reward = dapg_reward(observation[_PALM_TO_HANDLE], observation[_DOOR_ANGLE], self.data.qvel)
         return observation, float(reward), terminated, truncated, {"success": bool(info["success"])}
-
-    def replay_initial_state(self, initial_state: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Put hand and door where a demonstration began; gives the first observation [39].
-
-        initial_state: `qpos` [30], `qvel` [30], `door_body_pos` [3]. Call it after `reset`, which also clears
-        the warm start of the solver. Raises ValueError for a missing entry or a wrong shape.
-        """
-        state = {}
-        for name, space in self._state_space.spaces.items():
-            if name not in initial_state:
-                raise ValueError(f"the initial state has no {name!r}; it has {sorted(initial_state)}")
-            state[name] = np.asarray(initial_state[name], dtype=np.float64)
-            if state[name].shape != space.shape:
-                raise ValueError(f"initial state {name!r} has shape {state[name].shape}, not {space.shape}")
-        self.set_env_state(state)
-        return self._get_obs()

@@ -233,7 +233,7 @@ def _object_node(value: object, entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _below(value: object, path: str, above: frozenset[int]) -> frozenset[int]:
-    """What lies above the parts of `value`."""
+    """The ids of all that holds the parts of `value`: `above`, and itself."""
     if len(above) >= _DEEPEST or id(value) in above:
         raise _UnreadableError(f"{path}: nested too deeply, or within itself")
     return above | {id(value)}
@@ -366,7 +366,7 @@ def _write_generator(current: np.random.Generator | None, state: dict[str, Any])
 
 
 def _write_data(data: mujoco.MjData | None, node: Mapping[str, Any]) -> mujoco.MjData | None:
-    if data is None:  # not made yet: what is made only when it is needed is for scratch
+    if data is None:  # not made yet: data that are made only when they are needed are scratch
         return None
     model, integration = data.model, node["integration"]
     if integration.shape != (mujoco.mj_stateSize(model, _INTEGRATION),):

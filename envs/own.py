@@ -57,7 +57,7 @@ def call_own(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 @lru_cache
 def _module(file: Path, changed: int) -> ModuleType:
-    """changed: when the file was."""
+    """The file as a module. changed: when the file was changed, so that a new version is run."""
     name = f"tandem_own_{file.stem}_{abs(hash((str(file), changed)))}"
     specification = importlib.util.spec_from_file_location(name, file)
     if specification is None or specification.loader is None:

@@ -106,8 +106,7 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> ConfigTree:
 
     Raises:
         UserError: the file is missing, unreadable, not a mapping, malformed or has a duplicate key, or an
-        override
-            is not of the form `a.b=c`.
+            override is not of the form `a.b=c`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -7,8 +7,6 @@ the losses and metrics of micro-batches add up. Where shapes are [N], any that b
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -126,14 +124,3 @@ def centring_loss(*, chosen: Tensor, rejected: Tensor, weights: Tensor, coef: fl
     """
     loss = coef * (weights * (chosen + rejected).square()).sum()
     return loss, {"centring_loss": loss.detach()}
-
-
-def best_constant_loss(tie_share: float) -> float:
-    """Nats per comparison of a model that knows only how often comparisons end in a tie: the floor to beat.
-
-    The entropy of (won, tied, lost) with wins and losses equally likely; log 2 without ties.
-    """
-    if not 0 <= tie_share <= 1:
-        raise ValueError(f"tie_share must be in [0, 1], got {tie_share}")
-    untied = 1 - tie_share
-    return -sum(p * math.log(p / n) for p, n in ((untied, 2), (tie_share, 1)) if p > 0)

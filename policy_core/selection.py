@@ -1,4 +1,4 @@
-"""Best of n: how far it takes a policy from where it was, what it earns, which sample it picks.
+"""Best of n: how far it takes a policy from where it was, and what it earns.
 
 Best of n draws n samples and keeps the one with the highest score. It needs no gradient, its KL is known in closed
 form, and one set of n samples says what every k <= n would have earned: the frontier to draw any trainer beside.
@@ -53,22 +53,3 @@ def expected_best_of_k(rewards: Tensor, *, k: int, scores: Tensor | None = None)
     below = torch.searchsorted(ordered, scores, right=False)
     share = (within[not_above] - within[below]) / (not_above - below)
     return (share * rewards.double()).sum(-1)
-
-
-def best_by_group(scores: Tensor, group: Tensor) -> Tensor:
-    """Where each group's highest score is: indices [G], in the order of the groups' numbers; of equals, the first.
-
-    scores, group [N]. A NaN was not scored and is never chosen; a group of nothing else has no index. Raises
-    ValueError for shapes that differ.
-    """
-    if scores.shape != group.shape or scores.dim() != 1:
-        raise ValueError(f"wanted two vectors of one length, got {tuple(scores.shape)} and {tuple(group.shape)}")
-    scored = (~torch.isnan(scores)).nonzero().squeeze(1)
-    if scored.numel() == 0:
-        return scored
-    # two stable sorts: by score downwards, then by group; the first of each group is its best
-    order = scored[torch.sort(scores[scored], descending=True, stable=True).indices]
-    order = order[torch.sort(group[order], stable=True).indices]
-    first = torch.ones_like(order, dtype=torch.bool)
-    first[1:] = group[order][1:] != group[order][:-1]
-    return order[first]

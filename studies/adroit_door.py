@@ -88,7 +88,7 @@ def _success(figures: Mapping[str, float]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The demonstrations are not part of the product."""
+    """Where the demonstrations are, which are not part of the product."""
     parser.add_argument("--data", help="the human demonstrations, robomimic-layout HDF5")
 
 

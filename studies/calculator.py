@@ -80,7 +80,7 @@ def _percent(values: list[float], sign: str = "") -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """GSM8K is not part of the product."""
+    """Where GSM8K is, which is not part of the product."""
     parser.add_argument("--data", default="null", help="GSM8K's train.jsonl or .jsonl.gz; default: generated")
 
 

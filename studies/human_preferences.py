@@ -60,7 +60,7 @@ class Cell:
 
     @classmethod
     def of(cls, name: str) -> Cell:
-        """DATA-MODEL-FOLD."""
+        """The cell that is named DATA-MODEL-FOLD."""
         data, model, fold = name.split("-")
         return cls(data, model, int(fold))
 
@@ -121,7 +121,7 @@ def loss_of(logits: np.ndarray) -> np.ndarray:
 
 
 def rounded(logits: np.ndarray) -> list[float]:
-    """For a result file."""
+    """The logits as a result file has them."""
     return [round(float(logit), 4) for logit in logits]
 
 
@@ -242,7 +242,7 @@ def table(results: Mapping[str, Figures]) -> str:
             continue
         words = found["words"]
         prompts = words["prompts"]
-        # a row's right [N] and loss [N], of several runs (R of them) the means of what each says
+        # name of a row -> right [N] and loss [N]; for several runs the means over what each run says
         rows: dict[str, tuple[np.ndarray, np.ndarray | None]] = {
             "the shorter wins": (_right(words["shorter"]), None)
         }
@@ -302,7 +302,7 @@ def _whole(results: Mapping[str, Figures], data: str, model: str) -> dict[str, n
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The data are not part of the product."""
+    """Where the data are, which are not part of the product."""
     parser.add_argument("--data", help="Anthropic's comparisons: .jsonl or .jsonl.gz with chosen and rejected")
     parser.add_argument("--solutions", help="GSM8K's example_model_solutions, .jsonl or .jsonl.gz")
     parser.add_argument("--encoder", help="a transformers folder; default: the package's")

@@ -424,7 +424,7 @@ def _mean(values: Sequence[float], scale: float) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """GSM8K is not part of the product, TRL lives in its own environment."""
+    """Where GSM8K is, which is not part of the product, and TRL, which lives in its own environment."""
     parser.add_argument("--data", help="GSM8K's train.jsonl or .jsonl.gz, for the calculator's cells")
     parser.add_argument("--trl", metavar="PYTHON", help="of an environment with TRL 1.16.0")
 

@@ -55,7 +55,7 @@ VOCABULARY, BATCH, LENGTH, GROUP, EPOCHS, ROWS = 2048, 16, 32, 4, 4, 1024
 KINDS = ("grpo", "grpo-bf16", "ppo", "ppo_shared", "sft", "sft-bf16", "dpo", "dpo-bf16")
 CELLS = [f"{size}-{kind}" for size in SIZES for kind in KINDS]
 ROUNDS = 7
-THREADS = 2  # a run sets them itself
+THREADS = 2  # of torch, on both sides
 STEPS = {"small": 10, "large": 3}
 Step = Callable[[], object]
 
@@ -171,7 +171,7 @@ def even_words(prompts: list[str], completions: list[str]) -> list[float | None]
 
 
 def task(reward: RewardFunction = even_words) -> Task:
-    """Prompts and their reward."""
+    """A task of the random prompts and their reward."""
     examples = prompts()
     return Task(
         demonstrations=[],
@@ -250,7 +250,7 @@ def random_reward_model(folder: Path) -> Path:
 
 @contextmanager
 def ours_dpo(folder: Path, precision: Precision) -> Iterator[Step]:
-    """`preference_learning.pair_step` on 16 pairs, the reference's log-probs known, as TRL is told to."""
+    """`preferences.learning.pair_step` on 16 pairs, the reference's log-probs known, as TRL is told to."""
     policy = LanguagePolicy.from_pretrained(folder / "model")
     learning = LearningConfig(batch_size=BATCH, learning_rate=1e-6, precision=precision)
     optimizer = make_preference_optimizer(policy, learning)
@@ -325,7 +325,7 @@ def plain(model: Path, precision: Precision, *, rows: int) -> Step:
 
 
 def random_tokens() -> torch.Tensor:
-    """[1024, 64]."""
+    """Random tokens [1024, 64]."""
     return torch.randint(3, VOCABULARY, (ROWS, 2 * LENGTH), generator=torch.Generator().manual_seed(1))
 
 
@@ -351,7 +351,7 @@ def table(results: Mapping[str, Figures]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The peers' environments."""
+    """Where the peers' environments are."""
     parser.add_argument("--trl", metavar="PYTHON", help="of an environment with TRL 1.16.0")
     parser.add_argument("--trl-ppo", metavar="PYTHON", help="of an environment with TRL 1.12.0")
 

@@ -150,7 +150,7 @@ def judge(folder: Path) -> Figures:
 
 
 def common(folder: Path, seed: int) -> list[str]:
-    """Of every run."""
+    """Overrides that every run has."""
     return [f"run.folder={folder}", f"run.seed={seed}", "run.wandb=disabled", "run.threads=1"]
 
 

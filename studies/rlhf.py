@@ -344,7 +344,7 @@ def near(kl: float, wanted: float) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The texts are not part of the product."""
+    """Where the texts are, which are not part of the product."""
     parser.add_argument("--data", default=".", help=f"the folder that holds {HH} and {GSM8K}")
 
 

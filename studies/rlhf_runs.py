@@ -45,7 +45,7 @@ class Base:
 
     @classmethod
     def of(cls, seed: int) -> Base:
-        """Of a seed, there or yet to be made."""
+        """The base of a seed, whether it is there or yet to be made."""
         return cls(RUNS / f"rlhf-base-{seed}", seed)
 
     @property

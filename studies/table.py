@@ -128,7 +128,7 @@ def table(results: Mapping[str, Figures]) -> str:
 
 
 def share(counts: Mapping[str, Any]) -> str:
-    """Of successes, with its interval."""
+    """The share of successes, with its interval."""
     low, high = counts["success_once_interval"]
     return f"{counts['success_once']:.1%} ({low:.1%}-{high:.1%})"
 

@@ -21,7 +21,7 @@ from studies.cells import RUNS, Figures, main, read_results
 from studies.table import CONFIGS, fine_tune, judge, online_figures, share
 
 UPDATES = 600
-"""Of GRPO: 32 episodes each."""
+"""Updates of GRPO, of 32 episodes each."""
 CELLS = [f"{method}-{seed}" for seed in range(2) for method in ("clone", "grpo", "ppo")]
 
 

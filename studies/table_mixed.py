@@ -112,7 +112,7 @@ class Misheard:
 
     @property
     def destination(self) -> Array:
-        """Of the thing that is thought of."""
+        """The destination of the thing that is thought of."""
         return destination(self.world, self.slots)
 
 

@@ -31,7 +31,7 @@ from studies.table import share
 from studies.table_mixed import GOOD, MISHEARD, NOISE, PLAYED, SEEDS, TASKS, WEAK, Misheard, by_seed, train
 
 EPISODES = 200
-"""A task."""
+"""Test episodes of a task."""
 HANDS: dict[str, tuple[str, ...]] = {
     "clone": ("successes=false",),
     "weighted": ("successes=false",),

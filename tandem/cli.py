@@ -309,8 +309,7 @@ VERBS: dict[str, Verb] = {
     "eval": Verb(
         "RUN [key=value ...]",
         "evaluate a run's checkpoint, with intervals",
-        "The settings are those of the recipe's EvaluateConfig, such as checkpoint=last. Writes RUN/eval.json, or\n"
-        "RUN/eval_info.json for vision-language-action policies.",
+        "The settings are those of the recipe's EvaluateConfig, such as checkpoint=last. Writes RUN/eval.json.",
         _eval_arguments,
         _eval,
     ),

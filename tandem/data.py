@@ -38,7 +38,7 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def view_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `tandem data view`."""
+    """Arguments of `tandem data view`."""
     _folder(parser)
     parser.add_argument("--episode", type=int, default=0, metavar="N", help="which one, from 0 (0)")
     parser.add_argument("--camera", action="append", default=[], metavar="NAME", help="only this one; repeatable")
@@ -47,7 +47,7 @@ def view_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def record_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `tandem data record`."""
+    """Arguments of `tandem data record`."""
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--expert", action="store_true", help="the scripted expert acts")
     who.add_argument("--teleop", action="store_true", help="you steer, in a window")
@@ -88,7 +88,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def _inspect_lerobot(dataset: LeRobotDataset) -> int:
-    """From `meta/` alone."""
+    """Describe a LeRobot data set from its `meta/` alone."""
     from embodied.datasets.lerobot_layout import DONE, REWARD, TRUNCATED
 
     lengths = [entry.length for entry in dataset.episodes]
@@ -112,7 +112,7 @@ def _inspect_lerobot(dataset: LeRobotDataset) -> int:
 
 
 def _inspect_any(source: Source) -> int:
-    """By reading every episode, one at a time; the pictures of the first only."""
+    """Describe a data set by reading every episode, one at a time; the pictures of the first only."""
     from embodied.datasets.overview import overview
 
     found = overview(source)

@@ -30,7 +30,7 @@ def _how(parser: argparse.ArgumentParser, *, default: str) -> None:
 
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `tandem data convert`."""
+    """Arguments of `tandem data convert`."""
     parser.add_argument("source", metavar="SRC", help="a data set of any format, or the id of a local Minari one")
     parser.add_argument("target", metavar="DST", help="a new folder; for d3rlpy a new file")
     parser.add_argument("--subset", metavar="NAME", help="only a filter key of robomimic's or a split of LeRobot's")
@@ -43,7 +43,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def split_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `tandem data split`."""
+    """Arguments of `tandem data split`."""
     parser.add_argument("source", metavar="SRC", help="a data set of any format, or the id of a local Minari one")
     parser.add_argument("--out", nargs="+", required=True, metavar="DST", help="a new name for every part")
     parser.add_argument(
@@ -54,14 +54,14 @@ def split_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def merge_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `tandem data merge`."""
+    """Arguments of `tandem data merge`."""
     parser.add_argument("sources", nargs="+", metavar="SRC", help="data sets of any formats")
     parser.add_argument("--out", required=True, metavar="DST", help="a new name")
     _how(parser, default=" (the first source's, where it is one of these; else lerobot)")
 
 
 def play_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `tandem data play`."""
+    """Arguments of `tandem data play`."""
     parser.add_argument("run", metavar="RUN", help="the folder of a robot run that learned from states")
     parser.add_argument("--steps", type=int, required=True, metavar="N", help="environment steps, about")
     parser.add_argument("--out", required=True, metavar="DST", help="a new folder; for d3rlpy a new file")
@@ -158,7 +158,7 @@ def play(arguments: argparse.Namespace) -> int:
 
 
 def told(open_it: Callable[[], _Opened]) -> _Opened:
-    """Warnings as lines on stderr, without where in the source they came from."""
+    """What `open_it` opens; warnings become lines on stderr that do not say where in the source they came from."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         opened = open_it()
@@ -172,7 +172,7 @@ def _own(source: Source) -> str:
 
 
 def _absent(target: str) -> None:
-    """Before any part is written: a name that is taken should not be found out after the first one."""
+    """Refuse a name that is taken before any part is written, not after the first one."""
     if Path(target).exists():
         raise UserError(f"{target}: exists already; choose another name")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ def is_text(path: str | Path) -> bool:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Beside the path."""
+    """The arguments beside the path."""
     texts = parser.add_argument_group("of texts")
     texts.add_argument("--tokenizer", metavar="FOLDER", help="count tokens too, and look for special ones in texts")
     texts.add_argument(
@@ -202,10 +202,14 @@ _SAYS = {
 
 
 def column_names(text: str) -> ColumnNames:
-    """ColumnNames out of "prompt=question,chosen=winner". Raises UserError for a kind that there is not."""
+    """ColumnNames out of "prompt=question,chosen=winner".
+
+    Raises UserError for a kind that there is not, or two of one name.
+    """
     from llm_rlhf.data.columns import ColumnNames
 
-    return ColumnNames(**{kind: name for kind, name in given_names(text).items() if kind != REWARD})
+    with user_errors(f"--columns {text}"):
+        return ColumnNames(**{kind: name for kind, name in given_names(text).items() if kind != REWARD})
 
 
 def given_names(text: str) -> dict[str, str]:

@@ -17,12 +17,12 @@ TASKS = ("reach", "push", "pick")
 DEMONSTRATIONS = 12
 """Four a task: the hand copies them badly, which is what PPO is there to mend."""
 EPISODES = 200
-"""Of each task, to judge."""
+"""Episodes of each task to judge by."""
 
 
 @dataclass(frozen=True)
 class RobotOutcome:
-    """Two runs, what each achieved on the same test scenes (a suite of eval_info.json), and pictures of the end.
+    """Two runs, what each achieved on the same test scenes (a suite of eval.json), and pictures of the end.
 
     curves: success on validation scenes while PPO learned. sheet: three pictures of one episode a task.
     """

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from envs.packages import package_of
 from experiment.errors import UserError
 
-_ROOMS = ("policy_core", "experiment", "envs", "feedback", "llm_rlhf", "embodied", "tandem")
+_ROOMS = ("policy_core", "experiment", "envs", "llm_rlhf", "embodied", "tandem")
 _GL_MODULES = ("OpenGL", "mujoco.egl", "mujoco.osmesa", "mujoco.glfw", "mujoco.rendering.classic.gl_context")
 _GL_REMEDY = (
     "install the libraries with `sudo apt-get install libegl1 libgl1-mesa-dri libosmesa6`, or choose another"

@@ -47,8 +47,8 @@ RECIPES: dict[str, tuple[str, str]] = {
     "llm/turns_sft": ("llm_rlhf.train_turns_sft", "TrainTurnsSFTConfig"),
 }
 
-# Recipe, or the first part of its name -> module with `EvaluateConfig` and `evaluate_run(run_folder, config)`. It
-# may have `REPORT`, the file that is written instead of eval.json, and its own `print_results(results)`.
+# Recipe, or the first part of its name -> module with `EvaluateConfig` and `evaluate_run(run_folder, config)`,
+# which writes RUN/eval.json. It may have its own `print_results(results)`.
 EVALUATORS: dict[str, str] = {
     "embodied": "embodied.evaluate",
     "embodied/backend": "embodied.evaluate_backend",

@@ -49,7 +49,7 @@ def evaluate(run: str, overrides: Sequence[str]) -> int:
     settings = dataclasses.replace(read_tree(os.devnull, overrides), source="command line")
     results = room.evaluate_run(folder, build(settings, room.EvaluateConfig))
     getattr(room, "print_results", print_results)(results)
-    print(f"written to {folder / getattr(room, 'REPORT', 'eval.json')}")
+    print(f"written to {folder / 'eval.json'}")
     return 0
 
 

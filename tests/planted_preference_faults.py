@@ -246,14 +246,6 @@ PREFERENCE_FAULTS = (
         "not_above = torch.searchsorted(ordered, scores, right=False) + 1",
         "the choice among equals is not by lot",
     ),
-    Fault("selection", "descending=True, stable=True", "descending=False, stable=True", "the worst of each group"),
-    Fault("selection", "scored = (~torch.isnan(scores))", "scored = torch.ones_like(scores)", "NaN is the best"),
-    Fault(
-        "selection",
-        "first[1:] = group[order][1:] != group[order][:-1]",
-        "first[:-1] = group[order][1:] != group[order][:-1]",
-        "the last of each group instead of the first",
-    ),
     # ------------------------------------------------------------ grpo
     Fault(
         "grpo",

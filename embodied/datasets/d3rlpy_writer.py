@@ -29,7 +29,7 @@ class D3rlpyTarget:
         return len(self._staged)
 
     def append(self, episode: RecordedEpisode) -> None:
-        """One more, on the disk when this returns. Raises UserError when it has no vectors or no rewards."""
+        """Add an episode, on the disk when this returns. Raises UserError when it has no vectors or no rewards."""
         one, number = flat(episode), len(self._staged)
 
         def write(file: h5py.File) -> None:

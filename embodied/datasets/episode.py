@@ -43,49 +43,28 @@ class Episode:
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """Of a list of episodes. Moments are over all steps; a dimension that never changes has std 0.
+    """Moments over all steps of a list of episodes; a dimension that never changes has std 0.
 
-    observation_*: [D] float64; action_*: [A] float64; success_rate: None unless every episode says.
+    observation_*: [D] float64; action_*: [A] float64.
     """
 
-    episodes: int
-    steps: int
-    mean_length: float
-    mean_return: float
-    min_return: float
-    max_return: float
-    success_rate: float | None
     observation_mean: np.ndarray
     observation_std: np.ndarray
     action_mean: np.ndarray
     action_std: np.ndarray
-    action_min: np.ndarray
-    action_max: np.ndarray
 
 
 def dataset_statistics(episodes: Sequence[Episode]) -> DatasetStatistics:
-    """Counts, returns and moments. Raises UserError when there is no episode."""
+    """The moments of observations and actions. Raises UserError when there is no episode."""
     if not episodes:
         raise UserError("there is no episode to describe: the data set is empty")
     observations = np.concatenate([episode.observations for episode in episodes]).astype(np.float64)
     actions = np.concatenate([episode.actions for episode in episodes]).astype(np.float64)
-    returns = [float(episode.rewards.sum(dtype=np.float64)) for episode in episodes]
-    successes = [episode.success for episode in episodes]
-    known = [success for success in successes if success is not None]
     return DatasetStatistics(
-        episodes=len(episodes),
-        steps=len(actions),
-        mean_length=len(actions) / len(episodes),
-        mean_return=float(np.mean(returns)),
-        min_return=min(returns),
-        max_return=max(returns),
-        success_rate=float(np.mean(known)) if len(known) == len(successes) else None,
         observation_mean=observations.mean(axis=0),
         observation_std=observations.std(axis=0),
         action_mean=actions.mean(axis=0),
         action_std=actions.std(axis=0),
-        action_min=actions.min(axis=0),
-        action_max=actions.max(axis=0),
     )
 
 

@@ -87,7 +87,7 @@ class LeRobotDataset:
 
     @property
     def frames(self) -> int:
-        """Of all episodes."""
+        """The frames of all episodes."""
         return sum(entry.length for entry in self.episodes)
 
     def successes(self) -> list[bool | None]:
@@ -104,7 +104,7 @@ class LeRobotDataset:
         return [mean == 1.0 for mean in self.statistic(OBSERVED, "mean")]
 
     def statistic(self, feature: str, which: Literal["max", "mean"]) -> list[float | None]:
-        """Of a feature of one number, in every episode, from `meta/` alone; None where it does not say."""
+        """The statistic of a feature of one number, by episode, from `meta/` alone; None where it does not say."""
         column = f"stats/{feature}/{which}"
         found: list[float | None] = []
         for path in episode_files(self.folder):
@@ -169,7 +169,7 @@ class LeRobotDataset:
         return decode_video(entry.videos[name], timestamps, self.fps, feature, where)
 
     def _finished(self, entries: list[EpisodeEntry]) -> list[EpisodeEntry]:
-        """Without a last episode that is not on the disk as a whole."""
+        """The entries without a last episode that is not on the disk as a whole."""
         if len(entries) < self.info.episodes:
             warnings.warn(
                 f"{self.folder}: {INFO} counts {self.info.episodes} episodes, meta/episodes lists {len(entries)};"

@@ -199,7 +199,7 @@ class _Kept:
         self._first = 0
 
     def of(self, entry: EpisodeEntry) -> Stats:
-        """Those of an episode; later ones may be asked for next, earlier ones not."""
+        """The statistics of an episode; later episodes may be asked for next, earlier ones not."""
         while self._table is None or entry.index >= self._first + len(self._table):
             self._first += 0 if self._table is None else len(self._table)
             self._table = read_parquet(next(self._files))

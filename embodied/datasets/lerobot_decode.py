@@ -15,8 +15,6 @@ from embodied.datasets.lerobot_layout import INFO, Feature
 from embodied.datasets.lerobot_tables import VideoSpan
 from experiment.errors import UserError
 
-_LISTS = (pa.types.is_list, pa.types.is_fixed_size_list, pa.types.is_large_list)
-
 
 def number_column(column: pa.ChunkedArray, feature: Feature, where: str) -> NDArray:
     """[T] or [T, ...] of a column of numbers. Raises UserError when its shape is not the feature's."""

@@ -187,7 +187,7 @@ class VideoEncoder:
         self._container.mux(self._stream.encode(frame))
 
     def finish(self) -> bytes:
-        """The file."""
+        """The finished file."""
         self._container.mux(self._stream.encode())
         self._container.close()
         return self._file.getvalue()

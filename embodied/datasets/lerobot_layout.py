@@ -86,13 +86,13 @@ class Feature:
         return rows, columns
 
     def as_json(self) -> dict[str, Any]:
-        """As in `meta/info.json`."""
+        """The feature's entry in `meta/info.json`."""
         told: dict[str, Any] = {"dtype": self.dtype, "shape": list(self.shape), "names": self.names}
         return told | ({"info": dict(self.info)} if self.info else {})
 
     @classmethod
     def from_json(cls, name: str, told: Any, source: object) -> Feature:
-        """Of an entry of `meta/info.json`. Raises UserError if it is not one."""
+        """The feature of an entry of `meta/info.json`. Raises UserError if it is none."""
         try:
             shape = tuple(int(size) for size in told["shape"])
             info = told.get("info") or told.get("video_info") or {}
@@ -101,7 +101,7 @@ class Feature:
             raise UserError(f"{source}: feature {name} needs dtype and shape, got {told!r}") from error
 
     def arrow_type(self) -> pa.DataType:
-        """Of its column in the data files."""
+        """The type of its column in the data files."""
         if self.dtype == "image":
             return pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         kind = pa.string() if self.dtype == "string" else pa.from_numpy_dtype(np.dtype(self.dtype))
@@ -126,7 +126,7 @@ INDEX_FEATURES: dict[str, Feature] = {
 
 
 def camera_feature(height: int, width: int, fps: int) -> Feature:
-    """Of a camera: PNG up to `LARGEST_PNG` pixels (exact, quick to read at random), mp4 beyond (small)."""
+    """A camera's feature: PNG up to `LARGEST_PNG` pixels (exact, quick to read at random), mp4 beyond (small)."""
     names = ["height", "width", "channels"]
     if max(height, width) <= LARGEST_PNG:
         return Feature("image", (height, width, 3), names)
@@ -178,7 +178,7 @@ def outcome(*, reward: float, terminated: bool, truncated: bool, success: bool) 
 
 
 def data_schema(features: Mapping[str, Feature]) -> pa.Schema:
-    """Of the data files: every feature that is not a video."""
+    """The schema of the data files: every feature that is not a video."""
     kept = {name: feature for name, feature in features.items() if feature.dtype != "video"}
     told = {"info": {"features": {name: feature.hugging_face_type() for name, feature in kept.items()}}}
     columns = [pa.field(name, feature.arrow_type()) for name, feature in kept.items()]
@@ -211,7 +211,7 @@ class Info:
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def as_text(self) -> str:
-        """As the file has it."""
+        """The text of the file."""
         told = {
             "codebase_version": VERSION,
             "robot_type": self.robot_type,

@@ -54,7 +54,7 @@ class LeRobotSource(Source):
         return tuple(self.path / name for name in ("meta", "data", "videos"))
 
     def identity(self) -> Any:
-        """With the split."""
+        """The identity of any source, with the split."""
         return [*super().identity(), self._subset]
 
     def _split(self, subset: str) -> range:

@@ -47,11 +47,11 @@ class State:
     next_video: Mapping[str, int] = field(default_factory=dict)
 
     def data_name(self) -> str:
-        """Of the next episode's data file, within the folder."""
+        """Name of the next episode's data file within the folder."""
         return self.info.data_path.format(**place(self.next_data, self.info.chunk_size))
 
     def video_name(self, feature: str) -> str:
-        """Of the next episode's video of a feature, within the folder."""
+        """Name of the next episode's video of a feature within the folder."""
         assert self.info.video_path is not None
         where = place(self.next_video.get(feature, 0), self.info.chunk_size)
         return self.info.video_path.format(video_key=feature, **where)

@@ -26,7 +26,7 @@ _LEVELS = np.arange(256)
 
 
 def vector_stats(values: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """Of [T, d] or [T] numbers, T > 0: arrays [d] (or [1]) float64."""
+    """Statistics of [T, d] or [T] numbers, T > 0: arrays [d] (or [1]) float64."""
     rows = np.asarray(values, np.float64).reshape(len(values), -1)
     quantiles = np.quantile(rows, list(QUANTILES.values()), axis=0)
     return {
@@ -81,7 +81,7 @@ def fold(first: Stats | None, second: Stats) -> Stats:
 
 
 def merged(stacked: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Of N sets of frames together, from the statistics of each, stacked: [N, ...]."""
+    """Statistics of N sets of frames together, from the statistics of each, stacked: [N, ...]."""
     mean = stacked["mean"]
     counts = stacked["count"].reshape(-1, *[1] * (mean.ndim - 1))
     shares = counts / counts.sum()
@@ -98,7 +98,7 @@ def merged(stacked: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 def as_text(stats: Stats) -> str:
-    """As `meta/stats.json` has it."""
+    """The text of `meta/stats.json`."""
     plain = {name: {key: value.tolist() for key, value in one.items()} for name, one in stats.items()}
     return json.dumps(plain, indent=4)
 

@@ -36,7 +36,7 @@ from embodied.datasets.source import Source, final_row
 from experiment.errors import UserError
 
 FPS = 20
-"""Where a source does not say: the control rate of robosuite, whose data robomimic and LIBERO hold."""
+"""Steps a second where a source does not say: the rate of robosuite, whose data robomimic and LIBERO hold."""
 
 
 class LeRobotTarget:
@@ -51,7 +51,7 @@ class LeRobotTarget:
         return len(self._writer)
 
     def append(self, episode: RecordedEpisode) -> None:
-        """One more, on the disk when this returns. Raises UserError when it does not fit the others."""
+        """Add an episode, on the disk when this returns. Raises UserError when it does not fit the others."""
         columns = columns_of(episode, self._discrete)
         if missing := [name for name in self._features if name not in columns]:
             raise UserError(f"{episode.name}: does not say {missing[0]}, as the first episode does")

@@ -38,7 +38,7 @@ _KEPT = (
     "ref_max_score",
     "ref_min_score",
 )
-"""Of the metadata of a Minari source, what remains true of its episodes."""
+"""What remains true of the metadata of a Minari source once its episodes are elsewhere."""
 
 _TELLING = ("minari", "played")
 """Kinds of sources whose details are Minari's metadata."""
@@ -50,7 +50,7 @@ class MinariTarget:
     def __init__(
         self, staged: StagedEpisodes, folder: Path, name: str, source: Source, example: RecordedEpisode
     ) -> None:
-        """folder: what is made. name: of the data set. Raises UserError when there is nothing to observe."""
+        """folder: what is made. name: the data set's. Raises UserError when there is nothing to observe."""
         if not example.vectors and not example.images:
             raise UserError(f"{example.name}: has no observations, which Minari needs")
         self._staged, self._folder, self._source = staged, folder, source
@@ -68,7 +68,7 @@ class MinariTarget:
         return len(self._staged)
 
     def append(self, episode: RecordedEpisode) -> None:
-        """One more, on the disk when this returns. Raises UserError when it has no rewards."""
+        """Add an episode, on the disk when this returns. Raises UserError when it has no rewards."""
         if episode.rewards is None:
             raise UserError(f"{episode.name}: has no rewards, which Minari needs")
         number, whole = len(self._staged), all(name in episode.final for name in episode.vectors)

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import h5py
 import numpy as np
 
-from embodied.datasets.episode import Episode
 from embodied.datasets.hdf5 import array, opened
 from embodied.datasets.recorded import OBSERVATION, RecordedEpisode
 from embodied.datasets.source import Source, recorded
@@ -29,13 +27,22 @@ class RobomimicSource(Source):
     """A file: everything under `obs`, pictures (uint8 [T, H, W, 3]) as cameras, and [T, d] or [T] as vectors.
 
     What is neither (depth maps) is left out, and so are the simulator's `states`. The order of the vectors is that
-    of their names. An episode is truncated, or terminated where `done_means` says so: see `read_episodes`.
+    of their names. A vector has T rows, or T + 1, the last of which was seen after the last action; of one that has
+    T, `next_obs` may say what was seen then.
     """
 
     kind = "robomimic"
 
     def __init__(self, path: str | Path, subset: str | None = None, done_means: DoneMeaning = "truncated") -> None:
-        """subset: as in `read_episodes`. Raises UserError when the file is none of robomimic's, or damaged."""
+        """subset: only the demonstrations that `mask/SUBSET` lists (robomimic's filter keys, such as 'train').
+
+        done_means: how an episode ended. robomimic writes `dones` = 1 at the end of a recording whether it
+            succeeded or was stopped, so the file cannot say; 'truncated' (bootstrap there) is right for tasks that
+            go on, 'terminated' for tasks that end with success.
+
+        Raises UserError, one line with the path, when the file is missing, not HDF5 or cut off, or has no
+        demonstrations, no such subset or a demonstration without actions.
+        """
         self.path, self._subset, self._done_means = Path(path), subset, done_means
         with opened(self.path) as file:
             found = demonstrations(file, self.path, subset)
@@ -44,7 +51,7 @@ class RobomimicSource(Source):
             self.fps = _control_rate(file["data"])
 
     def identity(self) -> Any:
-        """With the subset and the reading of ends."""
+        """The identity of any source, with the subset and the reading of ends."""
         return [*super().identity(), self._subset, self._done_means]
 
     def _read(self, index: int, images: bool) -> RecordedEpisode:
@@ -117,45 +124,8 @@ def _observations(
     return pictures, vectors, final
 
 
-def read_episodes(
-    path: str | Path,
-    *,
-    observation_keys: Sequence[str] = ("state",),
-    subset: str | None = None,
-    done_means: DoneMeaning = "truncated",
-) -> list[Episode]:
-    """All episodes of a file, in the order of their numbers.
-
-    observation_keys: data sets under `obs`, [T, d] each, that are concatenated in this order.
-    subset: only the demonstrations that `mask/SUBSET` lists (robomimic's filter keys, such as 'train').
-    done_means: how an episode ended. robomimic writes `dones` = 1 at the end of a recording whether it
-        succeeded or was stopped, so the file cannot say; 'truncated' (bootstrap there) is right for tasks that go
-        on, 'terminated' for tasks that end with success.
-
-    Observations may have T rows or T + 1 (the last one is the final observation), or `next_obs` gives it.
-    Raises UserError, one line with the path, when the file is missing, not HDF5 or cut off, has no
-    demonstrations, or when a demonstration lacks something, disagrees with itself or with the others in its
-    shapes, is empty, or holds NaN or infinity.
-    """
-    path = Path(path)
-    if not observation_keys:
-        raise UserError("observation_keys is empty: name at least one data set under obs")
-    with opened(path) as file:
-        episodes = [
-            _read_episode(demo, f"{path}: data/{name}", observation_keys, done_means)
-            for name, demo in demonstrations(file, path, subset)
-        ]
-    first = episodes[0]
-    for episode in episodes[1:]:
-        for what in ("observations", "actions"):
-            expected, found = getattr(first, what).shape[1], getattr(episode, what).shape[1]
-            if found != expected:
-                raise UserError(f"{episode.name}: {what} have {found} dimensions, those of {first.name} {expected}")
-    return episodes
-
-
 def demonstrations(file: h5py.File, path: Path, subset: str | None) -> list[tuple[str, h5py.Group]]:
-    """Name and group of every demonstration, in the order of their numbers. UserError as `read_episodes`."""
+    """Name and group of every demonstration, in the order of their numbers. UserError as `RobomimicSource`."""
     data = file.get("data")
     names = [name for name in data if re.fullmatch(r"demo_\d+", name)] if isinstance(data, h5py.Group) else []
     if not names:
@@ -171,43 +141,6 @@ def demonstrations(file: h5py.File, path: Path, subset: str | None) -> list[tupl
         if not names:
             raise UserError(f"{path}: the subset mask/{subset} is empty")
     return [(name, data[name]) for name in sorted(names, key=lambda name: int(name[5:]))]
-
-
-def _read_episode(
-    demo: h5py.Group, where: str, observation_keys: Sequence[str], done_means: DoneMeaning
-) -> Episode:
-    actions = array(demo, "actions", where, columns=True)
-    length = len(actions)
-    if length == 0:
-        raise UserError(f"{where}: has no steps")
-    rewards = array(demo, "rewards", where, columns=False)
-    if len(rewards) != length:
-        raise UserError(f"{where}: {length} actions but {len(rewards)} rewards")
-    parts = [array(demo, f"obs/{key}", where, columns=True) for key in observation_keys]
-    for key, part in zip(observation_keys, parts, strict=True):
-        if len(part) not in (length, length + 1) or len(part) != len(parts[0]):
-            raise UserError(f"{where}: {length} actions but {len(part)} rows of obs/{key}")
-    observations = np.concatenate(parts, axis=1)
-    final = observations[length] if len(observations) > length else None
-    if final is None and "next_obs" in demo:
-        ahead = [array(demo, f"next_obs/{key}", where, columns=True) for key in observation_keys]
-        for key, part in zip(observation_keys, ahead, strict=True):
-            if len(part) != length:
-                raise UserError(f"{where}: {length} actions but {len(part)} rows of next_obs/{key}")
-        final = np.concatenate([part[-1] for part in ahead])
-        if len(final) != observations.shape[1]:
-            raise UserError(f"{where}: obs have {observations.shape[1]} dimensions, next_obs {len(final)}")
-    return Episode(
-        observations=observations[:length],
-        actions=actions,
-        rewards=rewards,
-        terminated=done_means == "terminated",
-        truncated=done_means == "truncated",
-        final_observation=final,
-        success=_success(demo),
-        initial_state=_initial_state(demo),
-        name=where,
-    )
 
 
 def _success(demo: h5py.Group) -> bool | None:

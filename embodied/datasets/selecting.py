@@ -27,7 +27,7 @@ class Selection(Source):
         self.lengths = tuple(source.lengths[index] for index in self.indices)
 
     def identity(self) -> Any:
-        """The source's, and which episodes."""
+        """The source's identity, and which episodes."""
         return {"of": self.source.identity(), "episodes": list(self.indices)}
 
     def _read(self, index: int, images: bool) -> RecordedEpisode:
@@ -65,7 +65,7 @@ class Joined(Source):
         return tuple(part for one in self.sources for part in one.parts)
 
     def identity(self) -> Any:
-        """Theirs."""
+        """The identities of the sources."""
         return [one.identity() for one in self.sources]
 
     def _read(self, index: int, images: bool) -> RecordedEpisode:

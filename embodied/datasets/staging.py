@@ -114,7 +114,7 @@ class StagedEpisodes:
         return self._count
 
     def append(self, write: Callable[[h5py.File], None]) -> None:
-        """One more, on the disk when this returns. write: fills the file. UserError when the disk is full."""
+        """Add one, on the disk when this returns. write: fills its file. UserError when the disk is full."""
 
         def fill(path: Path) -> None:
             with h5py.File(path, "w") as file:
@@ -125,7 +125,7 @@ class StagedEpisodes:
         self._count += 1
 
     def assemble(self, path: Path, finish: Callable[[h5py.File], None]) -> None:
-        """All of them in one file, one at a time. finish: writes what there is besides. UserError as `append`."""
+        """Copy them into one file, one at a time. finish: writes what else it holds. UserError as `append`."""
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with h5py.File(path, "w", track_order=True) as file:

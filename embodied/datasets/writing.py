@@ -25,10 +25,10 @@ class Target(Protocol):
     def __len__(self) -> int: ...
 
     def append(self, episode: RecordedEpisode) -> None:
-        """One more, on the disk when this returns."""
+        """Add an episode, on the disk when this returns."""
 
     def finish(self) -> None:
-        """Make the whole of them."""
+        """Make the data set of the episodes that were added."""
 
     def close(self) -> None:
         """Let go of what is open."""

@@ -47,7 +47,7 @@ class StepJudge:
 
     @classmethod
     def load(cls, folder: str | Path, *, states: int, actions: int) -> StepJudge:
-        """Of the run's last checkpoint. UserError for another recipe's run, or for other sizes."""
+        """The judge of the run's last checkpoint. UserError for another recipe's run, or for other sizes."""
         run = Path(folder)
         if not (run / "config.yaml").is_file():
             raise UserError(f"advantage.critic: {run} is no run; train embodied/iql on the same data first")

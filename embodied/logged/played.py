@@ -129,7 +129,7 @@ def told_of(environment: EnvironmentConfig) -> dict[str, str]:
 
 
 def _as_taken(experience: Experience, spec: EnvironmentSpec) -> Experience:
-    """With actions as the environment took them, who clips them to its bounds."""
+    """The experience with actions as the environment took them, clipped to its bounds."""
     if spec.action_low is None or spec.action_high is None:
         return experience
     low, high = torch.from_numpy(spec.action_low), torch.from_numpy(spec.action_high)

@@ -75,7 +75,7 @@ class PracticeConfig(LoggedDataConfig):
 
     @property
     def rounds(self) -> int:
-        """Of the whole run."""
+        """Rounds of the whole run."""
         return 1 if self.run.dry_run else max(1, -(-self.total_steps // self.steps))
 
     def updates_of(self, number: int) -> int:
@@ -97,7 +97,7 @@ class Memory:
 
     @classmethod
     def of(cls, config: PracticeConfig, inputs: Inputs, policy: StatePolicy) -> Memory:
-        """Of prior data alone, in the policy's units."""
+        """A memory of prior data alone, in the policy's units."""
         prior = to_transitions(inputs.episodes, policy, inputs.environment, config.data)
         return cls(
             prior=prior,
@@ -106,7 +106,7 @@ class Memory:
         )
 
     def add(self, transitions: Transitions, experience: Experience) -> None:
-        """What was just experienced, as transitions [B * T] in the units of the prior data."""
+        """Add what was just experienced, as transitions [B * T] in the units of the prior data."""
         shape = experience.rewards.shape
         where = self.replay.add(transitions).view(shape)
         ends = {"terminated": experience.terminated, "truncated": experience.truncated}
@@ -159,8 +159,8 @@ class Practice:
         *,
         offline: str,
     ) -> Practice:
-        """Let fresh parts go on from a checkpoint, or from the run that `config.init` names; then the memory in the
-        units of their policy.
+        """Let fresh parts go on from a checkpoint, or from the run that `config.init` names; then make
+        the memory, in the units of their policy.
 
         offline     the recipe whose runs `config.init` may name
 
@@ -187,7 +187,7 @@ class Practice:
         return checkpoint.step + 1
 
     def remember(self, experience: Experience, config: PracticeConfig) -> None:
-        """Into the memory, in its units."""
+        """Add an experience to the memory, in its units."""
         settings = {"gamma": config.data.gamma, "scale": self.parts.scale, "shift": config.data.shift}
         self.memory.add(experienced(experience, self.policy, **settings), experience)
 
@@ -259,7 +259,7 @@ def _check_observations(run: Path, config: PracticeConfig, policy: StatePolicy, 
 
 
 def _listed(value: Any) -> Any:
-    """YAML has no tuples."""
+    """The same value as YAML gives it, which has no tuples."""
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -230,7 +230,7 @@ def _pieces(episode: Episode, scale: float, worst: float, config: DataConfig) ->
 
 
 def discounted(rewards: Tensor, gamma: float, *, rest: float = 0.0) -> Tensor:
-    """Discounted sum from each step to the end, [T] -> [T]. rest: what is worth what comes after it."""
+    """Discounted sum from each step to the end, [T] -> [T]. rest: what all that comes after the end is worth."""
     values = rewards.double().numpy()
     total, sums = rest, np.empty_like(values)
     for step in range(len(values) - 1, -1, -1):

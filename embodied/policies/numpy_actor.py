@@ -24,7 +24,7 @@ OBSERVATION_LIMIT = 10.0
 Head = Literal["gaussian", "bounded", "squashed"]
 
 LOG_STD_BOUNDS = (-20.0, 2.0)
-"""Of a deviation that depends on the state: SAC's customary ones."""
+"""Bounds of a log deviation that depends on the state: SAC's customary ones."""
 
 
 @dataclass(frozen=True)

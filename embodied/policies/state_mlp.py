@@ -74,12 +74,12 @@ class StatePolicy(nn.Module):
         self.action_centre.copy_((high + low) / 2)
 
     def critic_parameters(self) -> Iterator[Parameter]:
-        """Those of the critic; the actor's trunk is stacked with its trunk, but gets no gradient from a value."""
+        """The critic's; the actor's trunk is stacked with its trunk, but gets no gradient from a value."""
         yield from self.trunks.parameters()
         yield from self.critic.parameters()
 
     def actor_parameters(self) -> Iterator[Parameter]:
-        """Those of the actor, and the trunks, of which the value's half gets no gradient from actions."""
+        """The actor's, and the trunks, of which the value's half gets no gradient from actions."""
         yield from self.trunks.parameters()
         yield from self.actor.parameters()
         if self.has_log_std:
@@ -90,7 +90,7 @@ class StatePolicy(nn.Module):
         return self.both_of(self.normalizer(observations))
 
     def both_of(self, features: Tensor) -> tuple[Distribution, Tensor]:
-        """The same of normalised observations."""
+        """As `forward`, of normalised observations."""
         leading = features.shape[:-1]
         actor_features, critic_features = self.trunks(features.flatten(0, -2))
         return self._act(actor_features, leading), self._value(critic_features).view(leading)

@@ -130,11 +130,11 @@ class VLAPolicy(nn.Module):
         self.state_normalizer = ObservationNormalizer(spaces.state_size, limit=5.0, epsilon=1e-4)
 
     def critic_parameters(self) -> Iterator[Parameter]:
-        """Those that only the value depends on."""
+        """The parameters that only the value depends on."""
         yield from self.critic.parameters()
 
     def actor_parameters(self) -> Iterator[Parameter]:
-        """Of the hand."""
+        """The parameters of the hand."""
         yield from self.actor.parameters()
         yield self.log_std
 
@@ -161,7 +161,7 @@ class VLAPolicy(nn.Module):
         return percept.to(home)
 
     def distribution(self, observations: Observations) -> DiagonalGaussian:
-        """Of actions [..., k, A]. No gradient reaches the eyes."""
+        """The distribution of actions [..., k, A]. No gradient reaches the eyes."""
         percept = observations.get("percept")
         if percept is None:
             with torch.no_grad():
@@ -234,5 +234,5 @@ class VLAPolicy(nn.Module):
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples."""
+    """The same fields with tuples for lists: JSON has no tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

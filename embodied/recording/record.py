@@ -143,7 +143,7 @@ def record_expert(
 
 
 def table_features(config: RecordConfig) -> dict[str, Feature]:
-    """Of the data set. Raises UserError when the table does not take the settings, or a task has no expert."""
+    """The data set's features. Raises UserError when the table refuses the settings, or a task has no expert."""
     env = table(config)
     with user_errors():
         require_experts(env)
@@ -269,7 +269,7 @@ def _count(report: RecordReport, played: Played) -> None:
 # ---------------------------------------------------------------- processes
 
 _player: Player | None = None
-"""Of a worker process."""
+"""The player of a worker process."""
 
 
 def _begin_playing(config: RecordConfig, features: dict[str, Feature]) -> None:

@@ -87,7 +87,7 @@ class Screen(Protocol):
 
 
 class Clock(Protocol):
-    """Of the user's time, in seconds."""
+    """A clock of the user's time, in seconds."""
 
     def monotonic(self) -> float: ...
     def sleep(self, seconds: float, /) -> None: ...

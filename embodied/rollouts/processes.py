@@ -39,7 +39,7 @@ class SharedArrays:
 
     @property
     def names(self) -> set[str]:
-        """What there is."""
+        """The names of the arrays."""
         return set(self._layout)
 
     def view(self, name: str) -> NDArray[Any]:
@@ -78,7 +78,7 @@ class ProcessWorker:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The number of the process."""
         assert self._process.pid is not None
         return self._process.pid
 
@@ -167,7 +167,7 @@ class Workers:
         return [answers[index % count][index // count] for index in range(len(items))]
 
     def state(self) -> dict[str, Any]:
-        """Of all workers, for a checkpoint."""
+        """The state of all workers, for a checkpoint."""
         return {"workers": self.ask("state")}
 
     def set_state(self, state: Mapping[str, Any]) -> None:

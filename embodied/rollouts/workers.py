@@ -40,7 +40,7 @@ class EnvironmentConfig:
 
 
 def environment_spec(config: EnvironmentConfig) -> EnvironmentSpec:
-    """Of the environment that `config` names; UserError if it cannot be made."""
+    """The specification of the environment that `config` names; UserError if it cannot be made."""
     with user_errors("environment.id"):
         environment = make_environment(
             config.id, max_episode_steps=config.max_episode_steps, options=config.options

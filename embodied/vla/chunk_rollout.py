@@ -47,7 +47,7 @@ class ChunkExperience:
 
     @property
     def control_steps(self) -> int:
-        """Executed over all environments."""
+        """The control steps that were executed, over all environments."""
         return int(self.executed.sum())
 
 

@@ -35,15 +35,15 @@ from envs.table.scene import OBJECTS
 from experiment.errors import UserError, user_errors
 
 METRES = 0.1
-"""In the unit of positions."""
+"""Metres in the unit of positions."""
 CLOSE = 0.03
 """Metres within which an object counts as found."""
 DRY_SCENES = 8
-"""Of a dry run."""
+"""Scenes of a dry run."""
 _ROUND = 16
-"""Scenes of a worker between two lines of progress at the most often."""
+"""Scenes of a worker between two looks at the clock."""
 _LINE_EVERY = 5.0
-"""Seconds."""
+"""Seconds between two lines of progress, at the least."""
 
 
 @dataclass(frozen=True)

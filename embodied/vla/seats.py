@@ -175,14 +175,14 @@ class Seats:
     def begin(
         self, index: int, seed: int, options: Mapping[str, Any] | None = None, *, first: bool = False
     ) -> None:
-        """An episode at one seat, and the first look at it."""
+        """Begin an episode at one seat, and the first look at it."""
         self.seats[index].begin(seed, options, first=first)
         instruction = self.seats[index].env.instruction
         self.seen["words"][index] = self.policy.words.numbers(instruction, self.policy.config.length)
         self.look(index)
 
     def look(self, index: int) -> None:
-        """At one seat, now."""
+        """Take a look at one seat, as it is now."""
         with user_errors("environment"):
             seen = self.seats[index].env.observe(self._names)
         for name, value in seen.items():

@@ -24,12 +24,12 @@ from experiment.video import write_mp4
 Picture = NDArray[np.uint8]
 
 SIZE = 256
-"""Pixels."""
+"""Pixels of a side of the pictures."""
 FPS = 10
 HOLD = FPS
 """Frames for which the last picture stays, so that the outcome can be read."""
 LETTERS = 14
-"""Pixels."""
+"""Height of the letters in pixels."""
 _MARGIN, _GAP = 5, 6
 _DONE, _OPEN, _FAILED = (120, 240, 140), (235, 235, 235), (255, 140, 120)
 
@@ -85,7 +85,7 @@ class FilmWorker(Player):
     """Films what it plays."""
 
     def film(self, play: Play, table: TableConfig, deterministic: bool) -> Film:
-        """Play it."""
+        """Play and film an episode."""
         (episode,) = self.evaluate([play], table, deterministic)
         env = self._evaluation_seats(table, 1).seats[0].env
         assert isinstance(env, FilmedTable)
@@ -111,7 +111,7 @@ class Studio:
         export_weights(policy, arrays.view("weights"))
 
     def film(self, play: Play, *, table: TableConfig | None = None, deterministic: bool = True) -> Film:
-        """Play it. UserError where nothing can be drawn."""
+        """Play and film an episode. UserError where nothing can be drawn."""
         return self._worker.film(play, table or self._worker.environment, deterministic)
 
     def __enter__(self) -> Studio:

@@ -33,7 +33,7 @@ _DERIVED = (
 )
 _STATISTICS = ("meaninertia", "meanmass", "meansize", "extent")
 _OF_THE_START = 1
-"""Beside the seed of the other draws: the generator of those at the start."""
+"""What seeds the generator of the draws at the start, together with the seed of the others."""
 
 
 class Randomizer:

@@ -33,7 +33,7 @@ SUCCESS_REWARD = 1.0
 ENTRIES = ("image", "wrist_image", "proprio", "instruction", "state")
 CAMERA_OF = {"image": "front", "wrist_image": "wrist"}
 TIME_LIMIT = 64
-"""Control steps."""
+"""Control steps of an episode."""
 
 
 class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
@@ -231,7 +231,7 @@ class TableEnv(gymnasium.Env[dict[str, Any], NDArray[np.floating]]):
         mujoco.mj_forward(self.world.model, self.world.data)
 
     def step(self, action: NDArray[np.floating]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """0.1 s."""
+        """One control step of 0.1 s."""
         chosen = np.asarray(action, np.float64)
         if chosen.shape != (4,):
             raise ValueError(f"the action must be [4], got {list(chosen.shape)}")

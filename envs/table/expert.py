@@ -121,7 +121,7 @@ class Expert:
         return self.go(np.array([x, y, tasks.LIFTED + 0.02 + self._hold_height()]), _CLOSE)
 
     def _hold_height(self) -> float:
-        """Of the tool over the underside of what it holds."""
+        """Height of the tool over the underside of what it holds."""
         world, thing = self.env.world, self.env.slots.thing
         return float(world.tool[2] - tasks.air(world, thing))
 

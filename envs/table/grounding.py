@@ -25,19 +25,19 @@ from envs.table.observations import PERCEPT, state
 from envs.table.world import HIGHEST, LOWEST, STEP_LENGTH, Array, TableWorld
 
 LOOKS = 4
-"""At each scene, at random times."""
+"""Looks at each scene, at random times."""
 LONGEST_PLAY = 48
-"""Control steps."""
+"""Control steps of play in a scene, at the most."""
 WANDER, VISIT, PUSH = 0.15, 0.2, 0.25
 """Shares of what the hand does; else it takes something."""
 NOISE = 0.5
-"""Most of it that the hand's motions have (standard deviation, of the largest step)."""
+"""The most noise of the hand's motions (standard deviation, in largest steps)."""
 _OPEN, _CLOSE = -1.0, 1.0
 _SAFE = 0.115
 """Metres above the table at which the tool passes over everything."""
 _UP = np.array([0.0, 0.0, 0.1])
 _LONGEST_GRASP = 22
-"""Control steps."""
+"""Control steps that the hand spends on a grasp, at the most."""
 
 Motion = Iterator[None]
 """Control steps of the hand, one at every `next`."""

@@ -25,7 +25,7 @@ HALF_EXTENTS: Mapping[str, tuple[float, float, float]] = {
     "tower": (0.021, 0.021, 0.036),
 }
 MASS = 0.06
-"""Of every object, kg."""
+"""Mass of every object, in kg."""
 PAD_HALF = 0.055
 
 RGB: Mapping[str, tuple[float, float, float]] = {
@@ -50,7 +50,7 @@ TIP = 0.015
 """The tool point is this far above the fingertips."""
 
 LARGEST_PICTURE = 640
-"""Pixels of a side."""
+"""Pixels of a picture's side, at the most."""
 
 TIMESTEP = 0.005
 CONTROL_STEP = 0.1

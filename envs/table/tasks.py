@@ -39,7 +39,7 @@ PADDLE = (0.02, 0.025)
 PUSH_HEIGHT = LOWEST[2] + 0.005
 """Metres of the tool above the table while it pushes."""
 STILL = 0.03
-"""Metres a second."""
+"""Metres a second below which an object is still."""
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class TableWorld:
         return float(self.data.qpos[left] + self.data.qpos[right] + 2 * scene.FINGER_GAP)
 
     def yaw(self, index: int) -> float:
-        """Of an object, radians."""
+        """Yaw of an object, in radians."""
         matrix = self.data.xmat[self._first + index]
         return float(np.arctan2(matrix[3], matrix[0]))
 
@@ -168,12 +168,12 @@ class TableWorld:
         return float(self.data.xmat[self._first + index, 8])
 
     def speed(self, index: int) -> float:
-        """Of an object's centre, m/s."""
+        """Speed of an object's centre, in m/s."""
         start = self._object_dofs[index]
         return float(np.linalg.norm(self.data.qvel[start : start + 3]))
 
     def velocity(self, index: int) -> Array:
-        """[3] of an object's centre, m/s."""
+        """[3] velocity of an object's centre, in m/s."""
         start = self._object_dofs[index]
         return self.data.qvel[start : start + 3]
 

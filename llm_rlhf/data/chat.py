@@ -37,7 +37,7 @@ class Chat(str):
 
     A prompt ends where the assistant is to go on ("user: hi\\nassistant: "); a completion is what follows there, so
     one that is a single message is that message's content. It is text wherever text will do; what turns texts into
-    tokens (`text_data`) renders the messages with the tokenizer's chat template instead.
+    tokens (`texts.encode_prompts`) renders the messages with the tokenizer's chat template instead.
     """
 
     messages: tuple[Message, ...]

@@ -14,8 +14,9 @@ transcripts) share everything up to the last "\\n\\nAssistant:" that they have i
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from experiment.errors import UserError
@@ -33,7 +34,11 @@ _REPLY = "\n\nAssistant:"
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """What the columns are called in the data."""
+    """What the columns are called in the data.
+
+    Raises ValueError where two kinds have one name. Only `text`, which goes with no other kind, gives way while it
+    is called as here.
+    """
 
     prompt: str = "prompt"
     chosen: str = "chosen"
@@ -46,6 +51,15 @@ class ColumnNames:
     score_chosen: str = "score_chosen"
     score_rejected: str = "score_rejected"
     tie: str = "tie"
+
+    def __post_init__(self) -> None:
+        kinds = [one for one in fields(ColumnNames) if one.name != "text" or self.text != one.default]
+        names = Counter(getattr(self, one.name) for one in kinds)
+        twice = next((name for name, count in names.items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"two kinds of column are both called {twice!r}; give the one that your data lack another name"
+            )
 
 
 def kind_of(columns: Mapping[str, Any], names: ColumnNames) -> Kind | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -45,16 +45,13 @@ class PairsConfig(ColumnNames):
     limit: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if min(self.validation, self.test) < 0 or self.validation + self.test >= 1:
             raise ValueError("pairs: validation and test must be shares that leave something to train on")
         for name in ("max_prompt", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"pairs.{name} must be at least 1, got {value}")
-        names = [getattr(self, field.name) for field in fields(ColumnNames)]
-        if len(set(names)) < len(names):
-            twice = next(name for name, count in Counter(names).items() if count > 1)
-            raise ValueError(f"pairs: two kinds of column are both called {twice!r}")
 
 
 @dataclass(frozen=True)

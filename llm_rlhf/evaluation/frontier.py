@@ -12,7 +12,6 @@ carry the standard error of the delta method.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -53,8 +52,8 @@ class Row:
 class Fit:
     """One of Gao's forms with an offset (0 where none was fitted).
 
-    turning_point is the d at which the fitted reward is highest, None where it has no highest point; peak is that
-    reward, the offset included. NAME_error are standard errors; NaN where the points are as many as the numbers.
+    turning_point is the d at which the fitted reward is highest, None where it has no highest point. NAME_error are
+    standard errors; NaN where the points are as many as the numbers.
     """
 
     form: Form
@@ -65,17 +64,11 @@ class Fit:
     beta_error: float
     turning_point: float | None
     turning_point_error: float | None
-    peak: float | None
     residual_std: float
 
     def __call__(self, distance: Array) -> Array:
         """The fitted reward at d [N]."""
         return self.offset + _columns(self.form, np.asarray(distance, dtype=np.float64)) @ (self.alpha, self.beta)
-
-    @property
-    def turning_kl(self) -> float | None:
-        """The KL at which gold turns, in nats."""
-        return None if self.turning_point is None else self.turning_point**2
 
 
 def _columns(form: Form, d: Array) -> Array:
@@ -110,9 +103,6 @@ def fit(form: Form, kl: Sequence[float], reward: Sequence[float], *, intercept: 
     offset = float(solved.x[2]) if intercept else 0.0
     turn, gradient = _turning_point(form, alpha, beta)
     error = None if turn is None else float(np.sqrt(gradient @ covariance[:2, :2] @ gradient))
-    peak = None
-    if turn is not None:
-        peak = offset + float((_columns(form, np.array([turn])) @ (alpha, beta))[0])
     return Fit(
         form=form,
         alpha=alpha,
@@ -122,7 +112,6 @@ def fit(form: Form, kl: Sequence[float], reward: Sequence[float], *, intercept: 
         beta_error=float(np.sqrt(covariance[1, 1])),
         turning_point=turn,
         turning_point_error=error,
-        peak=peak,
         residual_std=math.sqrt(variance) if freedom else math.nan,
     )
 
@@ -241,25 +230,6 @@ def rows_of_run(folder: str | Path, names: MetricNames = MetricNames()) -> list[
     if not rows:
         raise UserError(f"{path}: no step has both {names.kl} and {names.gold}")
     return rows
-
-
-def row_of_evaluation(path: str | Path, split: str) -> Row:
-    """The point of an evaluation report (RUN/eval.json). Raises UserError if it has no KL or no such split."""
-    file = Path(path)
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: no evaluation could be read from here ({error})") from error
-    splits = report.get("splits", {}) if isinstance(report, Mapping) else {}
-    if split not in splits:
-        raise UserError(f"{path}: there is no split {split!r}; it has {', '.join(splits) or 'none'}")
-    figures = splits[split]
-    if "kl" not in figures:
-        raise UserError(f"{path}: it has no kl; evaluate with reference=FOLDER")
-    low, high = figures.get("sampled_interval", (None, None))
-    proxy = figures.get("rewards", {}).get("sampled")
-    interval = None if low is None else (low, high)
-    return Row(file.parent.name, 0, max(figures["kl"], 0.0), figures["sampled"], proxy, interval)
 
 
 # ---------------------------------------------------------------- the picture

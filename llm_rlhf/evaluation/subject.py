@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experiment.checkpoint import Which, find_checkpoint
 from experiment.errors import UserError
-from llm_rlhf.data.chat import Chat, render
+from llm_rlhf.data.chat import Chat
 from llm_rlhf.data.texts import encode_prompts, keep_end
 from llm_rlhf.logged.value_heads import AdvantageSteering
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
@@ -86,13 +86,6 @@ class Subject:
     chat: bool = False
     batch_size: int = 16
     cut: int = field(default=0, init=False)
-
-    def text_of(self, prompt: Prompt) -> str:
-        """What the model is given. Raises UserError if the chat template refuses the messages."""
-        given = self._given(prompt)
-        if isinstance(given, Chat):
-            return render(self.tokenizer, given.messages, answer=True, place=given.place)
-        return given
 
     def _given(self, prompt: Prompt) -> str:
         """A text, or a conversation (`Chat`) for the template, which also says whether it begins with bos."""

@@ -21,9 +21,9 @@ EXACT = "exact_match"
 
 
 @dataclass(frozen=True)
-class RowsConfig:
-    """prompt, completion, messages, text, chosen, rejected, label: names of the columns; of a comparison the chosen
-    answer is imitated, of labelled completions the good ones.
+class RowsConfig(ColumnNames):
+    """What the columns are called (of a comparison the chosen answer is imitated, of labelled completions the good
+    ones), and how the rows are divided and judged.
 
     validation, test    shares of the prompts kept out of training
     judge       `file.py:function`, or a reward model's run, that scores what is written in validation and
@@ -32,13 +32,6 @@ class RowsConfig:
     transcripts of Anthropic's "\n\nHuman: ...\n\nAssistant: ..." comparisons: text, or chat for a conversation
     """
 
-    prompt: str = "prompt"
-    completion: str = "completion"
-    messages: str = "messages"
-    text: str = "text"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    label: str = "label"
     judge: str | None = None
     transcripts: Transcripts = "text"
     validation: float = 0.05
@@ -46,23 +39,11 @@ class RowsConfig:
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if min(self.validation, self.test) < 0 or self.validation + self.test >= 1:
             raise ValueError("task.rows: validation and test must be shares that leave something to train on")
         if self.max_new_tokens < 1:
             raise ValueError("task.rows: max_new_tokens must be at least 1")
-
-    @property
-    def names(self) -> ColumnNames:
-        """What the columns are called."""
-        return ColumnNames(
-            prompt=self.prompt,
-            completion=self.completion,
-            messages=self.messages,
-            text=self.text,
-            chosen=self.chosen,
-            rejected=self.rejected,
-            label=self.label,
-        )
 
 
 def split_prompts(
@@ -99,11 +80,11 @@ def build(
     rows = 0
     for row in read_rows(data):
         rows += 1
-        alone = EXACT not in gold and kind_of(row.columns, config.names) == "prompt-only"
+        alone = EXACT not in gold and kind_of(row.columns, config) == "prompt-only"
         if alone:
-            example: Example | str = read_prompt(row, config.names)
+            example: Example | str = read_prompt(row, config)
         else:
-            example = read_demonstration(row, config.names, transcripts=config.transcripts)
+            example = read_demonstration(row, config, transcripts=config.transcripts)
         if isinstance(example, str):
             left_out[example] += 1
             continue

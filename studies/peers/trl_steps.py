@@ -37,7 +37,7 @@ from transformers import (  # noqa: E402
 
 BATCH, LENGTH, GROUP, EPOCHS, ROWS = 16, 32, 4, 4, 4096
 TURNS = 8
-"""Of the study: one warms up, seven are timed. DPO computes its reference's log-probs of so many turns' pairs
+"""Turns of the study: one warms up, seven are timed. DPO computes its reference's log-probs of so many turns' pairs
 before the first; if it is let go oftener, it begins with them again."""
 REPORTS = sys.stdout
 """What the study reads; TRL's own prints (PPO's of every step) go nowhere."""

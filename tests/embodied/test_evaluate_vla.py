@@ -321,8 +321,8 @@ def test_a_run_is_evaluated_and_filmed(run: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert "a floor: words replaced by zeros" in out
     assert out.count("never met") == 1
-    assert f"written to {run / 'eval_info.json'}" in out
-    report = json.loads((run / "eval_info.json").read_text())
+    assert f"written to {run / 'eval.json'}" in out
+    report = json.loads((run / "eval.json").read_text())
     assert (report["recipe"], report["checkpoint"], report["first_seed"]) == (
         "embodied/vla_ppo",
         "000000003",
@@ -369,7 +369,7 @@ def test_mistakes_are_one_line(run: Path, override: str, message: str, capsys: p
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert re.search(message, line)
-    assert not (run / "eval_info.json").exists()
+    assert not (run / "eval.json").exists()
 
 
 @pytest.mark.parametrize(

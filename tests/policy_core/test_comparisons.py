@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from policy_core.comparisons import (
-    best_constant_loss,
     bradley_terry_loss,
     centring_loss,
     davidson_log_probs,
@@ -162,12 +161,11 @@ def test_the_threshold_learns_the_share_of_ties() -> None:
     close(nu.grad, 0.0)
 
 
-def test_the_floor_of_a_model_that_knows_only_the_share_of_ties() -> None:
-    assert best_constant_loss(0.0) == pytest.approx(math.log(2), abs=1e-15)
-    assert best_constant_loss(1.0) == 0.0
+def test_the_loss_of_equal_scores_is_the_entropy_of_the_outcomes() -> None:
+    """Of nu = 1 all three are equally likely."""
     level = torch.zeros(3)
     loss, _ = davidson_loss(chosen=level, rejected=level, tied=TIED, weights=torch.full((3,), 1 / 3), nu=1.0)
-    close(loss, best_constant_loss(1 / 3))
+    close(loss, math.log(3))
 
 
 # ---------------------------------------------------------------- centring, and all of them
@@ -222,5 +220,3 @@ def test_errors() -> None:
         rao_kupper_log_probs(CHOSEN, threshold=0.0)
     with pytest.raises(ValueError, match=r"^nu must be above 0, got -1\.0: without it there are no ties$"):
         davidson_log_probs(CHOSEN, nu=-1.0)
-    with pytest.raises(ValueError, match=r"^tie_share must be in \[0, 1\], got 1\.5$"):
-        best_constant_loss(1.5)

@@ -141,9 +141,7 @@ def test_a_gradient_that_is_not_finite_spoils_no_weights() -> None:
     before = weights_of(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     (loss_of(model, 0) * torch.inf).backward()
-    with pytest.raises(
-        NonFiniteLoss, match=r"^NaN or infinity in the update: value_loss not finite \("
-    ):
+    with pytest.raises(NonFiniteLoss, match=r"^NaN or infinity in the update: value_loss not finite \("):
         clipped_step(optimizer, max_grad_norm=1.0, losses={"loss": 1.0, "value_loss": torch.tensor(torch.inf)})
     assert torch.equal(weights_of(model), before)
     assert not optimizer.state

@@ -137,8 +137,7 @@ def test_counts_of_steps_and_order_of_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "size", "expected"),
-    [(65, 64, [33, 32]), (8, 4, [4, 4]), (10, 4, [4, 3, 3]), (3, 64, [3]), (0, 4, [0])],
+    ("rows", "size", "expected"), [(65, 64, [33, 32]), (8, 4, [4, 4]), (10, 4, [4, 3, 3]), (3, 9, [3]), (0, 4, [0])]
 )
 def test_no_row_has_a_step_of_its_own_because_it_was_left_over(rows: int, size: int, expected: list[int]) -> None:
     batches = make_batches(

@@ -1,4 +1,4 @@
-"""Best of n: its KL by enumeration, its expected reward over every subset, its choice by group."""
+"""Best of n: its KL by enumeration, its expected reward over every subset."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from policy_core.selection import best_by_group, best_of_n_kl, expected_best_of_k
+from policy_core.selection import best_of_n_kl, expected_best_of_k
 from tests.policy_core.helpers import NAN, close
 
 
@@ -67,14 +67,6 @@ def test_expected_best_of_many_samples_stays_exact() -> None:
     close(expected_best_of_k(ranks, k=100), 100 * 401 / 101, atol=1e-9)
 
 
-def test_best_by_group() -> None:
-    scores = torch.tensor([1.0, 5.0, 3.0, NAN, 5.0, NAN, 3.0])
-    group = torch.tensor([7, 2, 7, 2, 2, 9, 7])
-    assert best_by_group(scores, group).tolist() == [1, 2]  # of equals the first; group 9 has no score
-    assert best_by_group(torch.zeros(0), torch.zeros(0)).tolist() == []
-    assert best_by_group(torch.tensor([NAN]), torch.tensor([0])).tolist() == []
-
-
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"^best of n needs n of at least 1, got 0$"):
         best_of_n_kl(0)
@@ -84,5 +76,3 @@ def test_errors() -> None:
         expected_best_of_k(torch.zeros(3), k=1, scores=torch.zeros(2))
     with pytest.raises(ValueError, match=r"^a sample without a score \(NaN\) cannot be chosen among"):
         expected_best_of_k(torch.tensor([1.0, NAN]), k=1)
-    with pytest.raises(ValueError, match=r"^wanted two vectors of one length, got \(3,\) and \(2,\)$"):
-        best_by_group(torch.zeros(3), torch.zeros(2))

@@ -174,4 +174,6 @@ def test_what_is_for_this_command(tmp_path: Path) -> None:
     assert not is_text(tmp_path)
     with pytest.raises(UserError, match=r"--columns winner=chosen: write KIND=NAME, where KIND is one of prompt"):
         column_names("winner=chosen")
+    with pytest.raises(UserError, match="--columns completion=label: two kinds of column are both called 'label'"):
+        column_names("completion=label")
     assert column_names("chosen=winner, rejected=loser").chosen == "winner"

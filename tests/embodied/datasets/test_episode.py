@@ -8,7 +8,7 @@ from envs.make import EnvironmentSpec
 from experiment.errors import UserError
 
 
-def _episode(values: list[float], success: bool | None = None) -> Episode:
+def _episode(values: list[float]) -> Episode:
     column = np.array(values, np.float32)[:, None]
     return Episode(
         observations=np.concatenate([column, np.ones_like(column)], axis=1),
@@ -16,7 +16,6 @@ def _episode(values: list[float], success: bool | None = None) -> Episode:
         rewards=column[:, 0],
         terminated=False,
         truncated=True,
-        success=success,
     )
 
 
@@ -25,19 +24,11 @@ def _spec(observation_dim: int, action_dim: int, discrete: bool = False) -> Envi
 
 
 def test_statistics_by_hand() -> None:
-    statistics = dataset_statistics([_episode([1.0, 2.0, 3.0], True), _episode([6.0], False)])
-    assert (statistics.episodes, statistics.steps, statistics.mean_length) == (2, 4, 2.0)
-    assert (statistics.mean_return, statistics.min_return, statistics.max_return) == (6.0, 6.0, 6.0)
-    assert statistics.success_rate == 0.5
+    statistics = dataset_statistics([_episode([1.0, 2.0, 3.0]), _episode([6.0])])
     assert statistics.observation_mean.tolist() == [3.0, 1.0]
     np.testing.assert_allclose(statistics.observation_std, [np.sqrt(3.5), 0.0], rtol=1e-15)
     assert statistics.action_mean.tolist() == [-3.0]
-    assert (statistics.action_min.tolist(), statistics.action_max.tolist()) == ([-6.0], [-1.0])
     np.testing.assert_allclose(statistics.action_std, [np.sqrt(3.5)], rtol=1e-15)
-
-
-def test_success_is_unknown_unless_every_episode_says() -> None:
-    assert dataset_statistics([_episode([1.0], True), _episode([1.0])]).success_rate is None
 
 
 def test_nothing_to_describe() -> None:

@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 from experiment.errors import UserError
 from llm_rlhf.data.chat import Chat
+from llm_rlhf.data.columns import kind_of
 from llm_rlhf.tasks.rows import RowsConfig, split_prompts
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 
@@ -100,9 +101,13 @@ def test_a_parquet_file_with_names_of_its_own(tmp_path: Path) -> None:
 
 
 def test_two_columns_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="two kinds of column are both called 'text'; give the one"):
-        RowsConfig(completion="text")
-    assert RowsConfig(completion="text", text="no column").completion == "text"
+    with pytest.raises(ValueError, match="two kinds of column are both called 'label'; give the one"):
+        RowsConfig(completion="label")
+    with pytest.raises(ValueError, match="two kinds of column are both called 'body'"):
+        RowsConfig(completion="body", text="body")
+    assert RowsConfig(completion="label", label="no column").completion == "label"
+    given = RowsConfig(completion="text")  # a column that is whole texts elsewhere
+    assert kind_of({"prompt": "a", "text": "b"}, given) == "prompt-completion"
 
 
 def test_shares() -> None:
