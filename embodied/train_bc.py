@@ -71,7 +71,7 @@ class TrainBCConfig:
             raise ValueError("updates, batch_size and evaluate_every must be at least 1, episodes not negative")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
-        if self.policy.head == "squashed":
+        if self.policy.head in ("squashed", "values"):
             raise ValueError("policy.head must be 'gaussian' or 'bounded': a clone fits one deviation a dimension")
 
 

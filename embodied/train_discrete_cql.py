@@ -50,7 +50,7 @@ def train(config: TrainDiscreteCQLConfig, *, resume: Path | None = None) -> RunR
     updates = 1 if config.run.dry_run else config.updates
     inputs = Inputs.read(config, discrete=True)
     with Run.start(config, recipe="embodied/discrete_cql", resume=resume) as run:
-        policy = new_policy(config, inputs, "gaussian")  # a choice has no shape of a distribution to name
+        policy = new_policy(config, inputs, "values")
         target = copy.deepcopy(policy).requires_grad_(False)
         optimizer = adam(policy.actor_parameters(), config.learning_rate)
         modules = {"policy": policy, "target": target}

@@ -81,6 +81,8 @@ class TrainPPOConfig:
     def __post_init__(self) -> None:
         if self.horizon < 1 or self.total_steps < 1:
             raise ValueError("horizon and total_steps must be at least 1")
+        if self.policy.head == "values":
+            raise ValueError("policy.head 'values' is no distribution that PPO could sample from; leave it out")
         if self.kl.coef > 0 and self.init is None:
             raise ValueError("kl.coef needs init: the KL is to the policy that training starts from")
         if self.ppo.aggregation != "decision":  # minibatches are of single decisions, from many episodes
@@ -112,6 +114,8 @@ class Inputs:
         clone = None if source is None else StatePolicy.from_pretrained(source).requires_grad_(False)
         if clone is not None and clone.spaces != spaces:
             raise UserError(f"init: {config.init} is a policy for {clone.spaces}, the environment has {spaces}")
+        if clone is not None and clone.config.head == "values":
+            raise UserError(f"init: {config.init} says what choices are worth, not how often to take them")
         demonstrations = DemonstrationBatches.load(config.demonstrations, environment, config.run.seed)
         return cls(environment, clone, demonstrations)
 

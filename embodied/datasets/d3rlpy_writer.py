@@ -21,8 +21,9 @@ COLUMNS = ["observations", "actions", "rewards", "terminated"]
 class D3rlpyTarget:
     """A file that is assembled from staged episodes."""
 
-    def __init__(self, staged: StagedEpisodes, path: Path, source: Source) -> None:
-        self._staged, self._path = staged, path
+    def __init__(self, staged: StagedEpisodes, path: Path, source: Source, example: RecordedEpisode) -> None:
+        """example: of the source; the order of its vectors is that of every episode's observations."""
+        self._staged, self._path, self._keys = staged, path, list(example.vectors)
         self._choices, self._inferred = source.choices, source.choices_inferred
 
     def __len__(self) -> int:
@@ -30,7 +31,7 @@ class D3rlpyTarget:
 
     def append(self, episode: RecordedEpisode) -> None:
         """Add an episode, on the disk when this returns. Raises UserError when it has no vectors or no rewards."""
-        one, number = flat(episode), len(self._staged)
+        one, number = flat(episode, self._keys), len(self._staged)
 
         def write(file: h5py.File) -> None:
             file[f"observations_{number}"] = one.observations

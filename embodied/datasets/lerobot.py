@@ -47,7 +47,7 @@ from embodied.datasets.lerobot_tables import (
     read_entries,
     read_tasks,
 )
-from embodied.datasets.recorded import RecordedEpisode
+from embodied.datasets.recorded import OTHER_INSTRUCTIONS, RecordedEpisode
 from experiment.errors import UserError
 
 
@@ -225,8 +225,15 @@ class LeRobotDataset:
             success=success,
             timestamps=numbers["timestamp"].astype(np.float32),
             others={name: one for name, one in numbers.items() if name not in named | set(INDEX_FEATURES)},
+            left_out=self._left_out(numbers),
             name=f"{self.folder}: episode {entry.index}",
         )
+
+    def _left_out(self, numbers: Mapping[str, NDArray]) -> tuple[str, ...]:
+        """What the frames have that `RecordedEpisode` has not."""
+        texts = [f"texts ({name})" for name, one in self.features.items() if one.dtype == "string"]
+        changes = bool((numbers["task_index"] != numbers["task_index"][0]).any())
+        return (*texts, *([OTHER_INSTRUCTIONS] if changes else []))
 
     def _instruction(self, entry: EpisodeEntry, numbers: Mapping[str, NDArray]) -> str:
         """What the robot was told at the first frame."""

@@ -11,6 +11,10 @@ OBSERVATION = "observation."
 PROPRIO, STATE = "observation.state", "observation.environment_state"
 
 
+OTHER_INSTRUCTIONS = "instructions after an episode's first"
+"""What is left out of an episode in which the robot is told something else on the way."""
+
+
 @dataclass(frozen=True)
 class RecordedEpisode:
     """T control steps in the order in which they were made; row t was seen before action t.
@@ -30,6 +34,7 @@ class RecordedEpisode:
         `observation.NAME`.
     final: name -> [d], what was seen after the last action, of the vectors of which it was recorded.
     initial_state: what a simulator needs to begin here, None where it was not recorded.
+    left_out: what the recording holds and this has no place for, in words.
     name: where the episode comes from.
     """
 
@@ -47,6 +52,7 @@ class RecordedEpisode:
     others: Mapping[str, np.ndarray] = field(default_factory=dict)
     final: Mapping[str, np.ndarray] = field(default_factory=dict)
     initial_state: Mapping[str, np.ndarray] | None = None
+    left_out: tuple[str, ...] = ()
     name: str = ""
 
     def __len__(self) -> int:

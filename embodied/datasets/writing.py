@@ -128,7 +128,7 @@ def _target(to: str, staging: Staging, source: Source, examples: Sequence[Record
     staged = StagedEpisodes(staging.folder / "episodes")
     if to == "minari":
         return MinariTarget(staged, staging.result, staging.target.name, source, examples[0])
-    return D3rlpyTarget(staged, staging.result, source)
+    return D3rlpyTarget(staged, staging.result, source, examples[0])
 
 
 def _without_place(episode: RecordedEpisode, to: str, examples: Sequence[RecordedEpisode]) -> set[str]:
@@ -142,4 +142,4 @@ def _without_place(episode: RecordedEpisode, to: str, examples: Sequence[Recorde
         found["the teacher's actions"] &= any(one.expert_actions is None for one in examples)
     if to == "d3rlpy":
         found["instructions"] = bool(episode.instruction)
-    return {what for what, there in found.items() if there}
+    return {what for what, there in found.items() if there} | set(episode.left_out)

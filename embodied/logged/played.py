@@ -105,10 +105,8 @@ def play_policies(
     episodes: list[Episode] = []
     for number, folder in enumerate(folders):
         policy = StatePolicy.from_pretrained(folder)
-        if deterministic:
-            _freeze(policy)
         with Collector(environment, policy, steps=horizon, seed=seed + number) as collector:
-            seen = [_as_taken(collector.collect(policy), spec) for _ in range(rounds)]
+            seen = [_as_taken(collector.collect(policy, deterministic=deterministic), spec) for _ in range(rounds)]
         episodes += cut(seen, name=folder.parent.name)
     return episodes
 
@@ -136,19 +134,20 @@ def _as_taken(experience: Experience, spec: EnvironmentSpec) -> Experience:
     return replace(experience, actions=torch.clamp(experience.actions, low, high))
 
 
-def _freeze(policy: StatePolicy) -> None:
-    """Make samples the mode."""
-    if not policy.has_log_std:
-        raise UserError("a policy whose deviation depends on the state plays with samples only")
-    policy.log_std.data.fill_(-20.0)
-
-
 def cut(experiences: Sequence[Experience], *, name: str) -> list[Episode]:
-    """Consecutive experiences of the same environments as episodes, environment by environment."""
+    """Consecutive experiences of the same environments as episodes, environment by environment.
+
+    An episode that ended says whether some step of it succeeded, where the environment reports success at all.
+    """
     finals: dict[tuple[int, int], np.ndarray] = {}
+    successes: dict[tuple[int, int], bool | None] = {}
     width = experiences[0].rewards.shape[1]
     for number, experience in enumerate(experiences):
-        finals |= {(row, number * width + column): seen for row, column, seen in experience.final_observations}
+        for (row, column, seen), record in zip(experience.final_observations, experience.episodes, strict=True):
+            finals[row, number * width + column] = seen
+            successes[row, number * width + column] = record.success_once
+    if any(success is not None for success in successes.values()):
+        successes = {end: bool(success) for end, success in successes.items()}
     columns = {
         key: np.concatenate([getattr(e, key).numpy() for e in experiences], axis=1)
         for key in ("observations", "actions", "rewards", "terminated", "truncated")
@@ -171,6 +170,7 @@ def cut(experiences: Sequence[Experience], *, name: str) -> list[Episode]:
                     terminated=terminated,
                     truncated=not terminated,
                     final_observation=finals.get((row, end), last[row]),
+                    success=successes.get((row, end)),
                     name=f"{name}, environment {row}, step {begin}",
                 )
             )

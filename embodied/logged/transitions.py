@@ -143,12 +143,13 @@ def to_transitions(
     """All decisions in the policy's units.
 
     The last decision of an episode that was cut, where the recording lacks the final observation, has nothing to
-    bootstrap from and is left out. Says where actions lie beyond the environment's bounds, to which they are
-    clipped. Raises UserError if nothing is left.
+    bootstrap from and is left out. Says how many those are, and where actions lie beyond the environment's bounds,
+    to which they are clipped. Raises UserError if nothing is left, or no reward.
     """
     scale = reward_scale(episodes, config)
     worst = worst_rest(episodes, scale, config)
     require_next_observations(episodes, config)
+    _say_what_is_left_out(episodes, config)
     pieces = [piece for episode in episodes if (piece := _pieces(episode, scale, worst, config)) is not None]
     columns = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     if environment.discrete:
@@ -171,6 +172,28 @@ def to_transitions(
     )
     transitions.validate()
     return OfflineData(transitions, columns["returns"], next_actions, worst)
+
+
+def _say_what_is_left_out(episodes: Sequence[Episode], config: DataConfig) -> None:
+    """Many tasks pay at the very end only: without the last steps, nothing is to be learned from."""
+    cut = [one for one in episodes if one.final_observation is None and not one.terminated]
+    if not cut:
+        return
+    steps = sum(min(config.n_steps, len(one)) for one in cut)
+    lost = sum(float(np.abs(one.rewards[-1])) for one in cut)  # those before are in the sums of earlier steps
+    paid = sum(float(np.abs(one.rewards).sum()) for one in episodes)
+    what = f"the last steps of {len(cut)} episodes that were cut, without the observation behind them"
+    if paid > 0 and lost >= paid * (1 - 1e-6):
+        raise UserError(
+            f"{config.path}: every reward lies on {what}: such steps are left out; if those episodes ended "
+            "there for good, say so (data.done_means=terminated for robomimic)"
+        )
+    print(
+        f"{config.path}: left out: {what} ({steps} of {sum(map(len, episodes))} steps, "
+        f"{lost / paid if paid else 0.0:.0%} of the rewards' size)",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _say_what_is_clipped(actions: Tensor, low: Tensor, high: Tensor, path: str) -> None:

@@ -21,7 +21,7 @@ OBSERVATION_LIMIT = 10.0
 """Normalised observations are clipped to +-this, here and in the torch policy."""
 
 
-Head = Literal["gaussian", "bounded", "squashed"]
+Head = Literal["gaussian", "bounded", "squashed", "values"]
 
 LOG_STD_BOUNDS = (-20.0, 2.0)
 """Bounds of a log deviation that depends on the state: SAC's customary ones."""
@@ -33,7 +33,8 @@ class StatePolicyConfig:
     log_std     initial log standard deviation of the actions, where it is a parameter
     head        of continuous actions: "gaussian", normal about a linear mean (PPO's custom); "bounded", normal
                 about the tanh of it (IQL's, TD3's); "squashed", the tanh of a normal whose deviation depends on the
-                state (SAC's, CQL's). The last two reach from bound to bound of the environment's actions
+                state (SAC's, CQL's). The last two reach from bound to bound of the environment's actions.
+                Of choices: "values", what a critic says of each (discrete CQL's), of which the best is taken
     """
 
     hidden: tuple[int, ...] = (64, 64)
@@ -107,11 +108,14 @@ class NumpyActor:
     def act(self, observations: Array, noise: Array | None) -> NDArray[Any]:
         """[N, D] raw -> actions [N, A] float32, or [N] int64 if discrete.
 
-        noise: standard normal [N, A], or standard Gumbel [N, K] if discrete; None for the mode.
+        noise: standard normal [N, A], or standard Gumbel [N, K] if discrete; None for the mode. Values of choices
+            are not disturbed: their best is taken.
         """
         outputs = self.outputs(observations)
         if self.spaces.discrete:
-            return (outputs if noise is None else outputs + noise).argmax(-1)
+            if noise is not None and self.config.head != "values":
+                outputs += noise
+            return outputs.argmax(-1)
         if self.config.head == "gaussian":
             if noise is not None:
                 outputs += noise * self._std

@@ -41,6 +41,8 @@ class StatePolicy(nn.Module):
 
     def __init__(self, spaces: Spaces, config: StatePolicyConfig) -> None:
         super().__init__()
+        if config.head == "values" and not spaces.discrete:
+            raise ValueError("policy.head 'values' is of choices, and these actions are continuous")
         self.spaces, self.config = spaces, config
         self.value_units: ValueUnits | None = None
         self.trunks = StackedMLP(2, (spaces.observation_size, *config.hidden), activation=config.activation)

@@ -41,7 +41,8 @@ def fresh_policy(spec: EnvironmentSpec, config: StatePolicyConfig) -> StatePolic
 class Experience:
     """A rollout as the environments gave it; [B, T] = environments, steps.
 
-    next_observations [B, D] follow the last column; final_observations are (row, column, [D]) at episode ends.
+    next_observations [B, D] follow the last column; final_observations are (row, column, [D]) at episode ends, and
+    episodes what came of them, in the same order.
     """
 
     observations: Tensor
@@ -65,10 +66,13 @@ class Collector:
         work = (environment, spaces, policy.config, self._arrays, seed)
         self.workers = Workers(RolloutWorker, environment.count, environment.workers, *work)
 
-    def collect(self, policy: StatePolicy) -> Experience:
-        """One horizon of every environment. The tensors are the caller's."""
+    def collect(self, policy: StatePolicy, *, deterministic: bool = False) -> Experience:
+        """One horizon of every environment. The tensors are the caller's.
+
+        deterministic: the policy's modes instead of samples.
+        """
         policy.export_actor(self._weights)
-        reports: list[Collected] = self.workers.ask("collect")
+        reports: list[Collected] = self.workers.ask("collect", deterministic)
         arrays = {
             name: torch.from_numpy(self._arrays.view(name).copy())
             for name in ("observations", "actions", "rewards", "terminated", "truncated")

@@ -107,8 +107,8 @@ class RolloutWorker:
         self.stepper.reset()
         self._evaluation: Stepper | None = None
 
-    def collect(self) -> Collected:
-        """Fill this worker's rows with the present weights."""
+    def collect(self, deterministic: bool = False) -> Collected:
+        """Fill this worker's rows with the present weights. deterministic: with the policy's modes, not samples."""
         arrays, stepper = self.arrays, self.stepper
         self.actor.load(self.weights)
         steps = arrays["rewards"].shape[1]
@@ -118,7 +118,7 @@ class RolloutWorker:
         observations, actions_out = arrays["observations"], arrays["actions"]
         for step in range(steps):
             observations[:, step] = stepper.observations
-            actions = self.actor.act(stepper.observations, noise[step])
+            actions = self.actor.act(stepper.observations, None if deterministic else noise[step])
             actions_out[:, step] = actions
             try:
                 result = stepper.step(actions)

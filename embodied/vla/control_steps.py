@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embodied.datasets.recorded import RecordedEpisode
+from embodied.datasets.recorded import OTHER_INSTRUCTIONS, RecordedEpisode
 from embodied.policies.augment import AugmentConfig, augment
 from embodied.policies.vla import VLASpaces, image_key
 from embodied.policies.words import PADDING, UNKNOWN, Words
@@ -55,7 +55,16 @@ class ControlSteps:
     def of(
         cls, episodes: Sequence[RecordedEpisode], cameras: Sequence[str], words: Words, length: int
     ) -> ControlSteps:
-        """Copy the steps of `episodes` together, the instructions cut or padded to `length` words."""
+        """Copy the steps of `episodes` together, the instructions cut or padded to `length` words.
+
+        Raises UserError for an episode that lacks something, or in which the instruction changes.
+        """
+        for episode in episodes:
+            if OTHER_INSTRUCTIONS in episode.left_out:
+                raise UserError(
+                    f"{episode.name}: its instruction changes on the way, and the policy is told one an episode; "
+                    "make one episode of each"
+                )
         lengths = torch.tensor([len(episode) for episode in episodes])
 
         def joined(parts: Iterator[np.ndarray]) -> Tensor:

@@ -15,15 +15,17 @@ import torch
 from d3rlpy.constants import ActionSpace
 from d3rlpy.dataset import MDPDataset
 
-from embodied import train_discrete_cql
+from embodied import train_discrete_cql, train_ppo
 from embodied.datasets.formats import read_dataset
 from embodied.evaluate import EvaluateConfig, evaluate_run
 from embodied.logged.offline import CriticConfig
+from embodied.logged.played import play_policies, run_to_play
 from embodied.logged.transitions import DataConfig
-from embodied.policies.numpy_actor import StatePolicyConfig
+from embodied.policies.numpy_actor import Spaces, StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.workers import EnvironmentConfig
 from embodied.train_discrete_cql import TrainDiscreteCQLConfig
+from embodied.train_ppo import TrainPPOConfig
 from experiment.errors import UserError
 from experiment.run import RunConfig
 
@@ -90,6 +92,28 @@ def test_it_resumes_to_the_bit(
         expected, found = (tmp_path / name / "checkpoints/last" / file for name in ("whole", "broken"))
         assert found.read_bytes() == expected.read_bytes()
     assert rows_of(tmp_path / "broken") == rows_of(tmp_path / "whole")
+
+
+def test_the_best_choice_is_taken_wherever_it_is_asked(tmp_path: Path, balanced: Path) -> None:
+    """Values are no logits: where two differ by 0.5, sampling by them would take the worse one in 38 of 100."""
+    run = train_discrete_cql.train(config_of(tmp_path / "run", balanced)).folder
+    folder = run / "checkpoints" / "last" / "policy"
+    environment, _ = run_to_play(run, "last")
+    policy = StatePolicy.from_pretrained(folder)
+    for deterministic in (False, True):
+        for episode in play_policies([folder], environment, steps=200, seed=0, deterministic=deterministic):
+            best = policy(torch.from_numpy(episode.observations))[0].mode()
+            assert episode.actions[:, 0].tolist() == best.tolist()
+    settings = EvaluateConfig(checkpoint="last", episodes=5, workers=0)
+    sampled = evaluate_run(run, replace(settings, deterministic=False))
+    assert sampled["eval/mean_reward"] == evaluate_run(run, settings)["eval/mean_reward"]
+    ppo = TrainPPOConfig(environment=EnvironmentConfig("CartPole-v1", workers=0), init=str(folder))
+    with pytest.raises(UserError, match=r"^init: .* says what choices are worth, not how often to take them$"):
+        train_ppo.train(ppo)
+    with pytest.raises(ValueError, match=r"policy\.head 'values' is no distribution"):
+        TrainPPOConfig(policy=StatePolicyConfig(head="values"))
+    with pytest.raises(ValueError, match=r"policy\.head 'values' is of choices"):
+        StatePolicy(Spaces(3, 2), StatePolicyConfig(head="values"))
 
 
 def test_the_policy_takes_the_choice_of_the_highest_value(tmp_path: Path, balanced: Path) -> None:

@@ -9,19 +9,26 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from embodied.datasets.check import problems
 from embodied.datasets.episode import Episode, dataset_statistics
 from embodied.datasets.formats import detect, open_dataset, read_dataset
+from embodied.datasets.lerobot_layout import Feature, outcome
 from embodied.datasets.lerobot_source import LeRobotSource
+from embodied.datasets.lerobot_writer import LeRobotWriter
 from embodied.datasets.selecting import Joined, Selection, split_indices
 from embodied.datasets.staging import staging_folder
 from embodied.datasets.writing import WRITTEN, write_dataset
 from embodied.logged.played import PlayedSource
+from embodied.policies.words import Words
+from embodied.vla.control_steps import ControlSteps
 from experiment.errors import UserError
 from tandem import cli
 
@@ -140,6 +147,51 @@ def test_what_one_of_two_sets_lacks_is_told(make: Make, tmp_path: Path) -> None:
     write_dataset(full, tmp_path / "plain", "minari")
     joined = Joined([full, open_dataset(tmp_path / "plain")])
     assert write_dataset(joined, tmp_path / "all", "lerobot").left_out == ("the teacher's actions",)
+
+
+def plain_lerobot(folder: Path, **others: Feature) -> Path:
+    """One episode of four frames with the features `others` beside the action."""
+    told = outcome(reward=1.0, terminated=False, truncated=False, success=False)
+    ends = {name: Feature("float32" if name == "next.reward" else "bool", (1,)) for name in told}
+    own = {"action": Feature("float32", (1,)), **others, **ends}
+    with LeRobotWriter(folder, fps=5, features=own) as writer, writer.episode("pick up the cup") as episode:
+        for step in range(4):
+            rows: dict[str, Any] = {name: [float(ord(name[-1]))] for name in others}
+            rows |= {name: "lift" for name, one in others.items() if one.dtype == "string"}
+            told = outcome(reward=1.0, terminated=False, truncated=step == 3, success=False)
+            episode.add({"action": [0.0], **rows, **told})
+        episode.save()
+    return folder
+
+
+def test_what_frames_say_beyond_the_episode_is_told(tmp_path: Path) -> None:
+    """Texts of their own, and another instruction on the way, which nobody may learn as if it were the first."""
+    note = {"observation.state": Feature("float32", (1,)), "language_note": Feature("string", (1,))}
+    path = plain_lerobot(tmp_path / "set", **note)
+    assert write_dataset(open_dataset(path), tmp_path / "texts", "lerobot").left_out == ("texts (language_note)",)
+    file = path / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(file)
+    place = table.column_names.index("task_index")
+    pq.write_table(table.set_column(place, "task_index", pa.array([0, 0, 1, 1], pa.int64())), file)
+    tasks = pa.table({"task_index": [0, 1], "task": ["pick up the cup", "pour the water"]})
+    pq.write_table(tasks, path / "meta/tasks.parquet")
+    report = write_dataset(open_dataset(path), tmp_path / "both", "lerobot")
+    assert report.left_out == ("instructions after an episode's first", "texts (language_note)")
+    with pytest.raises(UserError, match=r"set: episode 0: its instruction changes on the way"):
+        ControlSteps.of(list(open_dataset(path)), [], Words.of(["pick up the cup"]), 4)
+
+
+def test_vectors_of_two_sets_are_merged_by_name(tmp_path: Path) -> None:
+    """Whatever their order in each: d3rlpy's files have one vector, that of the first set's order."""
+    names = ("observation.x", "observation.y")
+    one, other = (
+        open_dataset(plain_lerobot(tmp_path / order[0][-1], **{name: Feature("float32", (1,)) for name in order}))
+        for order in (names, names[::-1])
+    )
+    assert list(one.read(0).vectors) != list(other.read(0).vectors)
+    write_dataset(Joined([one, other]), tmp_path / "both.h5", "d3rlpy")
+    for episode in read_dataset(tmp_path / "both.h5"):
+        np.testing.assert_array_equal(episode.observations, np.tile([float(ord("x")), float(ord("y"))], (4, 1)))
 
 
 def test_the_verb_says_how_robomimics_episodes_ended(make: Make, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Experience
 from embodied.rollouts.workers import EnvironmentConfig
 from embodied.train_ppo import TrainPPOConfig
+from envs.stepper import EpisodeRecord
 from experiment.errors import UserError
 from experiment.run import RunConfig
 from policy_core.ppo import PPOConfig
@@ -47,7 +48,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_ppo.train(config).folder
 
 
-def experience(start: float, cuts: list[list[bool]], *, final: list[tuple[int, int, np.ndarray]]) -> Experience:
+def experience(
+    start: float,
+    cuts: list[list[bool]],
+    *,
+    final: list[tuple[int, int, np.ndarray]],
+    succeeded: Sequence[bool | None] = (),
+) -> Experience:
     steps = torch.arange(3.0) + start
     observations = steps.view(1, 3, 1).expand(2, 3, 2) + torch.tensor([0.0, 100.0]).view(2, 1, 1)
     truncated = torch.tensor(cuts)
@@ -59,14 +66,17 @@ def experience(start: float, cuts: list[list[bool]], *, final: list[tuple[int, i
         truncated=truncated,
         next_observations=torch.full((2, 2), start + 3),
         final_observations=final,
-        episodes=[],
+        episodes=[
+            EpisodeRecord(0.0, 1, success, success, False, True, number, 0)
+            for number, success in enumerate(succeeded)
+        ],
     )
 
 
 def test_cut_by_hand() -> None:
     no = [False] * 3
     seen = np.array([-1.0, -1.0], np.float32)
-    first = experience(0.0, [[False, True, False], no], final=[(0, 1, seen)])
+    first = experience(0.0, [[False, True, False], no], final=[(0, 1, seen)], succeeded=[None])
     second = experience(3.0, [no, no], final=[])
     episodes = cut([first, second], name="x")
     assert [len(episode) for episode in episodes] == [2, 4, 6]
@@ -77,6 +87,28 @@ def test_cut_by_hand() -> None:
     assert episodes[1].final_observation is not None
     assert episodes[1].final_observation.tolist() == [6.0, 6.0]
     assert [episode.truncated for episode in episodes] == [True] * 3
+
+
+def test_success_is_kept_with_the_episode_that_had_it() -> None:
+    """Records lie in the order of the ends, which is by column; None is failure where others report success."""
+    seen = np.array([-1.0, -1.0], np.float32)
+    first = experience(
+        0.0,
+        [[False, True, False], [True, False, False]],
+        final=[(1, 0, seen), (0, 1, seen)],
+        succeeded=[True, False],
+    )
+    second = experience(
+        3.0,
+        [[False, False, True], [False, True, False]],
+        final=[(1, 1, seen), (0, 2, seen)],
+        succeeded=[None, True],
+    )
+    episodes = cut([first, second], name="x")
+    assert [len(episode) for episode in episodes] == [2, 4, 1, 4, 1]
+    assert [episode.success for episode in episodes] == [False, True, True, False, None]
+    quiet = experience(0.0, [[False, True, False], [False] * 3], final=[(0, 1, seen)], succeeded=[None])
+    assert [episode.success for episode in cut([quiet], name="x")] == [None] * 3
 
 
 def test_what_was_played_is_what_the_environment_does(run: Path) -> None:

@@ -101,6 +101,26 @@ def test_actions_in_other_units_are_spoken_of(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == ""
 
 
+def test_what_is_left_out_is_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two cut episodes of four steps with rewards 1, 2, 3, 4, and a whole one: 8 of 30 is lost."""
+    made = [episode(4, final=False), episode(4, final=False), episode(4)]
+    for n_steps, steps in ((1, 2), (3, 6)):
+        to_transitions(made, policy(), SPEC, DataConfig(path="set.hdf5", n_steps=n_steps))
+        assert capsys.readouterr().err.splitlines()[0] == (
+            "set.hdf5: left out: the last steps of 2 episodes that were cut, without the observation behind them "
+            f"({steps} of 12 steps, 27% of the rewards' size)"
+        )
+    at_the_end = [replace(one, rewards=np.array([0, 0, 0, 1], np.float32)) for one in made[:2]]
+    with pytest.raises(
+        UserError, match=r"^x: every reward lies on the last steps of 2 .*data\.done_means=terminated"
+    ):
+        to_transitions(at_the_end, policy(), SPEC, DataConfig(path="x"))
+    ended = [replace(one, terminated=True, truncated=False) for one in at_the_end]
+    assert float(to_transitions(ended, policy(), SPEC, DataConfig()).transitions.rewards.sum()) == 2.0
+    to_transitions([episode(4)], policy(), SPEC, DataConfig())
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_a_cut_without_its_final_observation_cannot_be_bootstrapped() -> None:
     columns: Any = to_transitions([episode(4, final=False)], policy(), SPEC, DataConfig()).transitions
     assert columns.next_observations[:, 0].tolist() == [1.0, 2.0, 3.0]
