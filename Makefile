@@ -4,7 +4,7 @@
 #   make test       setup, then every test that is not marked slow
 #   make test-all   the slow ones too
 #   make check      ruff (lint and format) and mypy
-#   make demo       a few minutes of training with a table at the end
+#   make demo       about ten minutes of training with a table at the end
 #   make mutants    breaks the core on purpose and counts which faults the tests notice
 #   make clean      removes caches and build output; `make distclean` removes the environment too
 #
