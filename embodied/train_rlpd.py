@@ -32,14 +32,23 @@ from policy_core.sac import Coefficient, Optimizers, SACConfig
 class TrainRLPDConfig(PracticeConfig):
     """init: a run of embodied/cql. sac: entropy and slow critics.
 
+    policy_every         updates of the critics for each of policy and temperature, which learn at least once a
+                         round. The paper has 20, as many as `updates_per_step`, and as `sac.target_entropy` minus
+                         half the number of action dimensions
     conservative         Cal-QL's term in the critics' loss (null: none); `sac` above counts, not its own
     """
 
     critic: CriticConfig = field(default_factory=lambda: CriticConfig(members=10, layer_norm=True))
     sac: SACConfig = field(default_factory=lambda: SACConfig(target_critics=2))
     conservative: CQLConfig | None = None
+    policy_every: int = 1
     policy_learning_rate: float = 3e-4
     critic_learning_rate: float = 3e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.policy_every < 1:
+            raise ValueError(f"policy_every must be at least 1, got {self.policy_every}")
 
 
 def train(config: TrainRLPDConfig, *, resume: Path | None = None) -> RunResult:
@@ -77,7 +86,7 @@ def build(
 
 
 def improve(networks: ActorCritic, practice: Practice, config: TrainRLPDConfig, updates: int) -> Metrics:
-    """Gradient steps of critics, policy and temperature; the last one's metrics."""
+    """A round's `updates` of the critics, and those of policy and temperature; the last one's metrics."""
     metrics: Metrics = {}
     parts = practice.parts
     temperature, coefficient = parts.modules["temperature"], parts.modules["multiplier"]
@@ -88,11 +97,12 @@ def improve(networks: ActorCritic, practice: Practice, config: TrainRLPDConfig, 
     lagrange = config.conservative is not None and config.conservative.threshold is not None
     multiplier = Multiplier(coefficient, of_multiplier) if lagrange else None
     common = (networks, temperature, Optimizers(**movers))
-    for _ in range(updates):
+    for number in range(1, updates + 1):
+        improved = number % config.policy_every == 0 or number == updates
         batch, returns = practice.memory.draw(config, parts.generator)
         with precision(config):
             if config.conservative is None:
-                metrics = sac.update(*common, batch, config.sac, generator=parts.generator)
+                metrics = sac.update(*common, batch, config.sac, generator=parts.generator, improve=improved)
             else:
                 calibrated = replace(config.conservative, sac=config.sac)
                 metrics = cql.update(
@@ -102,5 +112,6 @@ def improve(networks: ActorCritic, practice: Practice, config: TrainRLPDConfig, 
                     multiplier=multiplier,
                     returns=returns,
                     generator=parts.generator,
+                    improve=improved,
                 )
     return metrics

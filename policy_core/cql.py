@@ -178,6 +178,7 @@ def update(
     returns: Tensor | None = None,
     noise: Noise | None = None,
     generator: torch.Generator | None = None,
+    improve: bool = True,
 ) -> Metrics:
     """One step of multiplier, critics, temperature, policy and slow critics, in place and in this order.
 
@@ -187,6 +188,7 @@ def update(
     multiplier  of the Lagrange form; needs config.threshold
     returns     [N] makes it Cal-QL
     noise       instead of drawing
+    improve     False leaves temperature and policy as they are
     """
     sampled = _sample(networks, temperature, batch, config, returns=returns, noise=noise, generator=generator)
     count = len(batch)
@@ -215,7 +217,8 @@ def update(
     }
     if multiplier is not None:
         metrics["multiplier"] = multiplier.value()
-    metrics |= sac.improve_policy(networks, temperature, optimizers, batch, config.sac, generator=generator)
+    if improve:
+        metrics |= sac.improve_policy(networks, temperature, optimizers, batch, config.sac, generator=generator)
     polyak_(networks.target, networks.critic, rate=config.sac.target_rate)
     return metrics
 

@@ -88,8 +88,12 @@ def update(
     config: SACConfig,
     *,
     generator: torch.Generator | None = None,
+    improve: bool = True,
 ) -> Metrics:
-    """One step of critics, policy, temperature and slow critics, in place."""
+    """One step of critics, policy, temperature and slow critics, in place.
+
+    improve     False leaves policy and temperature as they are
+    """
     with torch.no_grad():
         drawn = networks.policy.distribution_of(batch.next_observations).rsample_with_log_prob(generator)
         following = lowest(networks.target(batch.next_observations, drawn[0]), config, generator)
@@ -101,7 +105,8 @@ def update(
     loss.backward()
     optimizers.critic.step()
     metrics = {"critic_loss": loss.detach(), "q_values": masked_mean(q_values.detach().mean(0), batch.mask)}
-    metrics |= improve_policy(networks, temperature, optimizers, batch, config, generator=generator)
+    if improve:
+        metrics |= improve_policy(networks, temperature, optimizers, batch, config, generator=generator)
     polyak_(networks.target, networks.critic, rate=config.target_rate)
     return metrics
 

@@ -37,6 +37,7 @@ from embodied.train_rlpd import TrainRLPDConfig
 from experiment.checkpoint import load_checkpoint
 from experiment.errors import UserError
 from experiment.run import RunConfig
+from policy_core import sac
 from policy_core.awac import AWACConfig
 from policy_core.cql import CQLConfig
 from policy_core.iql import IQLConfig
@@ -129,6 +130,26 @@ def test_begins_with_what_the_offline_run_learned(
     metrics = pair.online.train(learning).metrics
     assert np.isfinite(metrics[pair.learned])
     assert metrics["env_steps"] == 48
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"), [(1, [1] * 8), (4, [0, 0, 0, 1] * 2), (3, [0, 0, 1, 0, 0, 1, 0, 1])]
+)
+def test_the_policy_of_rlpd_learns_as_often_as_it_is_told(
+    tmp_path: Path, pendulum_demonstrations: Path, monkeypatch: pytest.MonkeyPatch, every: int, expected: list[int]
+) -> None:
+    """At the end of every round in any case. The papers' 20 updates of the critics go with one of the policy."""
+    improved: list[int] = []
+    original = sac.update
+
+    def update(*given: Any, improve: bool, **more: Any) -> Any:
+        improved.append(int(improve))
+        return original(*given, improve=improve, **more)
+
+    monkeypatch.setattr(sac, "update", update)
+    settings = {"total_steps": 8, "updates_per_step": 1.0, "random_steps": 0, "episodes": 0, "policy_every": every}
+    train_rlpd.train(online(PAIRS["sac"], tmp_path, pendulum_demonstrations, **settings))
+    assert improved == expected
 
 
 def one_decision(path: Path) -> Path:

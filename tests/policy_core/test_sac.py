@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from policy_core import sac
+from policy_core import cql, sac
+from policy_core.cql import CQLConfig
 from policy_core.critics import ActorCritic, EnsembleCritic
 from policy_core.distributions import TanhGaussian
 from policy_core.sac import Coefficient, Optimizers, SACConfig, lowest, policy_loss, temperature_loss
@@ -87,6 +89,19 @@ def test_the_policys_step_leaves_the_critics_alone() -> None:
         assert parameter.grad is None
     moved = zip(networks.policy.actor_parameters(), start, strict=True)
     assert all(not torch.equal(parameter, old) for parameter, old in moved)
+
+
+def test_critics_may_learn_more_often_than_the_policy() -> None:
+    networks, temperature, optimizers = learner()
+    kept = [*networks.policy.actor_parameters(), *temperature.parameters()]
+    start, critics = ([one.detach().clone() for one in many] for many in (kept, networks.critic.parameters()))
+    batch = transitions(8)
+    for update in (partial(sac.update, config=SACConfig()), partial(cql.update, config=CQLConfig(samples=2))):
+        metrics = update(networks, temperature, optimizers, batch, improve=False)
+        assert "policy_loss" not in metrics
+        assert all(torch.equal(one, old) for one, old in zip(kept, start, strict=True))
+        now = list(networks.critic.parameters())
+        assert all(not torch.equal(one, old) for one, old in zip(now, critics, strict=True))
 
 
 def test_a_fixed_temperature_stays() -> None:
