@@ -7,10 +7,11 @@ method of a seed: `bc`, `iql`, `cql` and `cal_ql` offline, `rlpd` online from no
 and `iql_online` from that seed's Cal-QL and IQL, `iql_ppo` PPO from that seed's IQL as the other study does from a
 clone. Every run has one thread, so that two go on at once on two cores.
 
-A cell has 40 minutes, so the online methods get less than the papers give them: RLPD 4 critics instead of 10, an
-update for every second environment step instead of 20 a step, and 150,000 steps, IQL 200,000 steps, Cal-QL 4
-sampled actions of each source instead of the 10 of its offline half, 100,000 environment steps and a gradient step
-for every fourth of them. Its targets have no entropy bonus, as offline. CQL and Cal-QL multiply matrices in bfloat16.
+A cell has 40 minutes, so the online methods get less than the papers give them: RLPD 4 critics instead of 10,
+an update for every second environment step instead of 20 a step, and 150,000 steps, IQL 200,000 steps, Cal-QL 4
+sampled actions of each source instead of the 10 of its offline half, 100,000 environment steps and a gradient
+step for every fourth of them. Its targets have no entropy bonus, as offline. CQL and Cal-QL multiply matrices
+in bfloat16.
 What they earn here is no upper bound of either method.
 """
 

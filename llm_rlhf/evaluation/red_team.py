@@ -24,9 +24,9 @@ from llm_rlhf.data.files import Row, read_rows
 from llm_rlhf.data.records import Comparison, Feedback
 from llm_rlhf.evaluation.diversity import Unit, pieces, self_bleu
 from llm_rlhf.evaluation.results import Measure, Result
-from llm_rlhf.evaluation.rules import Rule, judge, load_rule
 from llm_rlhf.evaluation.subject import Decoding, Subject, load_subject, question_of
 from llm_rlhf.rewards.functions import RewardFunction
+from llm_rlhf.rewards.rules import Rule, judge, load_rule
 from llm_rlhf.tasks.examples import Example
 
 Target = Callable[[Sequence[str]], list[str]]

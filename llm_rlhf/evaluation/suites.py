@@ -18,10 +18,10 @@ from llm_rlhf.evaluation import red_team
 from llm_rlhf.evaluation.benchmarks import code, exact_answer, multiple_choice, pairwise
 from llm_rlhf.evaluation.diversity import Unit, diversity
 from llm_rlhf.evaluation.results import Measure, Result
-from llm_rlhf.evaluation.rules import load_rule
 from llm_rlhf.evaluation.sandbox import Limits
 from llm_rlhf.evaluation.subject import Decoding, Subject, load_subject, question_of
 from llm_rlhf.evaluation.win_rate import Judge, load_judge, paired, read_answers, win_rate
+from llm_rlhf.rewards.rules import load_rule
 
 Item = TypeVar("Item")
 Prepared = Callable[[Subject], Result]

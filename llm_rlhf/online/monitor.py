@@ -32,7 +32,7 @@ from experiment.errors import UserError
 from experiment.statistics import wilson_interval
 from llm_rlhf.evaluation.diversity import repetition_share
 from llm_rlhf.evaluation.frontier import Fit, fit_rl
-from llm_rlhf.evaluation.rules import Rule, load_rule, rate_of
+from llm_rlhf.rewards.rules import Rule, load_rule, rate_of
 
 REPETITION_SIZE = 8
 """Characters: repeated words and a single repeated character are both seen, an English text has few."""

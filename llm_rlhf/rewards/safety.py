@@ -1,26 +1,19 @@
 """Hard rules: a completion that breaks one earns a floor at most, whatever the weighted sum of rewards says.
 
-A reward can be bought back by enough of another; a constraint cannot. A rule is a Python function, named as
-`file.py:rule`, from the text of a completion to whether it is allowed:
-
-    def no_addresses(text: str) -> bool:
-        return "@" not in text
+A reward can be bought back by enough of another; a constraint cannot. What a rule is says `rewards/rules.py`; one
+that cannot say is not broken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from envs.own import is_own, load_own
-from experiment.errors import UserError, user_errors
 from llm_rlhf.rewards.functions import RewardSet, Scores
-
-Rule = Callable[[str], bool]
+from llm_rlhf.rewards.rules import Rule, judge, load_rule
 
 
 @dataclass(frozen=True)
@@ -50,45 +43,33 @@ class ConstrainedRewards(RewardSet):
 
     def __call__(self, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]) -> Scores:
         """As the rewards score, and then the rules. Raises UserError naming a rule that raised or gave no bool."""
-        return under_rules(self.rewards(prompts, completions, columns), self.rules, completions, floor=self.floor)
+        scores = self.rewards(prompts, completions, columns)
+        return under_rules(scores, self.rules, prompts, completions, floor=self.floor)
 
 
-def under_rules(scores: Scores, rules: Mapping[str, Rule], completions: list[str], *, floor: float) -> Scores:
+def under_rules(
+    scores: Scores, rules: Mapping[str, Rule], prompts: Sequence[str], completions: Sequence[str], *, floor: float
+) -> Scores:
     """The scores with the floor for completions that break a rule; the scores themselves without rules.
 
     Raises UserError naming a rule that raised or gave no bool.
     """
     if not rules:
         return scores
-    kept = {name: check(name, rule, completions) for name, rule in rules.items()}
-    broken = torch.zeros(len(completions), dtype=torch.bool)
-    for allowed in kept.values():
-        broken |= ~allowed
+    texts = list(zip(prompts, completions, strict=True))
+    breaks = {
+        name: torch.tensor([judge(rule, f"safety.rules: {name}", *text) is True for text in texts])
+        for name, rule in rules.items()
+    }
+    broken = torch.stack(list(breaks.values())).any(0)
     total = torch.where(scores.scored, scores.total, floor)
     return replace(
         scores,
         total=torch.where(broken, total.clamp(max=floor), scores.total),
         scored=scores.scored | broken,
-        by_name={**scores.by_name, **{f"rules/{name}": allowed.float() for name, allowed in kept.items()}},
+        by_name={**scores.by_name, **{f"rules/{name}": (~broke).float() for name, broke in breaks.items()}},
         broken=broken,
     )
-
-
-def check(name: str, rule: Rule, completions: list[str]) -> Tensor:
-    """Which completions a rule allows, [B] bool. Raises UserError for a rule that raises or gives no bool."""
-    allowed = []
-    for text in completions:
-        try:
-            answer = rule(text)
-        except Exception as error:  # whatever the user's function raises
-            reason = " ".join(str(error).split()) or "no message"
-            raise UserError(f"safety.rules: {name} raised {type(error).__name__}: {reason}") from error
-        if not isinstance(answer, bool):
-            raise UserError(
-                f"safety.rules: {name} returned {answer!r} for {text!r}; return True (allowed) or False"
-            )
-        allowed.append(answer)
-    return torch.tensor(allowed, dtype=torch.bool)
 
 
 def load_rules(names: tuple[str, ...]) -> dict[str, Rule]:
@@ -98,12 +79,7 @@ def load_rules(names: tuple[str, ...]) -> dict[str, Rule]:
     """
     rules: dict[str, Rule] = {}
     for name in names:
-        if not is_own(name):
-            raise UserError(f"safety.rules: {name!r} must be named as path/to/file.py:rule")
-        with user_errors("safety.rules"):
-            rule = load_own(name)
-        if not callable(rule):
-            raise UserError(f"safety.rules: {name}: a function is needed, got {type(rule).__name__}")
+        rule = load_rule(name, "safety.rules")
         short = name.rpartition(":")[2]
         rules[name if short in rules else short] = rule
     return rules

@@ -16,7 +16,8 @@ from llm_rlhf.data.texts import Encoded, TokenizedTexts, columns_of, encode, enc
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.rewards.functions import RewardSet, Scores, resolve
-from llm_rlhf.rewards.safety import Rule, SafetyConfig, load_rules, under_rules
+from llm_rlhf.rewards.rules import Rule
+from llm_rlhf.rewards.safety import SafetyConfig, load_rules, under_rules
 from llm_rlhf.tasks.examples import Example, Piece
 from llm_rlhf.tasks.task import Task
 from llm_rlhf.turns.decoding import play
@@ -63,7 +64,8 @@ class Judge:
             everyone = torch.ones(count, dtype=torch.bool)
             total = scores.total + self.environment * given
             scores = Scores(total, everyone, {**scores.by_name, ENVIRONMENT: given})
-        scores = under_rules(scores, self.rules, written(episodes), floor=self.floor)
+        prompts = [example.prompt for example in examples]
+        scores = under_rules(scores, self.rules, prompts, written(episodes), floor=self.floor)
         return scores, scores.total - self.environment * given
 
 

@@ -276,7 +276,7 @@ def test_cut_answers_and_broken_rules_are_not_kept(tmp_path: Path, base: Path) -
     dropped = rows(train_rejection.train(dropping).folder)[0]
     assert 0 < dropped["rejection/kept"] <= 14 < whole["rejection/kept"]  # an empty text for a prompt at most
     assert dropped["objective/scores"] == whole["objective/scores"]
-    (tmp_path / "rules.py").write_text("def never(text):\n    return False\n")
+    (tmp_path / "rules.py").write_text("def never(prompt, completion):\n    return True\n")
     ruled = replace(config, run=replace(config.run, folder=str(tmp_path / "ruled")))
     with pytest.raises(UserError, match="no completion reached"):
         train_rejection.train(replace(ruled, safety=SafetyConfig(rules=(f"{tmp_path}/rules.py:never",))))
@@ -421,7 +421,8 @@ def test_the_adaptive_kl_ends_at_its_target(tmp_path: Path, base: Path, placemen
     assert abs(spent[0]) < 1e-4
     assert max(spent) > 1.8
     assert sum(spent[-40:]) / 40 == pytest.approx(1.0, rel=0.2)
-    for before, after in itertools.pairwise(logged):  # Ziegler's rule, in nats a completion
+    learned = [row for row in logged if "loss/policy_avg" in row]  # while the critic warms up, nothing moves
+    for before, after in itertools.pairwise(learned):  # Ziegler's rule, in nats a completion
         error = min(max(before["objective/kl"] / 1.0 - 1.0, -0.2), 0.2)
         factor = 1.0 + error * 112 / 400
         assert after["objective/kl_coef"] == pytest.approx(before["objective/kl_coef"] * factor, rel=1e-5)

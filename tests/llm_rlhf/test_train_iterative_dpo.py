@@ -215,7 +215,7 @@ def test_the_strength_of_a_preference_is_the_difference_of_rewards(tmp_path: Pat
 
 def test_what_broke_a_rule_or_was_cut_loses(tmp_path: Path, base: Path) -> None:
     """No answer that a rule forbids is ever chosen, and dropped answers are in no pair at all."""
-    (tmp_path / "rules.py").write_text("def short(text):\n    return len(text) < 4\n")
+    (tmp_path / "rules.py").write_text("def long(prompt, completion):\n    return len(completion) >= 4\n")
     seen: list[tuple[Any, Any]] = []
     original = train_iterative_dpo.best_against_worst
 
@@ -225,7 +225,7 @@ def test_what_broke_a_rule_or_was_cut_loses(tmp_path: Path, base: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_iterative_dpo, "best_against_worst", pairs)
-        ruled = small(base, tmp_path / "ruled", steps=1, safety={"rules": [f"{tmp_path}/rules.py:short"]})
+        ruled = small(base, tmp_path / "ruled", steps=1, safety={"rules": [f"{tmp_path}/rules.py:long"]})
         train_iterative_dpo.train(ruled)
         dropped = small(base, tmp_path / "cut", steps=1, generation={"max_new_tokens": 6}, shaping={"cut": "drop"})
         train_iterative_dpo.train(dropped)

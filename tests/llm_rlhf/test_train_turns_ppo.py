@@ -404,9 +404,10 @@ def test_rules_see_what_the_policy_wrote_and_no_reward_buys_them_off() -> None:
     episodes = two_turns()
     shown: list[str] = []
 
-    def no_b(text: str) -> bool:
+    def no_b(prompt: str, text: str) -> bool:
+        assert prompt == "p"
         shown.append(text)
-        return "b" not in text and text != "c"
+        return "b" in text or text == "c"
 
     judge = Judge(None, 1.0, {"no_b": no_b}, floor=-4.0)
     rows = [Example("p", "c", {})] * 2

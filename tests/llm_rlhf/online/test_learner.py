@@ -61,7 +61,7 @@ def ppo(folder: Path, base: Path, **sections: Any) -> list[dict[str, Any]]:
 
 
 def test_no_reward_buys_off_a_rule(tmp_path: Path, base: Path) -> None:
-    (tmp_path / "rules.py").write_text("def never(text):\n    return False\n")
+    (tmp_path / "rules.py").write_text("def never(prompt, completion):\n    return True\n")
     rows = ppo(tmp_path / "run", base, safety={"rules": [f"{tmp_path}/rules.py:never"], "floor": -3.0})
     assert [row["objective/scores"] for row in rows] == [-3.0] * 4
     assert [row["rewards/rules/never/mean"] for row in rows] == [0.0] * 4
@@ -95,7 +95,7 @@ def test_no_step_of_a_completion_that_broke_a_rule_is_paid(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the process reward model says of its steps, it earns the floor; the others are paid."""
-    (tmp_path / "rules.py").write_text("def short(text):\n    return len(text) < 4\n")
+    (tmp_path / "rules.py").write_text("def long(prompt, completion):\n    return len(completion) >= 4\n")
     earned: list[tuple[Tensor, Tensor]] = []
     original = train_ppo.gae
 
@@ -109,7 +109,7 @@ def test_no_step_of_a_completion_that_broke_a_rule_is_paid(
     ppo(
         tmp_path / "run",
         base,
-        safety={"rules": [f"{tmp_path}/rules.py:short"], "floor": -3.0},
+        safety={"rules": [f"{tmp_path}/rules.py:long"], "floor": -3.0},
         process={"model": step_scorer(tmp_path / "steps"), "weight": 50.0, "form": "probability"},
         sampling={"updates": 1, "prompts": 32},
     )

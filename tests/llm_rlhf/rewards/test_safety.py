@@ -20,10 +20,11 @@ def length(prompts: list[str], completions: list[str]) -> list[float | None]:
 def rules(folder: Path) -> str:
     file = folder / "rules.py"
     file.write_text(
-        "def no_at(text):\n    return '@' not in text\n\n"
-        "def short(text):\n    return len(text) < 4\n\n"
-        "def broken(text):\n    raise KeyError('x y')\n\n"
-        "def number(text):\n    return 1\n\n"
+        "def no_at(prompt, completion):\n    return '@' in completion\n\n"
+        "def short(prompt, completion):\n    return len(completion) >= 4\n\n"
+        "def echo(prompt, completion):\n    return None if not prompt else prompt in completion\n\n"
+        "def broken(prompt, completion):\n    raise KeyError('x y')\n\n"
+        "def number(prompt, completion):\n    return 1\n\n"
         "limit = 3\n"
     )
     return str(file)
@@ -40,6 +41,14 @@ def test_a_broken_rule_costs_whatever_the_rest_says(tmp_path: Path) -> None:
     assert scores.by_name["length"].tolist() == [200.0, 300.0, 700.0]
     assert scores.broken is not None
     assert scores.broken.tolist() == [False, True, True]
+
+
+def test_a_rule_knows_the_prompt_and_need_not_say(tmp_path: Path) -> None:
+    config = SafetyConfig(rules=(f"{rules(tmp_path)}:echo",), floor=-5.0)
+    scores = constrained(RewardSet({"length": length}, {"length": 1.0}), config)(
+        ["a", "b", ""], ["xax", "xax", "xax"], COLUMNS
+    )
+    assert scores.total.tolist() == [-5.0, 300.0, 300.0]
 
 
 def test_breaking_a_rule_never_pays(tmp_path: Path) -> None:
@@ -81,8 +90,8 @@ def test_two_rules_of_one_name_are_both_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("broken", r"safety\.rules: broken raised KeyError: 'x y'"),
-        ("number", r"safety\.rules: number returned 1 for 'ok'; return True \(allowed\) or False"),
+        ("broken", r"safety\.rules: broken: it raised KeyError: 'x y'"),
+        ("number", r"safety\.rules: number: it returned 1 for 'ok'; return True, False or None"),
         ("limit", "a function is needed, got int"),
         ("nothing", "has no nothing"),
     ],
@@ -98,5 +107,5 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         SafetyConfig(floor=float("-inf"))
     with pytest.raises(ValueError, match="named twice"):
         SafetyConfig(rules=("a.py:b", "a.py:b"))
-    with pytest.raises(UserError, match=r"must be named as path/to/file\.py:rule"):
+    with pytest.raises(UserError, match=r"safety\.rules: 'no_at' is no rule; give it as path/to/file\.py:function"):
         constrained(RewardSet({}, {}), SafetyConfig(rules=("no_at",)))

@@ -1,4 +1,10 @@
-"""A user's rules about texts: `file.py:function` (prompt, completion) -> True, False, or None = cannot say."""
+"""A user's rules about texts: `file.py:function` (prompt, completion) -> whether it is broken; None = cannot say.
+
+    def tells_addresses(prompt: str, completion: str) -> bool | None:
+        return "@" in completion
+
+The same function constrains training (`safety.rules`), probes it (`monitor.probes`) and judges attacks (red teams).
+"""
 
 from __future__ import annotations
 
