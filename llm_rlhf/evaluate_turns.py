@@ -21,7 +21,7 @@ from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.generation import at_temperature
 from llm_rlhf.models.tokenizer import load_tokenizer
 from llm_rlhf.online.experience import kl_spent, reference_log_probs
-from llm_rlhf.online.learner import ValidationConfig
+from llm_rlhf.online.settings import ValidationConfig
 from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import TaskConfig, build_task

@@ -15,13 +15,10 @@ import torch
 from torch import Tensor
 
 from experiment.run import Run, RunConfig, RunResult
-from llm_rlhf.models.generation import GenerationConfig, Samples, to_rollout
-from llm_rlhf.models.loading import ModelConfig
-from llm_rlhf.models.precision import Precision, require_precision
+from llm_rlhf.models.generation import Samples, to_rollout
+from llm_rlhf.models.precision import require_precision
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.online.experience import (
-    OverlongConfig,
-    ShapingConfig,
     joined,
     joined_scores,
     policy_metrics,
@@ -33,7 +30,6 @@ from llm_rlhf.online.experience import (
 )
 from llm_rlhf.online.learner import (
     Learner,
-    ValidationConfig,
     announce,
     build_learner,
     record,
@@ -41,13 +37,10 @@ from llm_rlhf.online.learner import (
     steer_kl,
     stopping_on_nan,
 )
-from llm_rlhf.online.monitor import MonitorConfig
 from llm_rlhf.online.moved import set_rates
-from llm_rlhf.online.pretraining_mix import PretrainingMixConfig
-from llm_rlhf.online.self_imitation import SelfImitationConfig
+from llm_rlhf.online.settings import AnswersConfig
 from llm_rlhf.rewards.functions import Scores
-from llm_rlhf.rewards.safety import SafetyConfig
-from llm_rlhf.tasks.task import TaskConfig, build_task
+from llm_rlhf.tasks.task import build_task
 from policy_core.grpo import GRPOConfig, group_advantages, is_flat, with_signal
 from policy_core.kl import KLConfig
 from policy_core.ppo import PPOConfig, update
@@ -97,35 +90,14 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class TrainGRPOConfig:
-    """Everything a GRPO run is made of.
-
-    rewards             name (or file.py:function, or a reward model's run) -> weight; empty = the task's own
-    rewards_timeout     seconds that one call of a reward function may take; null = any
-    safety              rules that no reward buys off
-    precision           "bf16": the model's matrix products in bfloat16 (autocast), in sampling and in updates;
-                        log-softmax, losses, weights and optimizer stay float32
-    """
+class TrainGRPOConfig(AnswersConfig):
+    """Everything a GRPO run is made of. grpo: how answers to one prompt are compared."""
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="grpo", checkpoint_every=100))
-    task: TaskConfig = field(default_factory=TaskConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    rewards: dict[str, float] = field(default_factory=dict)
-    rewards_timeout: float | None = None
-    safety: SafetyConfig = field(default_factory=SafetyConfig)
-    overlong: OverlongConfig | None = None
-    shaping: ShapingConfig = field(default_factory=ShapingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     ppo: PPOConfig = field(default_factory=group_ppo)
     kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01, placement="loss", estimator="k2"))
-    ptx: PretrainingMixConfig = field(default_factory=PretrainingMixConfig)
-    self_imitation: SelfImitationConfig = field(default_factory=SelfImitationConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    precision: Precision = "float32"
-    log_every: int = 1
 
     def __post_init__(self) -> None:
         self.shaping.require_no_bootstrap(self.generation)
@@ -140,27 +112,7 @@ def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
     task = build_task(config.task, rewards=config.rewards)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
-        learner = build_learner(
-            run,
-            task,
-            model=config.model,
-            generation=config.generation,
-            rewards=config.rewards,
-            kl=config.kl,
-            self_imitation=config.self_imitation,
-            learning_rate=config.ppo.learning_rate,
-            prompts=config.sampling.prompts,
-            seed=config.run.seed,
-            critic=None,
-            ptx=config.ptx,
-            shaping=config.shaping,
-            overlong=config.overlong,
-            rewards_timeout=config.rewards_timeout,
-            safety=config.safety,
-            monitor=config.monitor,
-            validation=config.validation,
-            precision=config.precision,
-        )
+        learner = build_learner(run, task, config, prompts=config.sampling.prompts)
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sampling.updates
         run.begin_loop(total)

@@ -9,13 +9,10 @@ from pathlib import Path
 import torch
 
 from experiment.run import Run, RunConfig, RunResult
-from llm_rlhf.models.generation import GenerationConfig, to_rollout
-from llm_rlhf.models.loading import ModelConfig
-from llm_rlhf.models.precision import Precision, require_precision
+from llm_rlhf.models.generation import to_rollout
+from llm_rlhf.models.precision import require_precision
 from llm_rlhf.online.critic import CriticConfig, with_values
 from llm_rlhf.online.experience import (
-    OverlongConfig,
-    ShapingConfig,
     policy_metrics,
     reference_log_probs,
     sample_metrics,
@@ -26,7 +23,6 @@ from llm_rlhf.online.experience import (
 )
 from llm_rlhf.online.learner import (
     Learner,
-    ValidationConfig,
     announce,
     build_learner,
     record,
@@ -34,13 +30,10 @@ from llm_rlhf.online.learner import (
     steer_kl,
     stopping_on_nan,
 )
-from llm_rlhf.online.monitor import MonitorConfig
 from llm_rlhf.online.moved import set_rates
-from llm_rlhf.online.pretraining_mix import PretrainingMixConfig
-from llm_rlhf.online.self_imitation import SelfImitationConfig
+from llm_rlhf.online.settings import AnswersConfig
 from llm_rlhf.rewards.process_term import ProcessTermConfig
-from llm_rlhf.rewards.safety import SafetyConfig
-from llm_rlhf.tasks.task import TaskConfig, build_task
+from llm_rlhf.tasks.task import build_task
 from policy_core.kl import KLConfig
 from policy_core.ppo import PPOConfig, update
 from policy_core.returns import explained_variance, gae
@@ -82,37 +75,19 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class TrainPPOConfig:
+class TrainPPOConfig(AnswersConfig):
     """Everything a PPO run is made of.
 
-    rewards             name (or file.py:function, or a reward model's run) -> weight; empty = the task's own
-    rewards_timeout     seconds that one call of a reward function may take; null = any
-    safety              rules that no reward buys off
-    process             a model that pays every step of a completion
-    precision           "bf16": the model's matrix products in bfloat16 (autocast), in sampling and in updates;
-                        log-softmax, losses, weights and optimizer stay float32
+    process     a model that pays every step of a completion
+    critic      where values come from
     """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="ppo", checkpoint_every=50))
-    task: TaskConfig = field(default_factory=TaskConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    rewards: dict[str, float] = field(default_factory=dict)
-    rewards_timeout: float | None = None
-    safety: SafetyConfig = field(default_factory=SafetyConfig)
     process: ProcessTermConfig = field(default_factory=ProcessTermConfig)
-    overlong: OverlongConfig | None = None
-    shaping: ShapingConfig = field(default_factory=ShapingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     ppo: PPOConfig = field(default_factory=language_ppo)
     critic: CriticConfig = field(default_factory=CriticConfig)
     kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01))
-    ptx: PretrainingMixConfig = field(default_factory=PretrainingMixConfig)
-    self_imitation: SelfImitationConfig = field(default_factory=SelfImitationConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    precision: Precision = "float32"
-    log_every: int = 1
 
     def __post_init__(self) -> None:
         self.shaping.cut_of(self.generation)
@@ -126,26 +101,7 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
         learner = build_learner(
-            run,
-            task,
-            model=config.model,
-            generation=config.generation,
-            rewards=config.rewards,
-            kl=config.kl,
-            self_imitation=config.self_imitation,
-            learning_rate=config.ppo.learning_rate,
-            prompts=config.sampling.prompts,
-            seed=config.run.seed,
-            critic=config.critic,
-            ptx=config.ptx,
-            shaping=config.shaping,
-            overlong=config.overlong,
-            rewards_timeout=config.rewards_timeout,
-            safety=config.safety,
-            process=config.process,
-            monitor=config.monitor,
-            validation=config.validation,
-            precision=config.precision,
+            run, task, config, prompts=config.sampling.prompts, critic=config.critic, process=config.process
         )
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sampling.updates

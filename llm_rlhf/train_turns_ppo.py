@@ -11,16 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiment.run import Run, RunConfig, RunResult
-from llm_rlhf.models.generation import GenerationConfig
-from llm_rlhf.models.loading import ModelConfig
-from llm_rlhf.models.precision import Precision, require_precision
+from llm_rlhf.models.precision import require_precision
 from llm_rlhf.online.critic import CriticConfig, with_values
-from llm_rlhf.online.experience import ShapingConfig, policy_metrics, with_kl_rewards
-from llm_rlhf.online.learner import ValidationConfig, announce, require_trained, stopping_on_nan
-from llm_rlhf.online.monitor import MonitorConfig
+from llm_rlhf.online.experience import policy_metrics, with_kl_rewards
+from llm_rlhf.online.learner import announce, require_trained, stopping_on_nan
 from llm_rlhf.online.moved import set_rates
-from llm_rlhf.online.pretraining_mix import PretrainingMixConfig
-from llm_rlhf.rewards.safety import SafetyConfig
+from llm_rlhf.online.settings import OnlineConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from llm_rlhf.train_ppo import language_ppo
 from llm_rlhf.turns.episodes import TurnsConfig
@@ -49,37 +45,24 @@ class PlayingConfig:
 
 
 @dataclass(frozen=True)
-class TrainTurnsPPOConfig:
+class TrainTurnsPPOConfig(OnlineConfig):
     """Everything a run is made of.
 
     turns       who answers, and when a turn ends
     generation  max_new_tokens counts the answers, too; cut_is_end: what an episode is that nobody ended
     rewards     name (or file.py:function) -> weight; `environment` is what the environment gives by turn; empty =
                 the environment's own or, with tools, the task's
-    rewards_timeout     seconds that one call of a reward function may take; null = any
-    safety      rules that no reward buys off; they are shown what the policy wrote, without the answers
+    safety      shown what the policy wrote, without the answers
     shaping     `cut` and `missing_eos_penalty` are of episodes that nobody ended
-    precision   "bf16": the model's matrix products in bfloat16 (autocast), in playing and in updates
     """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="turns-ppo", checkpoint_every=50))
     task: TaskConfig = field(default_factory=lambda: TaskConfig(name="tool_calculator"))
-    model: ModelConfig = field(default_factory=ModelConfig)
     turns: TurnsConfig = field(default_factory=TurnsConfig)
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    rewards: dict[str, float] = field(default_factory=dict)
-    rewards_timeout: float | None = None
-    safety: SafetyConfig = field(default_factory=SafetyConfig)
-    shaping: ShapingConfig = field(default_factory=ShapingConfig)
     sampling: PlayingConfig = field(default_factory=PlayingConfig)
     ppo: PPOConfig = field(default_factory=language_ppo)
     critic: CriticConfig = field(default_factory=CriticConfig)
     kl: KLConfig = field(default_factory=lambda: KLConfig(coef=0.01))
-    ptx: PretrainingMixConfig = field(default_factory=PretrainingMixConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    precision: Precision = "float32"
-    log_every: int = 1
 
     def __post_init__(self) -> None:
         if self.shaping.cut_of(self.generation) == "bootstrap" and self.critic.model == "separate":
@@ -97,24 +80,7 @@ def train(config: TrainTurnsPPOConfig, *, resume: Path | None = None) -> RunResu
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
         learner = build_learner(
-            run,
-            task,
-            model=config.model,
-            turns=config.turns,
-            generation=config.generation,
-            rewards=config.rewards,
-            rewards_timeout=config.rewards_timeout,
-            safety=config.safety,
-            shaping=config.shaping,
-            kl=config.kl,
-            learning_rate=config.ppo.learning_rate,
-            prompts=config.sampling.prompts,
-            seed=config.run.seed,
-            critic=config.critic,
-            ptx=config.ptx,
-            monitor=config.monitor,
-            validation=config.validation,
-            precision=config.precision,
+            run, task, config, turns=config.turns, prompts=config.sampling.prompts, critic=config.critic
         )
         start = 0 if run.checkpoint is None else run.checkpoint.step
         total = 1 if config.run.dry_run else config.sampling.updates

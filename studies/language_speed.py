@@ -37,7 +37,6 @@ from llm_rlhf.models.precision import Precision
 from llm_rlhf.online.critic import CriticConfig
 from llm_rlhf.online.learner import Learner, build_learner
 from llm_rlhf.online.moved import Counters
-from llm_rlhf.online.self_imitation import SelfImitationConfig
 from llm_rlhf.preferences.learning import LearningConfig, ReferencedPairs, pair_step
 from llm_rlhf.preferences.learning import make_optimizer as make_preference_optimizer
 from llm_rlhf.rewards.functions import RewardFunction
@@ -223,20 +222,7 @@ def ours_ppo(folder: Path, precision: Precision, critic: Literal["shared", "sepa
 def online(config: Any, recipe: str, given: Task, *, critic: CriticConfig | None) -> Iterator[Learner]:
     """A recipe's learner, at its run's start."""
     with Run.start(config, recipe=recipe, resume=None) as started:
-        yield build_learner(
-            started,
-            given,
-            model=config.model,
-            generation=config.generation,
-            rewards={},
-            kl=config.kl,
-            self_imitation=SelfImitationConfig(),
-            learning_rate=config.ppo.learning_rate,
-            prompts=config.sampling.prompts,
-            seed=0,
-            critic=critic,
-            precision=config.precision,
-        )
+        yield build_learner(started, given, config, prompts=config.sampling.prompts, critic=critic)
 
 
 def random_reward_model(folder: Path) -> Path:

@@ -17,37 +17,23 @@ from experiment.run import Run
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.evaluate import START, EvaluateConfig, evaluate_policy, numbers
 from llm_rlhf.models.causal import LanguagePolicy, build_policy, frozen_copy
-from llm_rlhf.models.generation import GenerationConfig, Samples
+from llm_rlhf.models.generation import Samples
 from llm_rlhf.models.loading import ModelConfig
-from llm_rlhf.models.precision import Precision
 from llm_rlhf.online.critic import FOLDER, CriticConfig, ValueModel, build_critic
-from llm_rlhf.online.experience import OverlongConfig, Sampler, Shaper, ShapingConfig, build_sampler
-from llm_rlhf.online.monitor import Monitor, MonitorConfig, Shown
+from llm_rlhf.online.experience import Sampler, Shaper, build_sampler
+from llm_rlhf.online.monitor import Monitor, Shown
 from llm_rlhf.online.moved import Counters, Imitated, Moved
 from llm_rlhf.online.pretraining_mix import PretrainingMix, PretrainingMixConfig
 from llm_rlhf.online.recording import conclude, folders_of, log_completions, texts_of
-from llm_rlhf.online.self_imitation import GoodAnswers, SelfImitationConfig
+from llm_rlhf.online.self_imitation import GoodAnswers
+from llm_rlhf.online.settings import AnswersConfig, OnlineConfig, ValidationConfig
 from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.rewards.process_term import ProcessTerm, ProcessTermConfig
-from llm_rlhf.rewards.safety import SafetyConfig
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import Task
-from policy_core.kl import KLConfig, KLController, kl_in_unit
+from policy_core.kl import KLController, kl_in_unit
 from policy_core.optimizer import NonFiniteLoss
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    """every: updates between looks at the validation prompts (0 = never); samples, prompts: how much to draw."""
-
-    every: int = 50
-    samples: int = 4
-    prompts: int = 200
-
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.samples < 1 or self.prompts < 1:
-            raise ValueError("validation: every must be at least 0, samples and prompts at least 1")
 
 
 @dataclass(kw_only=True)
@@ -83,82 +69,71 @@ class Learner(Moved):
 def build_learner(
     run: Run,
     task: Task,
+    config: AnswersConfig,
     *,
-    model: ModelConfig,
-    generation: GenerationConfig,
-    rewards: dict[str, float],
-    kl: KLConfig,
-    self_imitation: SelfImitationConfig,
-    learning_rate: float,
     prompts: int,
-    seed: int,
-    critic: CriticConfig | None,
-    ptx: PretrainingMixConfig | None = None,
-    shaping: ShapingConfig | None = None,
-    overlong: OverlongConfig | None = None,
-    rewards_timeout: float | None = None,
-    safety: SafetyConfig | None = None,
+    critic: CriticConfig | None = None,
     process: ProcessTermConfig | None = None,
-    monitor: MonitorConfig | None = None,
-    validation: ValidationConfig = ValidationConfig(every=0),
-    precision: Precision = "float32",
 ) -> Learner:
     """A learner at the run's start or, when resuming, exactly where its checkpoint left it.
 
     prompts     training prompts of one rollout
-    precision   of policy, reference and critic, in sampling and in updates
     critic      where values come from; None = there are none
+    process     what pays single steps of an answer, besides; needs a critic
 
     Raises UserError if model.path or critic.init name no trained model, or rewards, texts or lengths will not do.
     """
-    policy, tokenizer = build_policy(
-        checkpoint_policy(run, model),
-        alphabet=task.alphabet,
-        temperature=generation.temperature,
-        value_head=critic is not None and critic.model == "shared",
-    )
-    policy.precision = precision
+    seed = config.run.seed
+    policy, tokenizer = online_policy(run, config, task, critic)
     sampler = build_sampler(
         policy,
         tokenizer,
         task,
-        rewards=rewards,
-        generation=generation,
+        rewards=config.rewards,
+        generation=config.generation,
         seed=seed,
-        rewards_timeout=rewards_timeout,
-        overlong=overlong,
-        safety=safety,
+        rewards_timeout=config.rewards_timeout,
+        overlong=config.overlong,
+        safety=config.safety,
     )
-    require_room_to_sample(sampler, model=model, validation=validation)
-    shaping = shaping or ShapingConfig()
-    values = separate_critic(
-        run,
-        critic,
-        policy,
-        tokenizer,
-        longest=max(len(prompt) for prompt in sampler.prompts) + sampler.max_new_tokens,
-        model_path=str(model.path),
-    )
+    require_room_to_sample(sampler, model=config.model, validation=config.validation)
+    longest = max(len(prompt) for prompt in sampler.prompts) + sampler.max_new_tokens
+    values = separate_critic(run, critic, policy, tokenizer, longest=longest, model_path=str(config.model.path))
+    imitated = config.self_imitation
     learner = Learner(
         policy=policy,
         reference=frozen_reference(run, policy),
-        optimizer=optimizer_of(policy, values, learning_rate=learning_rate),
+        optimizer=optimizer_of(policy, values, learning_rate=config.ppo.learning_rate),
         sampler=sampler,
         sampling=sampler.generator,
         prompts=Batches(len(task.train), prompts, seed=seed),
         shuffling=torch.Generator().manual_seed(seed + 1),
-        controller=KLController(kl),
+        controller=KLController(config.kl),
         counters=Counters(),
-        good_answers=GoodAnswers.of(self_imitation, sampler, seed=seed + 2) if self_imitation.coef > 0 else None,
-        shaper=Shaper(shaping, shaping.cut_of(generation)),
-        monitor=Monitor(monitor or MonitorConfig()),
-        process=ProcessTerm.of(process or ProcessTermConfig(), sampler),
+        good_answers=GoodAnswers.of(imitated, sampler, seed=seed + 2) if imitated.coef > 0 else None,
+        shaper=Shaper(config.shaping, config.shaping.cut_of(config.generation)),
+        monitor=Monitor(config.monitor),
+        process=None if process is None else ProcessTerm.of(process, sampler),
         critic=values,
-        ptx=pretraining_mix(ptx, tokenizer, context=policy.context, seed=seed + 3),
+        ptx=pretraining_mix(config.ptx, tokenizer, context=policy.context, seed=seed + 3),
     )
     if run.checkpoint is not None:
         learner.load_state_dict(run.checkpoint.state)
     return learner
+
+
+def online_policy(
+    run: Run, config: OnlineConfig, task: Task, critic: CriticConfig | None
+) -> tuple[LanguagePolicy, PreTrainedTokenizerBase]:
+    """The policy that learns, as the configuration or the checkpoint has it, and its tokenizer."""
+    policy, tokenizer = build_policy(
+        checkpoint_policy(run, config.model),
+        alphabet=task.alphabet,
+        temperature=config.generation.temperature,
+        value_head=critic is not None and critic.model == "shared",
+    )
+    policy.precision = config.precision
+    return policy, tokenizer
 
 
 def optimizer_of(
@@ -193,10 +168,10 @@ def separate_critic(
 
 
 def pretraining_mix(
-    config: PretrainingMixConfig | None, tokenizer: PreTrainedTokenizerBase, *, context: int, seed: int
+    config: PretrainingMixConfig, tokenizer: PreTrainedTokenizerBase, *, context: int, seed: int
 ) -> PretrainingMix | None:
     """The texts of PPO-ptx, where the configuration asks for them; tells what they are."""
-    if config is None or config.coef == 0:
+    if config.coef == 0:
         return None
     mix = PretrainingMix(config, tokenizer, context=context, seed=seed)
     announce_line(mix.note)

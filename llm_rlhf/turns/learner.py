@@ -11,14 +11,10 @@ from torch import Tensor
 from experiment.run import Run
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.evaluate_turns import validate_player
-from llm_rlhf.models.causal import build_policy
-from llm_rlhf.models.generation import GenerationConfig, Samples, to_rollout
-from llm_rlhf.models.loading import ModelConfig
-from llm_rlhf.models.precision import Precision
+from llm_rlhf.models.generation import Samples, to_rollout
 from llm_rlhf.online.critic import CriticConfig
 from llm_rlhf.online.experience import (
     Shaper,
-    ShapingConfig,
     reference_log_probs,
     sample_metrics,
     settled_log_probs,
@@ -26,24 +22,23 @@ from llm_rlhf.online.experience import (
 )
 from llm_rlhf.online.learner import (
     ValidationConfig,
-    checkpoint_policy,
     frozen_reference,
+    online_policy,
     optimizer_of,
     pretraining_mix,
     separate_critic,
     steer_kl,
     validation_prompts,
 )
-from llm_rlhf.online.monitor import Monitor, MonitorConfig, Shown
+from llm_rlhf.online.monitor import Monitor, Shown
 from llm_rlhf.online.moved import Counters, Moved
-from llm_rlhf.online.pretraining_mix import PretrainingMixConfig
 from llm_rlhf.online.recording import conclude, folders_of
-from llm_rlhf.rewards.safety import SafetyConfig
+from llm_rlhf.online.settings import OnlineConfig
 from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import Task
 from llm_rlhf.turns.episodes import TurnsConfig
 from llm_rlhf.turns.playing import Judge, Played, Player, build_judge, build_player, written
-from policy_core.kl import KLConfig, KLController
+from policy_core.kl import KLController
 from policy_core.rollout import Rollout
 
 
@@ -59,70 +54,53 @@ class Learner(Moved):
 def build_learner(
     run: Run,
     task: Task,
+    config: OnlineConfig,
     *,
-    model: ModelConfig,
     turns: TurnsConfig,
-    generation: GenerationConfig,
-    rewards: Mapping[str, float],
-    rewards_timeout: float | None,
-    safety: SafetyConfig,
-    shaping: ShapingConfig,
-    kl: KLConfig,
-    learning_rate: float,
     prompts: int,
-    seed: int,
-    critic: CriticConfig | None,
-    ptx: PretrainingMixConfig,
-    monitor: MonitorConfig,
-    validation: ValidationConfig,
-    precision: Precision,
+    critic: CriticConfig | None = None,
 ) -> Learner:
     """A learner at the run's start or, when resuming, exactly where its checkpoint left it.
 
     prompts     rows of one rollout
     critic      where values come from; None = there are none
     """
-    policy, tokenizer = build_policy(
-        checkpoint_policy(run, model),
-        alphabet=task.alphabet,
-        temperature=generation.temperature,
-        value_head=critic is not None and critic.model == "shared",
-    )
+    seed, model = config.run.seed, str(config.model.path)
+    policy, tokenizer = online_policy(run, config, task, critic)
     require_room(
-        [*task.train, *validation_prompts(task, validation)],
+        [*task.train, *validation_prompts(task, config.validation)],
         tokenizer,
         context=policy.context,
         max_new_tokens=1,  # the context is the end of a longer episode
         limited_by="",
         new_model=False,
     )
-    policy.precision = precision
-    values = separate_critic(run, critic, policy, tokenizer, longest=policy.context, model_path=str(model.path))
+    values = separate_critic(run, critic, policy, tokenizer, longest=policy.context, model_path=model)
     learner = Learner(
         policy=policy,
         reference=frozen_reference(run, policy),
-        optimizer=optimizer_of(policy, values, learning_rate=learning_rate),
+        optimizer=optimizer_of(policy, values, learning_rate=config.ppo.learning_rate),
         player=build_player(
             policy,
             tokenizer,
             task,
             turns,
-            rewards=rewards,
-            rewards_timeout=rewards_timeout,
-            max_new_tokens=generation.max_new_tokens,
-            safety=safety,
+            rewards=config.rewards,
+            rewards_timeout=config.rewards_timeout,
+            max_new_tokens=config.generation.max_new_tokens,
+            safety=config.safety,
         ),
-        gold=build_judge({}, task, turns, rewards_timeout=rewards_timeout),
+        gold=build_judge({}, task, turns, rewards_timeout=config.rewards_timeout),
         task=task,
         prompts=Batches(len(task.train), prompts, seed=seed),
         sampling=torch.Generator().manual_seed(seed),
         shuffling=torch.Generator().manual_seed(seed + 1),
-        controller=KLController(kl),
+        controller=KLController(config.kl),
         counters=Counters(),
-        shaper=Shaper(shaping, shaping.cut_of(generation)),
-        monitor=Monitor(monitor),
+        shaper=Shaper(config.shaping, config.shaping.cut_of(config.generation)),
+        monitor=Monitor(config.monitor),
         critic=values,
-        ptx=pretraining_mix(ptx, tokenizer, context=policy.context, seed=seed + 3),
+        ptx=pretraining_mix(config.ptx, tokenizer, context=policy.context, seed=seed + 3),
     )
     if run.checkpoint is not None:
         learner.load_state_dict(run.checkpoint.state)
