@@ -193,13 +193,14 @@ def draw(config: TrainGRPOConfig, learner: Learner) -> tuple[Samples, Scores, di
             rows, samples_per_prompt=config.grpo.group_size, drawn_before=learner.counters.samples
         )
         learner.latest = (samples, scores)
+        judged = learner.shaper.judged(samples, scores)
         if learner.good_answers is not None:
-            learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, scores)
+            learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, judged)
         learner.counters.samples += len(scores.total)
         learner.counters.tokens += int(samples.mask.sum())
         parts.append((samples, scores))
         drawn += len(rows)
-        useful += int(groups_with_signal(learner.shaper.judged(samples, scores), samples.prompt).sum())
+        useful += int(groups_with_signal(judged, samples.prompt).sum())
     everything = joined([samples for samples, _ in parts], pad=pad_id(learner.sampler.tokenizer))
     metrics: dict[str, float] = {}
     if config.sampling.dynamic_rounds > 1:

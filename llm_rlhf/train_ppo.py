@@ -146,13 +146,14 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int, train_policy
         bootstrap=not learner.shaper.cut_is_end,
     )
     learner.latest = (samples, scores)
+    judged = learner.shaper.judged(samples, scores)
     if learner.good_answers is not None:
-        learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, scores)
+        learner.good_answers.remember(torch.tensor(rows)[samples.prompt], samples, judged)
     compare = config.sampling.logprob_gap_every > 0 and step % config.sampling.logprob_gap_every == 0
     drawn = samples
     samples, gap = settled_log_probs(learner.policy, drawn, compare=compare)
     ref_log_probs = reference_log_probs(learner.reference, samples)
-    learned, shaping_metrics = learner.shaper.scaled(learner.shaper.judged(samples, scores))
+    learned, shaping_metrics = learner.shaper.scaled(judged)
     rollout = to_rollout(
         samples,
         learned.total,

@@ -56,7 +56,8 @@ class GoodAnswers:
         return cls(config, prompts=len(sampler.prompts), left=longest, right=sampler.max_new_tokens, seed=seed)
 
     def remember(self, rows: Tensor, samples: Samples, scores: Scores) -> None:
-        """Keep what reached the threshold. rows [B]: the training prompt of each sample."""
+        """Keep what reached the threshold. rows [B]: the training prompt of each sample; scores: as shaping judged
+        them, so that nothing is imitated which should not teach."""
         good_samples = (scores.scored & (scores.total >= self.config.threshold)).nonzero().squeeze(1)
         if good_samples.numel() == 0:
             return

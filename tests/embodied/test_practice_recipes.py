@@ -229,6 +229,19 @@ def test_a_part_of_a_batch_is_prior_data(tmp_path: Path, pendulum_demonstrations
     assert len(memory.replay) == 8
 
 
+def test_own_rewards_are_in_the_datas_units(tmp_path: Path, pendulum_demonstrations: Path) -> None:
+    data = DataConfig(path=str(pendulum_demonstrations), shift=-1.0)
+    config = online(PAIRS["iql"], tmp_path, pendulum_demonstrations, data=data)
+    practice, _ = train_iql_online.build(config, Inputs.read(config))
+    practice.parts.scale = 0.25  # as data.rewards "returns" would have it
+    with Collector(config.environment, practice.policy, steps=4, seed=0) as collector:
+        experience = collector.collect(practice.policy)
+    practice.remember(experience, config)
+    assert practice.memory.replay.columns is not None
+    found = practice.memory.replay.columns.rewards[:8]
+    torch.testing.assert_close(found, experience.rewards.flatten() * 0.25 - 1.0)
+
+
 @pytest.mark.parametrize(("given", "wanted"), [("iql", "sac"), ("cal_ql", "iql"), ("iql", "awac")])
 def test_a_run_of_another_recipe_is_refused(
     given: str, wanted: str, tmp_path: Path, pendulum_demonstrations: Path

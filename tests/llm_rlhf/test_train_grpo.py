@@ -211,6 +211,25 @@ def test_one_and_the_same_reward_teaches_nothing_whatever_the_kl_took_off(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_strong_kl_holds_the_policy(tmp_path: Path, start: Path, halves: str) -> None:
+    """In the loss, where it is by default: what moved without it stays nearer to its start with it."""
+    spent = {}
+    for coef in (0.0, 50.0):
+        config = small(
+            tmp_path / f"run-{coef}",
+            start,
+            updates=12,
+            rewards={halves: 1.0},
+            kl={"coef": coef},
+            ppo={"minibatch_size": 16, "learning_rate": 1e-2},
+        )
+        found = rows(train_grpo.train(config).folder)
+        assert all(("loss/reference_kl" in row) == (coef > 0) for row in found)
+        spent[coef] = sum(row["objective/kl"] for row in found[-4:]) / 4
+    assert spent[0.0] > 0.05
+    assert spent[50.0] < 0.3 * spent[0.0]
+
+
 def test_no_signal_at_all_ends_after_the_last_round(tmp_path: Path, start: Path, halves: str) -> None:
     config = dynamic(tmp_path / "run", start, halves, updates=1)
     config = replace(config, rewards={halves.replace(":score", ":nothing"): 1.0}, kl=replace(config.kl, coef=0.0))

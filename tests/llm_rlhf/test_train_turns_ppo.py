@@ -399,6 +399,17 @@ def test_shaping_of_episodes_by_hand() -> None:
     torch.testing.assert_close(rollout.rewards.sum(1), torch.tensor([13.0, 20.5]) / 3.75)
 
 
+@pytest.mark.parametrize("family", ["ppo", "grpo"])
+def test_a_run_of_several_turns_is_under_its_rules(tmp_path: Path, base: Path, family: str) -> None:
+    (tmp_path / "rules.py").write_text("def ever(prompt, completion):\n    return True\n")
+    safety = {"rules": [f"{tmp_path}/rules.py:ever"], "floor": -3.0}
+    if family == "ppo":
+        folder = train_turns_ppo.train(small_ppo(tmp_path / "run", base, 2, safety=safety)).folder
+    else:
+        folder = train_turns_grpo.train(small_grpo(tmp_path / "run", base, 2, safety=safety)).folder
+    assert [row["objective/scores"] for row in logged(folder)] == [-3.0, -3.0]
+
+
 def test_rules_see_what_the_policy_wrote_and_no_reward_buys_them_off() -> None:
     """The second episode wrote a c and nothing else; the answer "bb" of the first one breaks no rule."""
     episodes = two_turns()

@@ -205,6 +205,21 @@ def test_experience_becomes_transitions() -> None:
     assert columns.actions[:, 0].tolist() == [-1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
 
 
+def test_experience_is_in_the_policys_units_and_only_a_termination_is_one() -> None:
+    """An episode that was cut has a future: its last step is none."""
+    experience = collected()
+    ended = torch.tensor([[False, False, False], [False, True, False]])
+    experience = replace(experience, terminated=ended)
+    normalized = policy(normalize=True)
+    normalized.learn_normalization(torch.tensor([[0.0, 1.0], [4.0, 3.0], [9.0, 0.0]]))
+    columns: Any = experienced(experience, normalized, gamma=0.9, scale=1.0, shift=0.0)
+    plain: Any = experienced(experience, policy(), gamma=0.9, scale=1.0, shift=0.0)
+    assert columns.terminated.tolist() == ended.flatten().tolist()
+    for name in ("observations", "next_observations"):
+        assert torch.equal(getattr(columns, name), normalized.normalizer(getattr(plain, name)))
+        assert not torch.equal(getattr(columns, name), getattr(plain, name))
+
+
 def test_returns_are_written_when_an_episode_ends() -> None:
     replay, watch = Replay(20), OpenEpisodes(2, 0.5, worst=0.0)
     experience = collected()

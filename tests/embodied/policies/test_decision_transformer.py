@@ -159,6 +159,15 @@ def test_resumed_to_the_bit_and_evaluated(
         evaluate_run(tmp_path / "a", EvaluateConfig(checkpoint="best", episodes=1))
 
 
+def test_it_acts_without_dropout(tmp_path: Path, pendulum_demonstrations: Path) -> None:
+    settings = config(tmp_path, pendulum_demonstrations, updates=4, policy=replace(SMALL, dropout=0.5))
+    run = train_dt.train(settings).folder
+    assert not DecisionTransformer.from_pretrained(run / "checkpoints" / "last" / "policy").training
+    short = EvaluateConfig(checkpoint="last", episodes=2, max_episode_steps=20)
+    figures = [evaluate_run(run, short)["eval/mean_reward"] for _ in range(2)]
+    assert figures[0] == figures[1]
+
+
 def test_a_diverged_run_stops_with_one_line(tmp_path: Path, pendulum_demonstrations: Path) -> None:
     settings = config(tmp_path, pendulum_demonstrations, learning_rate=1e38, warmup=0.0)
     with pytest.raises(UserError, match=r"^update \d+: NaN or infinity in .*; lower learning_rate, or"):

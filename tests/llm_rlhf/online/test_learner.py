@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiment.checkpoint import load_checkpoint
 from experiment.config import build_from_dict
 from llm_rlhf import train_grpo, train_ppo
 from llm_rlhf.models.generation import Samples
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.tokenizer import character_tokenizer
+from llm_rlhf.online import learner as learner_module
 from llm_rlhf.online.monitor import HackingSuspected
 from llm_rlhf.online.recording import texts_of
 from llm_rlhf.rewards.process_reward import StepScorer
 from llm_rlhf.rewards.reward_model import Scorer, build_reward_model
-from llm_rlhf.tasks.task import TaskConfig, build_task
+from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 from llm_rlhf.train_grpo import TrainGRPOConfig
 from llm_rlhf.train_ppo import TrainPPOConfig
 from llm_rlhf.train_sft import TrainSFTConfig
@@ -27,7 +29,7 @@ from llm_rlhf.train_sft import train as train_sft
 from policy_core.kl import KLController
 from policy_core.rollout import Rollout
 
-SPECIAL = 4
+SPECIAL, EOS = 4, 2
 TASK = {"name": "random_walks", "random_walks": {"walks": 60}}
 
 
@@ -44,7 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_sft(build_from_dict(sections, TrainSFTConfig)).folder
 
 
-def ppo(folder: Path, base: Path, **sections: Any) -> list[dict[str, Any]]:
+def ppo(folder: Path, base: Path, resume: Path | None = None, **sections: Any) -> list[dict[str, Any]]:
     """Four updates; returns the rows of metrics.jsonl."""
     tree: dict[str, Any] = {
         "run": {"folder": str(folder), "wandb": "disabled", "checkpoint_every": 1, "keep": 10},
@@ -56,7 +58,7 @@ def ppo(folder: Path, base: Path, **sections: Any) -> list[dict[str, Any]]:
         "validation": {"every": 1, "samples": 2},
         **sections,
     }
-    train_ppo.train(build_from_dict(tree, TrainPPOConfig))
+    train_ppo.train(build_from_dict(tree, TrainPPOConfig), resume=resume)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -172,11 +174,67 @@ def test_a_frozen_policy_says_nothing_of_the_kl(tmp_path: Path, base: Path) -> N
 
 def test_the_monitor_stops_a_run_and_names_the_last_good_checkpoint(tmp_path: Path, base: Path) -> None:
     folder = tmp_path / "run"
+    # a limit that is passed for certain, as an estimate of the KL may be negative at first
+    monitor = {"stop": True, "kl": "completions/mean_length", "kl_limit": 0.5}
     with pytest.raises(HackingSuspected, match=r"stopped by monitor\.stop: .*kl.*(last good|no checkpoint)"):
-        ppo(folder, base, monitor={"stop": True, "kl_limit": 1e-6})
+        ppo(folder, base, monitor=monitor)
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(logged) < 4
     assert logged[-1]["monitor/warnings"] >= 1.0
+
+
+def test_a_resumed_run_remembers_what_the_monitor_saw(tmp_path: Path, base: Path) -> None:
+    folder = tmp_path / "run"
+    ppo(folder, base, sampling={"updates": 2, "prompts": 8})
+    ppo(folder, base, resume=folder)
+    looks = load_checkpoint(folder / "checkpoints" / "last").state["monitor"]["looks"]
+    assert [look["step"] for look in looks] == [1, 2, 3, 4]
+
+
+def test_what_was_cut_and_dropped_is_not_imitated(tmp_path: Path, base: Path) -> None:
+    """Every answer is good enough; with `drop` those without EOS teach nothing, not by imitation either."""
+    (tmp_path / "own.py").write_text("def fine(prompts, completions):\n    return [1.0] * len(completions)\n")
+    for cut, imitated in (("penalise", True), ("drop", False)):
+        folder = tmp_path / cut
+        ppo(
+            folder,
+            base,
+            rewards={f"{tmp_path}/own.py:fine": 1.0},
+            generation={"max_new_tokens": 5},
+            sampling={"updates": 1, "prompts": 64},
+            shaping={"cut": cut},
+            self_imitation={"coef": 1.0, "threshold": 0.5, "batch_size": 4},
+        )
+        kept = load_checkpoint(folder / "checkpoints" / "last").state["good_answers"]
+        ids, mask = (torch.as_tensor(kept[name])[torch.as_tensor(kept["known"])] for name in ("input_ids", "mask"))
+        assert len(ids) > 0
+        finished = [EOS in row[drawn].tolist() for row, drawn in zip(ids, mask, strict=True)]
+        assert all(finished) != imitated
+
+
+def test_validation_is_on_prompts_of_its_own_and_gamma_discounts(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`best` must not be chosen by what is tested on."""
+    asked: list[list[str]] = []
+    discounts: list[float] = []
+    evaluate, train = learner_module.evaluate_policy, train_ppo.update
+
+    def evaluated(policy: Any, tokenizer: Any, task: Task, **given: Any) -> Any:
+        asked.append([example.prompt for example in task.splits[given["split"]]])
+        return evaluate(policy, tokenizer, task, **given)
+
+    def update(**given: Any) -> dict[str, float]:
+        discounts.append(float(given["rollout"].discount.unique()))
+        return train(**given)
+
+    monkeypatch.setattr(learner_module, "evaluate_policy", evaluated)
+    monkeypatch.setattr(train_ppo, "update", update)
+    ppo(tmp_path / "run", base, sampling={"updates": 1, "prompts": 8}, ppo={"gamma": 0.5, "minibatch_size": 8})
+    own = build_task(build_from_dict(TASK, TaskConfig))
+    assert asked == [[example.prompt for example in own.splits["validation"]]]
+    assert not set(asked[0]) & {example.prompt for example in own.splits["test"]}
+    assert discounts == [0.5]
 
 
 def test_a_run_without_the_monitor_has_no_metrics_of_it(tmp_path: Path, base: Path) -> None:
