@@ -281,7 +281,7 @@ def measure_run(folder: Path, config: EvaluateConfig) -> tuple[str, dict[str, Re
     )
     source = _source(folder, config.checkpoint)
     tokenizer = load_tokenizer(find_checkpoint(folder, "auto") / "policy" if source == folder / START else source)
-    device = find_device(config.device, setting="evaluation.device")
+    device = find_device(config.device, setting="device")
     policy = LanguagePolicy.from_pretrained(source).eval().to(device)
     policy.steering = _steering(source, policy, config.beta)
     reference = None

@@ -235,11 +235,19 @@ def test_the_hand_reads_what_the_eyes_say_of_the_plain_pictures(config: TrainVLA
     assert all(parameter.grad is None for parameter in policy.perception.parameters())
 
 
-def test_best_is_chosen_among_the_hands(config: TrainVLABCConfig, tmp_path: Path) -> None:
+def test_best_is_chosen_among_the_hands(config: TrainVLABCConfig, tmp_path: Path, rows_of: Rows) -> None:
     eyes_only = elsewhere(config, tmp_path / "eyes", hand=replace(config.hand, updates=0))
     assert not (train_vla_bc.train(eyes_only).folder / "checkpoints" / "best").exists()
-    best = (train_vla_bc.train(config).folder / "checkpoints" / "best").resolve()
-    assert int(best.name) > config.eyes.updates
+    wild = replace(
+        config, hand=replace(config.hand, updates=12, learning_rate=0.3), run=replace(config.run, keep=99)
+    )
+    for number, one in enumerate((config, wild)):  # the second one's last is not its best
+        folder = train_vla_bc.train(elsewhere(one, tmp_path / str(number))).folder
+        best = int((folder / "checkpoints" / "best").resolve().name)
+        judged = {row["global_step"]: row["eval/nll"] for row in rows_of(folder) if "eval/nll" in row}
+        hands = {step: nll for step, nll in judged.items() if step > config.eyes.updates}
+        assert best == min(hands, key=lambda step: hands[step])
+    assert best < max(hands)
 
 
 def test_failures_are_left_out_and_episodes_held_out_whole(config: TrainVLABCConfig, tmp_path: Path) -> None:
@@ -252,6 +260,9 @@ def test_failures_are_left_out_and_episodes_held_out_whole(config: TrainVLABCCon
     training, validation = train_vla_bc.divide(episodes, config)
     assert sorted(id(episode) for episode in [*training, *validation]) == sorted(map(id, episodes))
     assert (len(training), len(validation)) == (3, 3)
+    _, steps, held_out_steps = train_vla_bc.prepare(config, None, training[:2], validation)
+    assert held_out_steps is not None
+    assert (len(steps), len(held_out_steps)) == (2 * 2, 3 * 2)
     kept, held_out = train_vla_bc.divide(episodes, replace(config, held_out=0.99))
     assert (len(kept), len(held_out)) == (1, 5)  # one episode is always left to learn from
 

@@ -358,6 +358,27 @@ def test_groups_resumed_to_the_bit(
     assert moved(clone, tmp_path / "whole") == {"actor"}
 
 
+def test_a_group_plays_one_scene_and_the_kl_holds_it(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
+    config = grpo_config(clone, tmp_path / "run", kl=KLConfig(coef=0.5, placement="loss", estimator="k2"))
+    config = replace(config, environment=TableConfig(count=4, workers=0, tasks=("reach", "push")))
+    starts: list[torch.Tensor] = []
+    original = train_vla_grpo.judge_chunks
+
+    def judged(experience: Any, **given: Any) -> Any:
+        starts.append(experience.observations["state"][:, 0])
+        return original(experience, **given)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train_vla_grpo, "judge_chunks", judged)
+        result = train_vla_grpo.train(config)
+    for states in starts:
+        assert torch.equal(states[0], states[1])
+        assert torch.equal(states[2], states[3])
+        assert not torch.equal(states[0], states[2])
+    first, second = rows_of(result.folder)
+    assert second["train/reference_kl"] > first["train/reference_kl"] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_the_eyes_may_learn_beside_groups(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
     config = grpo_config(clone, tmp_path / "run", perception=EYES, updates=1)
     result = train_vla_grpo.train(config)

@@ -180,3 +180,14 @@ def test_the_start_and_the_reference(run: Path, tmp_path: Path) -> None:
     character_tokenizer("xyz").save_pretrained(tmp_path / "same")
     with pytest.raises(UserError, match="reads another tokenizer's tokens"):
         evaluate_run(run, replace(QUICK, reference=str(tmp_path / "same")))
+
+
+def test_a_temperature_is_the_policys_and_the_references(run: Path) -> None:
+    """The same model is no distance from itself at any temperature, and less random at a lower one."""
+    found = {
+        temperature: evaluate_run(run, replace(QUICK, samples=8, temperature=temperature, reference=str(run)))
+        for temperature in (1.0, 0.4)
+    }
+    for figures in found.values():
+        assert figures["prompted"]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert found[0.4]["prompted"]["entropy"] < found[1.0]["prompted"]["entropy"] - 0.01
