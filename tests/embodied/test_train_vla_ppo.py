@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 
 from embodied import train_vla_grpo, train_vla_ppo
 from embodied.policies.vla import VLAPolicy
-from embodied.policies.words import Words
 from embodied.train_vla_grpo import TrainVLAGRPOConfig
 from embodied.train_vla_ppo import TrainVLAPPOConfig, rates
 from embodied.vla.grounding import GroundingConfig
-from embodied.vla.learner import TableEvaluationConfig, VLALearner, success_by_task, validation_plays
+from embodied.vla.learner import TableEvaluationConfig, success_by_task, validation_plays
 from embodied.vla.perceiving import PerceptionConfig
 from embodied.vla.seats import TableConfig
 from envs.stepper import EpisodeRecord
 from envs.table.observations import STATE
 from experiment.errors import UserError
 from experiment.run import RunConfig
-from experiment.state import load_state
 from policy_core.grpo import GRPOConfig
 from policy_core.kl import KLConfig
 from policy_core.ppo import PPOConfig
@@ -204,179 +201,7 @@ def test_the_kl_in_the_loss_and_a_learned_deviation(clone: Path, tmp_path: Path,
         recompute_log_probs=True,
     )
     result = train_vla_ppo.train(config)
-    first, second = rows_of(result.folder)
-    assert second["train/reference_kl"] > 0
-    assert second["train/rollout_logprob_gap"] < 1e-4
-    assert second["objective/kl_coef"] != first["objective/kl_coef"]
-    kept = weights(result.folder / "checkpoints" / "last" / "policy")["log_std"]
-    assert not torch.equal(kept, torch.full((4,), -1.0))
-
-
-def assert_resumes(
-    train: Callable[..., Any],
-    config: Any,
-    tmp_path: Path,
-    rows_of: Rows,
-    interrupt_at: Callable[..., None],
-) -> None:
-    """Stopped before its last row and resumed: the same metrics, weights and optimizers as in one go."""
-    whole = train(config)
-    broken = replace(config, run=replace(config.run, folder=str(tmp_path / "broken")))
-    interrupt_at(2, train, broken)
-    again = train(broken, resume=tmp_path / "broken")
-    assert rows_of(again.folder) == rows_of(whole.folder)
-    for file in ("policy/policy.safetensors", "state.safetensors"):
-        expected, found = (run.folder / "checkpoints" / "last" / file for run in (whole, again))
-        assert found.read_bytes() == expected.read_bytes()
-
-
-@pytest.mark.parametrize(("credit", "workers"), [("chunk", 0), ("step", 2)])
-def test_resumed_to_the_bit(
-    clone: Path,
-    tmp_path: Path,
-    rows_of: Rows,
-    interrupt_at: Callable[..., None],
-    credit: Literal["chunk", "step"],
-    workers: int,
-) -> None:
-    config = ppo_config(clone, tmp_path / "whole", horizon=17, total_steps=2 * 2 * 17 * 4)
-    config = replace(
-        config,
-        environment=replace(config.environment, workers=workers),
-        credit=credit,
-        ppo=replace(config.ppo, ratio_level="factor" if credit == "step" else "decision"),
-        kl=KLConfig(coef=0.1, placement="loss", estimator="k2"),
-    )
-    assert_resumes(train_vla_ppo.train, config, tmp_path, rows_of, interrupt_at)
-
-
-def test_a_run_goes_on_without_what_it_was_cloned_from(
-    clone: Path, tmp_path: Path, rows_of: Rows, interrupt_at: Callable[..., None]
-) -> None:
-    """The KL's reference is the run's own: its checkpoints hold it, whatever becomes of the clone's folder."""
-    config = ppo_config(clone, tmp_path / "run", total_steps=3 * STEPS)
-    interrupt_at(2, train_vla_ppo.train, config)
-    shutil.rmtree(clone)
-    resumed = train_vla_ppo.train(config, resume=tmp_path / "run")
-    tiny_policy().save_pretrained(clone)  # another one under its name
-    again = train_vla_ppo.train(replace(config, total_steps=4 * STEPS), resume=resumed.folder)
-    rows = rows_of(again.folder)
-    assert len(rows) == 4
-    assert [row["objective/kl"] < 1.0 for row in rows] == [True] * 4  # of another clone it would be far more
-
-
-def test_eyes_may_begin_to_learn_when_a_run_goes_on(clone: Path, tmp_path: Path) -> None:
-    config = ppo_config(clone, tmp_path / "run", total_steps=STEPS)
-    train_vla_ppo.train(config)
-    more = replace(config, total_steps=2 * STEPS, perception=EYES)
-    again = train_vla_ppo.train(more, resume=tmp_path / "run")
-    assert "perception" in moved(clone, again.folder)
-
-
-def test_another_number_of_tables_or_workers_is_told(clone: Path, tmp_path: Path) -> None:
-    config = ppo_config(clone, tmp_path / "run", total_steps=STEPS)
-    train_vla_ppo.train(config)
-    table = config.environment
-    for environment, setting in ((replace(table, workers=2), "workers"), (replace(table, count=4), "count")):
-        other = replace(config, total_steps=9 * STEPS, environment=environment)
-        with pytest.raises(UserError, match=f"environment.{setting}"):
-            train_vla_ppo.train(other, resume=tmp_path / "run")
-
-
-def test_words_that_the_clone_never_met_are_told_of_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    policy = tiny_policy()
-    known = [word for word in policy.words.vocabulary if word != "the"]
-    mute = VLAPolicy(policy.spaces, policy.config, Words(known))
-    mute.save_pretrained(tmp_path / "mute")
-    train_vla_ppo.train(ppo_config(tmp_path / "mute", tmp_path / "run", horizon=17, total_steps=2 * 2 * 17 * 4))
-    told = [line for line in capsys.readouterr().err.splitlines() if "never met" in line]
-    assert told == ["the policy never met 'the': it reads unknown words alike"]
-
-
-def test_impossible_evaluations_are_refused() -> None:
-    for wrong in ({"every": -1}, {"episodes": 0}):
-        with pytest.raises(ValueError, match="evaluation: every must not be negative, episodes at least 1"):
-            TableEvaluationConfig(**wrong)
-
-
-def test_resumed_to_the_bit_while_the_eyes_learn(
-    clone: Path, tmp_path: Path, rows_of: Rows, interrupt_at: Callable[..., None]
-) -> None:
-    config = ppo_config(clone, tmp_path / "whole", perception=EYES)
-    config = replace(config, ppo=replace(config.ppo, schedule="linear"))
-    assert_resumes(train_vla_ppo.train, config, tmp_path, rows_of, interrupt_at)
-    kept = load_state(tmp_path / "broken" / "checkpoints" / "last")["learner"]["eyes"]
-    assert len(kept["state"]) == len(list(tiny_policy().perception.parameters()))
-    # two updates of three steps of two, two and one picture
-    assert {float(parameter["step"]) for parameter in kept["state"].values()} == {6.0}
-    assert kept["param_groups"][0]["lr"] == pytest.approx(1e-3 / 2)  # the second of two updates
-
-
-def test_the_eyes_have_an_optimizer_and_a_state_of_their_own(clone: Path) -> None:
-    def build() -> VLALearner:
-        return VLALearner.build(
-            VLAPolicy.from_pretrained(clone),
-            None,
-            log_std=None,
-            learn_std=False,
-            critic=True,
-            perception=replace(EYES, grounding=GroundingConfig()),
-            kl=KLConfig(),
-            seed=0,
-        )
-
-    learner, other = build(), build()
-    assert learner.eyes is not None
-    assert other.eyes is not None
-    own = [id(p) for group in learner.eyes.param_groups for p in group["params"]]
-    assert own == list(map(id, learner.policy.perception.parameters()))
-    assert not {id(p) for group in learner.optimizer.param_groups for p in group["params"]} & set(own)
-    for parameter in learner.policy.perception.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    learner.eyes.step()
-    other.load_state_dict(learner.state_dict())
-    mine, its = (one.state_dict()["state"] for one in (learner.eyes, other.eyes))
-    assert mine.keys() == its.keys() == set(range(len(own)))
-    for index, moments in mine.items():
-        assert all(torch.equal(value, its[index][name]) for name, value in moments.items())
-    assert all(moments["exp_avg"].abs().sum() > 0 for moments in mine.values())
-
-
-# ------------------------------------------------------------------ grpo
-
-
-def test_groups_resumed_to_the_bit(
-    clone: Path, tmp_path: Path, rows_of: Rows, interrupt_at: Callable[..., None]
-) -> None:
-    config = grpo_config(clone, tmp_path / "whole", environment=TableConfig(count=2, workers=0, tasks=("reach",)))
-    assert_resumes(train_vla_grpo.train, config, tmp_path, rows_of, interrupt_at)
-    first, second = rows_of(tmp_path / "whole")
-    assert (first["episodes"], second["episodes"]) == (2, 4)
-    assert first["objective/frac_reward_zero_std"] == 0.0
-    assert moved(clone, tmp_path / "whole") == {"actor"}
-
-
-def test_a_group_plays_one_scene_and_the_kl_holds_it(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
-    config = grpo_config(clone, tmp_path / "run", kl=KLConfig(coef=0.5, placement="loss", estimator="k2"))
-    config = replace(config, environment=TableConfig(count=4, workers=0, tasks=("reach", "push")))
-    starts: list[torch.Tensor] = []
-    original = train_vla_grpo.judge_chunks
-
-    def judged(experience: Any, **given: Any) -> Any:
-        starts.append(experience.observations["state"][:, 0])
-        return original(experience, **given)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train_vla_grpo, "judge_chunks", judged)
-        result = train_vla_grpo.train(config)
-    for states in starts:
-        assert torch.equal(states[0], states[1])
-        assert torch.equal(states[2], states[3])
-        assert not torch.equal(states[0], states[2])
-    first, second = rows_of(result.folder)
-    assert second["train/reference_kl"] > first["train/reference_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert all(row["train/reference_kl"] > 0 for row in rows_of(result.folder))
 
 
 def test_the_eyes_may_learn_beside_groups(clone: Path, tmp_path: Path, rows_of: Rows) -> None:
