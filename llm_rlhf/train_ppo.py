@@ -31,8 +31,8 @@ from llm_rlhf.online.learner import (
     stopping_on_nan,
 )
 from llm_rlhf.online.moved import set_rates
+from llm_rlhf.online.process_term import ProcessTermConfig
 from llm_rlhf.online.settings import AnswersConfig
-from llm_rlhf.rewards.process_term import ProcessTermConfig
 from llm_rlhf.tasks.task import build_task
 from policy_core.kl import KLConfig
 from policy_core.ppo import PPOConfig, update

@@ -59,7 +59,7 @@ EVALUATORS: dict[str, str] = {
     "llm": "llm_rlhf.evaluate",
     "llm/dpo": "llm_rlhf.evaluate_preference",
     "llm/kto": "llm_rlhf.evaluate_preference",
-    "llm/process_reward": "llm_rlhf.train_process_reward",
+    "llm/process_reward": "llm_rlhf.evaluate_process_reward",
     "llm/reward": "llm_rlhf.evaluate_reward",
     "llm/turns_grpo": "llm_rlhf.evaluate_turns",
     "llm/turns_ppo": "llm_rlhf.evaluate_turns",

@@ -24,11 +24,11 @@ from llm_rlhf.online.experience import Sampler, Shaper, build_sampler
 from llm_rlhf.online.monitor import Monitor, Shown
 from llm_rlhf.online.moved import Counters, Imitated, Moved
 from llm_rlhf.online.pretraining_mix import PretrainingMix, PretrainingMixConfig
+from llm_rlhf.online.process_term import ProcessTerm, ProcessTermConfig
 from llm_rlhf.online.recording import conclude, folders_of, log_completions, texts_of
 from llm_rlhf.online.self_imitation import GoodAnswers
 from llm_rlhf.online.settings import AnswersConfig, OnlineConfig, ValidationConfig
 from llm_rlhf.rewards.functions import Scores
-from llm_rlhf.rewards.process_term import ProcessTerm, ProcessTermConfig
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.room import require_room
 from llm_rlhf.tasks.task import Task

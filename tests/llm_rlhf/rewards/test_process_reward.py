@@ -16,6 +16,7 @@ from experiment.config import build_from_dict
 from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf import train_process_reward
+from llm_rlhf.evaluate_process_reward import EvaluateConfig, evaluate_run
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.tokenizer import character_tokenizer
 from llm_rlhf.rewards.process_reward import (
@@ -30,7 +31,7 @@ from llm_rlhf.rewards.process_reward import (
     tokenize_steps,
 )
 from llm_rlhf.rewards.reward_model import Scorer, build_reward_model, named_reward
-from llm_rlhf.train_process_reward import EvaluateConfig, TrainProcessRewardConfig, evaluate_run
+from llm_rlhf.train_process_reward import TrainProcessRewardConfig
 
 CHARACTERS = character_tokenizer("abc:\n")
 
