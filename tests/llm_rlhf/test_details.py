@@ -23,6 +23,7 @@ from llm_rlhf import (
     train_rejection,
     train_reward,
     train_sft,
+    train_turns_grpo,
     train_turns_ppo,
 )
 from llm_rlhf.data.pairs import TokenizedPairs
@@ -208,7 +209,9 @@ def speller(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": "ab" * i + "a", "completion": "b"} for i in range(6)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "own.py").write_text(
-        "def count(prompts, completions):\n    return [text.count('a') for text in completions]\n"
+        "def count(prompts, completions):\n    return [text.count('a') for text in completions]\n\n"
+        "class Echo:\n    def reset(self, row):\n        pass\n\n"
+        "    def respond(self, text):\n        return 'ab', 0.0, False\n"
     )
     return folder
 
@@ -237,6 +240,13 @@ def texts_of(texts: TokenizedTexts) -> bool:
             "update",
             lambda _, given: apart(given["rollout"].actions, given["rollout"].mask),
         ),
+        *[
+            (module, recipe, "update", lambda _, given: apart(given["rollout"].actions, given["rollout"].mask))
+            for module, recipe in (
+                (train_turns_ppo, "TrainTurnsPPOConfig"),
+                (train_turns_grpo, "TrainTurnsGRPOConfig"),
+            )
+        ],
         (train_rejection, "TrainRejectionConfig", "supervised_step", lambda args, _: texts_of(args[2])),
         (
             train_iterative_dpo,
@@ -268,6 +278,14 @@ def test_what_was_drawn_is_what_is_learned(
     sections: dict[str, Any] = {
         "TrainPPOConfig": {"sampling": {"updates": 1, "prompts": 16}},
         "TrainGRPOConfig": {"sampling": {"updates": 1, "prompts": 16}},
+        **{
+            name: {
+                "sampling": {"updates": 1, "prompts": 16},
+                "turns": {"environment": f"{speller}/own.py:Echo", "max_turns": 2, "max_turn_tokens": 4},
+                "generation": {"max_new_tokens": 10},
+            }
+            for name in ("TrainTurnsPPOConfig", "TrainTurnsGRPOConfig")
+        },
         "TrainRejectionConfig": {"sft": {"steps": 1, "batch_size": 4}, "rejection": {"threshold": 0.0, "keep": 4}},
         "TrainIterativeDPOConfig": {"learning": {"steps": 1, "batch_size": 4}},
     }
