@@ -12,6 +12,7 @@ import torch
 
 from embodied.logged.offline import (
     Inputs,
+    LoggedDataConfig,
     OfflineConfig,
     Parts,
     adam,
@@ -22,10 +23,12 @@ from embodied.logged.offline import (
     record,
 )
 from embodied.logged.transitions import reward_scale
+from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector
 from experiment.run import Run, RunResult
 from policy_core import awac
 from policy_core.awac import AWACConfig
+from policy_core.critics import ActorCritic
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,9 @@ def train(config: TrainAWACConfig, *, resume: Path | None = None) -> RunResult:
     updates = 1 if config.run.dry_run else config.updates
     inputs = Inputs.read(config)
     with Run.start(config, recipe="embodied/awac", resume=resume) as run:
-        policy = new_policy(config, inputs, "bounded")
-        networks = new_networks(config, policy)
-        of_policy = adam(policy.parameters(), config.policy_learning_rate)
-        of_critic = adam(networks.critic.parameters(), config.critic_learning_rate)
-        parts = Parts(
-            {"policy": policy, "critic": networks.critic, "target": networks.target},
-            {"policy": of_policy, "critic": of_critic},
-            torch.Generator().manual_seed(config.run.seed),
-            reward_scale(inputs.episodes, config.data),
-        )
+        rates = (config.policy_learning_rate, config.critic_learning_rate)
+        policy, networks, parts = new_parts(config, inputs, rates=rates)
+        movers = (parts.optimizers["policy"], parts.optimizers["critic"])
         first = parts.resume(run.checkpoint)
         data = offline_data(config, inputs, policy)
         with Collector(config.environment, policy, steps=1, seed=config.run.seed) as collector:
@@ -60,10 +56,20 @@ def train(config: TrainAWACConfig, *, resume: Path | None = None) -> RunResult:
             for update in range(first, updates + 1):
                 batch, _, _ = data.draw(config.batch_size, parts.generator)
                 with precision(config):
-                    metrics = awac.update(
-                        networks, of_policy, of_critic, batch, config.awac, generator=parts.generator
-                    )
+                    metrics = awac.update(networks, *movers, batch, config.awac, generator=parts.generator)
                 with torch.no_grad():
                     policy.log_std.clamp_(*config.log_std_bounds)
                 record(run, metrics, parts, policy, collector, config, update=update)
         return run.finish()
+
+
+def new_parts(
+    config: LoggedDataConfig, inputs: Inputs, *, rates: tuple[float, float]
+) -> tuple[StatePolicy, ActorCritic, Parts]:
+    """What AWAC moves, offline and on: the policy, critics and their slow copy. rates: of policy and critics."""
+    policy = new_policy(config, inputs, "bounded")
+    networks = new_networks(config, policy)
+    movers = {"policy": adam(policy.parameters(), rates[0]), "critic": adam(networks.critic.parameters(), rates[1])}
+    modules = {"policy": policy, "critic": networks.critic, "target": networks.target}
+    scale = reward_scale(inputs.episodes, config.data)
+    return policy, networks, Parts(modules, movers, torch.Generator().manual_seed(config.run.seed), scale)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from embodied.logged.offline import Inputs, Parts, adam, new_networks, new_policy, precision
+from embodied.logged.offline import Inputs, precision
 from embodied.logged.practice import Practice, PracticeConfig, practise
-from embodied.logged.transitions import reward_scale
+from embodied.train_awac import new_parts
 from experiment.checkpoint import Checkpoint
 from experiment.run import RunResult
 from policy_core import awac
@@ -48,15 +48,8 @@ def build(
 
     UserError if that run does not fit.
     """
-    policy = new_policy(config, inputs, "bounded")
-    networks = new_networks(config, policy)
-    movers = {
-        "policy": adam(policy.parameters(), config.policy_learning_rate),
-        "critic": adam(networks.critic.parameters(), config.critic_learning_rate),
-    }
-    modules = {"policy": policy, "critic": networks.critic, "target": networks.target}
-    scale = reward_scale(inputs.episodes, config.data)
-    parts = Parts(modules, movers, torch.Generator().manual_seed(config.run.seed), scale)
+    rates = (config.policy_learning_rate, config.critic_learning_rate)
+    policy, networks, parts = new_parts(config, inputs, rates=rates)
     practice = Practice.begin(config, inputs, policy, parts, checkpoint, offline="embodied/awac")
     return practice, partial(improve, networks, practice, config)
 

@@ -12,6 +12,7 @@ import torch
 
 from embodied.logged.offline import (
     Inputs,
+    LoggedDataConfig,
     OfflineConfig,
     Parts,
     adam,
@@ -22,11 +23,13 @@ from embodied.logged.offline import (
     record,
 )
 from embodied.logged.transitions import reward_scale
+from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector
 from experiment.run import Run, RunResult
 from policy_core import cql
 from policy_core.cql import CQLConfig, Multiplier
-from policy_core.sac import Coefficient, Optimizers
+from policy_core.critics import ActorCritic
+from policy_core.sac import Coefficient, Optimizers, SACConfig
 
 
 @dataclass(frozen=True)
@@ -46,29 +49,9 @@ def train(config: TrainCQLConfig, *, resume: Path | None = None) -> RunResult:
     updates = 1 if config.run.dry_run else config.updates
     inputs = Inputs.read(config)
     with Run.start(config, recipe="embodied/cql", resume=resume) as run:
-        policy = new_policy(config, inputs, "squashed")
-        networks = new_networks(config, policy)
-        temperature, coefficient = Coefficient(config.cql.sac.initial_temperature), Coefficient(1.0)
-        movers = {
-            "policy": adam(policy.parameters(), config.policy_learning_rate),
-            "critic": adam(networks.critic.parameters(), config.critic_learning_rate),
-            "temperature": adam(temperature.parameters(), config.policy_learning_rate),
-            "multiplier": adam(coefficient.parameters(), config.policy_learning_rate),
-        }
-        optimizers = Optimizers(movers["policy"], movers["critic"], movers["temperature"])
-        multiplier = None if config.cql.threshold is None else Multiplier(coefficient, movers["multiplier"])
-        parts = Parts(
-            {
-                "policy": policy,
-                "critic": networks.critic,
-                "target": networks.target,
-                "temperature": temperature,
-                "multiplier": coefficient,
-            },
-            movers,
-            torch.Generator().manual_seed(config.run.seed),
-            reward_scale(inputs.episodes, config.data),
-        )
+        rates = (config.policy_learning_rate, config.critic_learning_rate)
+        policy, moving = new_parts(config, inputs, rates=rates, sac=config.cql.sac)
+        parts, multiplier = moving.parts, moving.multiplier if config.cql.threshold is not None else None
         first = parts.resume(run.checkpoint)
         data = offline_data(config, inputs, policy)
         with Collector(config.environment, policy, steps=1, seed=config.run.seed) as collector:
@@ -77,9 +60,9 @@ def train(config: TrainCQLConfig, *, resume: Path | None = None) -> RunResult:
                 batch, returns, _ = data.draw(config.batch_size, parts.generator)
                 with precision(config):
                     metrics = cql.update(
-                        networks,
-                        temperature,
-                        optimizers,
+                        moving.networks,
+                        moving.temperature,
+                        moving.optimizers,
                         batch,
                         config.cql,
                         multiplier=multiplier,
@@ -88,3 +71,40 @@ def train(config: TrainCQLConfig, *, resume: Path | None = None) -> RunResult:
                     )
                 record(run, metrics, parts, policy, collector, config, update=update)
         return run.finish()
+
+
+@dataclass(frozen=True)
+class Moving:
+    """What CQL and soft actor-critic move; parts: the same by name, for checkpoints."""
+
+    networks: ActorCritic
+    temperature: Coefficient
+    optimizers: Optimizers
+    multiplier: Multiplier
+    parts: Parts
+
+
+def new_parts(
+    config: LoggedDataConfig, inputs: Inputs, *, rates: tuple[float, float], sac: SACConfig
+) -> tuple[StatePolicy, Moving]:
+    """The policy and all that learns with it, offline and on. rates: of the policy (and of coefficients) and of the
+    critics."""
+    policy = new_policy(config, inputs, "squashed")
+    networks = new_networks(config, policy)
+    temperature, coefficient = Coefficient(sac.initial_temperature), Coefficient(1.0)
+    modules = {
+        "policy": policy,
+        "critic": networks.critic,
+        "target": networks.target,
+        "temperature": temperature,
+        "multiplier": coefficient,
+    }
+    learned = {name: module for name, module in modules.items() if name != "target"}
+    movers = {
+        name: adam(module.parameters(), rates[1] if name == "critic" else rates[0])
+        for name, module in learned.items()
+    }
+    scale = reward_scale(inputs.episodes, config.data)
+    parts = Parts(modules, movers, torch.Generator().manual_seed(config.run.seed), scale)
+    optimizers = Optimizers(movers["policy"], movers["critic"], movers["temperature"])
+    return policy, Moving(networks, temperature, optimizers, Multiplier(coefficient, movers["multiplier"]), parts)

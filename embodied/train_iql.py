@@ -14,6 +14,7 @@ import torch
 
 from embodied.logged.offline import (
     Inputs,
+    LoggedDataConfig,
     OfflineConfig,
     Parts,
     adam,
@@ -24,10 +25,11 @@ from embodied.logged.offline import (
     record,
 )
 from embodied.logged.transitions import reward_scale
-from embodied.policies.state_mlp import ValueUnits
+from embodied.policies.state_mlp import StatePolicy, ValueUnits
 from embodied.rollouts.rollout import Collector
 from experiment.run import Run, RunResult
 from policy_core import iql
+from policy_core.critics import ActorCritic
 from policy_core.iql import IQLConfig
 
 
@@ -47,13 +49,7 @@ def train(config: TrainIQLConfig, *, resume: Path | None = None) -> RunResult:
     updates = 1 if config.run.dry_run else config.updates
     inputs = Inputs.read(config)
     with Run.start(config, recipe="embodied/iql", resume=resume) as run:
-        policy = new_policy(config, inputs, "bounded")
-        scale = reward_scale(inputs.episodes, config.data)
-        policy.value_units = ValueUnits(scale, config.data.shift)
-        networks = new_networks(config, policy)
-        optimizer = adam([*policy.parameters(), *networks.critic.parameters()], config.learning_rate)
-        modules = {"policy": policy, "critic": networks.critic, "target": networks.target}
-        parts = Parts(modules, {"all": optimizer}, torch.Generator().manual_seed(config.run.seed), scale)
+        policy, networks, parts = new_parts(config, inputs, learning_rate=config.learning_rate)
         first = parts.resume(run.checkpoint)
         data = offline_data(config, inputs, policy)
         traced = iql.traced_gradient(networks)
@@ -62,8 +58,22 @@ def train(config: TrainIQLConfig, *, resume: Path | None = None) -> RunResult:
             for update in range(first, updates + 1):
                 batch, _, _ = data.draw(config.batch_size, parts.generator)
                 with precision(config):
-                    metrics = iql.update(networks, optimizer, batch, config.iql, traced=traced)
+                    metrics = iql.update(networks, parts.optimizers["all"], batch, config.iql, traced=traced)
                 with torch.no_grad():
                     policy.log_std.clamp_(*config.log_std_bounds)
                 record(run, metrics, parts, policy, collector, config, update=update)
         return run.finish()
+
+
+def new_parts(
+    config: LoggedDataConfig, inputs: Inputs, *, learning_rate: float
+) -> tuple[StatePolicy, ActorCritic, Parts]:
+    """What IQL moves, offline and on: the policy with its value, critics and their slow copy; one optimizer."""
+    policy = new_policy(config, inputs, "bounded")
+    scale = reward_scale(inputs.episodes, config.data)
+    policy.value_units = ValueUnits(scale, config.data.shift)
+    networks = new_networks(config, policy)
+    optimizer = adam([*policy.parameters(), *networks.critic.parameters()], learning_rate)
+    modules = {"policy": policy, "critic": networks.critic, "target": networks.target}
+    parts = Parts(modules, {"all": optimizer}, torch.Generator().manual_seed(config.run.seed), scale)
+    return policy, networks, parts

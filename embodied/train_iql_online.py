@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from embodied.logged.offline import Inputs, Parts, adam, new_networks, new_policy, precision
+from embodied.logged.offline import Inputs, precision
 from embodied.logged.practice import Practice, PracticeConfig, practise
-from embodied.logged.transitions import reward_scale
-from embodied.policies.state_mlp import ValueUnits
+from embodied.train_iql import new_parts
 from experiment.checkpoint import Checkpoint
 from experiment.run import RunResult
 from policy_core import iql
@@ -52,13 +51,7 @@ def build(
 
     UserError if that run does not fit.
     """
-    policy = new_policy(config, inputs, "bounded")
-    scale = reward_scale(inputs.episodes, config.data)
-    policy.value_units = ValueUnits(scale, config.data.shift)
-    networks = new_networks(config, policy)
-    optimizer = adam([*policy.parameters(), *networks.critic.parameters()], config.learning_rate)
-    modules = {"policy": policy, "critic": networks.critic, "target": networks.target}
-    parts = Parts(modules, {"all": optimizer}, torch.Generator().manual_seed(config.run.seed), scale)
+    policy, networks, parts = new_parts(config, inputs, learning_rate=config.learning_rate)
     practice = Practice.begin(config, inputs, policy, parts, checkpoint, offline="embodied/iql")
     return practice, partial(improve, networks, practice, config, iql.traced_gradient(networks))
 

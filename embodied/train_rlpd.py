@@ -14,18 +14,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from embodied.logged.offline import CriticConfig, Inputs, Parts, adam, new_networks, new_policy, precision
+from embodied.logged.offline import CriticConfig, Inputs, precision
 from embodied.logged.practice import Practice, PracticeConfig, practise
-from embodied.logged.transitions import reward_scale
+from embodied.train_cql import Moving, new_parts
 from experiment.checkpoint import Checkpoint
 from experiment.run import RunResult
 from policy_core import cql, sac
-from policy_core.cql import CQLConfig, Multiplier
-from policy_core.critics import ActorCritic
+from policy_core.cql import CQLConfig
 from policy_core.metrics import Metrics
-from policy_core.sac import Coefficient, Optimizers, SACConfig
+from policy_core.sac import SACConfig
 
 
 @dataclass(frozen=True)
@@ -63,55 +60,32 @@ def build(
 
     UserError if that run does not fit.
     """
-    policy = new_policy(config, inputs, "squashed")
-    networks = new_networks(config, policy)
-    temperature, coefficient = Coefficient(config.sac.initial_temperature), Coefficient(1.0)
-    movers = {
-        "policy": adam(policy.parameters(), config.policy_learning_rate),
-        "critic": adam(networks.critic.parameters(), config.critic_learning_rate),
-        "temperature": adam(temperature.parameters(), config.policy_learning_rate),
-        "multiplier": adam(coefficient.parameters(), config.policy_learning_rate),
-    }
-    modules = {
-        "policy": policy,
-        "critic": networks.critic,
-        "target": networks.target,
-        "temperature": temperature,
-        "multiplier": coefficient,
-    }
-    scale = reward_scale(inputs.episodes, config.data)
-    parts = Parts(modules, movers, torch.Generator().manual_seed(config.run.seed), scale)
-    practice = Practice.begin(config, inputs, policy, parts, checkpoint, offline="embodied/cql")
-    return practice, partial(improve, networks, practice, config)
+    rates = (config.policy_learning_rate, config.critic_learning_rate)
+    policy, moving = new_parts(config, inputs, rates=rates, sac=config.sac)
+    practice = Practice.begin(config, inputs, policy, moving.parts, checkpoint, offline="embodied/cql")
+    return practice, partial(improve, moving, practice, config)
 
 
-def improve(networks: ActorCritic, practice: Practice, config: TrainRLPDConfig, updates: int) -> Metrics:
+def improve(moving: Moving, practice: Practice, config: TrainRLPDConfig, updates: int) -> Metrics:
     """A round's `updates` of the critics, and those of policy and temperature; the last one's metrics."""
     metrics: Metrics = {}
-    parts = practice.parts
-    temperature, coefficient = parts.modules["temperature"], parts.modules["multiplier"]
-    assert isinstance(temperature, Coefficient)
-    assert isinstance(coefficient, Coefficient)
-    movers = dict(parts.optimizers)
-    of_multiplier = movers.pop("multiplier")
+    generator = practice.parts.generator
     lagrange = config.conservative is not None and config.conservative.threshold is not None
-    multiplier = Multiplier(coefficient, of_multiplier) if lagrange else None
-    common = (networks, temperature, Optimizers(**movers))
+    common = (moving.networks, moving.temperature, moving.optimizers)
     for number in range(1, updates + 1):
         improved = number % config.policy_every == 0 or number == updates
-        batch, returns = practice.memory.draw(config, parts.generator)
+        batch, returns = practice.memory.draw(config, generator)
         with precision(config):
             if config.conservative is None:
-                metrics = sac.update(*common, batch, config.sac, generator=parts.generator, improve=improved)
+                metrics = sac.update(*common, batch, config.sac, generator=generator, improve=improved)
             else:
-                calibrated = replace(config.conservative, sac=config.sac)
                 metrics = cql.update(
                     *common,
                     batch,
-                    calibrated,
-                    multiplier=multiplier,
+                    replace(config.conservative, sac=config.sac),
+                    multiplier=moving.multiplier if lagrange else None,
                     returns=returns,
-                    generator=parts.generator,
+                    generator=generator,
                     improve=improved,
                 )
     return metrics
