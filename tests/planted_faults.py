@@ -349,8 +349,20 @@ FAULTS = (
         "the early stop comes too early",
     ),
     Fault("ppo", "if done < len(batches):", "if done < 0:", "the early stop ends one epoch only"),
-    Fault("ppo", "if not math.isfinite(norm):", "if math.isinf(norm):", "a NaN gradient is stepped on"),
-    Fault("ppo", "if norm > max_grad_norm:", "if norm < max_grad_norm:", "small gradients are blown up"),
+    Fault(
+        "ppo",
+        "split_rows(shuffled, [least + (step < more) for step in range(steps)])",
+        "split_rows(shuffled, config.minibatch_size)",
+        "what is left over makes a step of its own",
+    ),
+    Fault("optimizer", "if not math.isfinite(norm):", "if math.isinf(norm):", "a NaN gradient is stepped on"),
+    Fault("optimizer", "if norm > max_grad_norm:", "if norm < max_grad_norm:", "small gradients are blown up"),
+    Fault(
+        "masking", "torch.where(mask & ~flat,", "torch.where(mask,", "rounding is normalised to a deviation of one"
+    ),
+    Fault(
+        "grpo", "earned = returns if scores is None else", "earned = returns if True else", "the KL makes a signal"
+    ),
     # ------------------------------------------------------------ grpo, bc
     Fault(
         "grpo",
