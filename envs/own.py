@@ -31,7 +31,7 @@ def load_own(name: str) -> Any:
         raise ValueError(f"{name}: there is no file {path}")
     try:
         module = _module(file.resolve(), file.stat().st_mtime_ns)
-    except Exception as error:  # whatever the user's file raises
+    except (Exception, SystemExit) as error:  # whatever the user's file raises; nobody would hear of an exit
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}: importing {path} failed: {type(error).__name__}: {reason}") from error
     if not hasattr(module, attribute):

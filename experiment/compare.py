@@ -179,6 +179,8 @@ def _draw(
         axes.set_xlabel(over, fontsize=8)
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 4))
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--save: {str(path)!r} is no name of a picture; give one that ends in .png")
     temporary = path.with_name(f".tmp-{path.name}")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

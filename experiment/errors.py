@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}
+_STORAGE |= {errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 class UserError(Exception):

@@ -81,6 +81,8 @@ class RunConfig:
         for name in ("threads", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.threads > 1024:
+            raise ValueError(f"threads must be at most 1024, got {self.threads}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
         if not re.fullmatch(r"[\w.-]+", self.name):

@@ -78,6 +78,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch_size < 1:
             raise ValueError("evaluation: samples and batch_size must be at least 1")
+        if not 0 < self.temperature < float("inf") or not 0 <= self.seed < 2**63:
+            raise ValueError("evaluation: temperature must be above 0, seed between 0 and 2**63 - 1")
         if self.prompts is not None and self.prompts < 1:
             raise ValueError(f"evaluation.prompts must be at least 1, got {self.prompts}")
         if any(not 1 <= size <= self.samples for size in self.best_of):

@@ -71,6 +71,8 @@ class LearningConfig:
             raise ValueError("learning: steps, batch_size and micro_batch_size must be at least 1")
         if self.learning_rate <= 0 or self.model_learning_rate < 0:
             raise ValueError("learning: learning_rate must be positive, model_learning_rate must not be negative")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"learning.gamma must be in (0, 1], got {self.gamma}")
 

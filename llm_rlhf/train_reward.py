@@ -123,6 +123,8 @@ class RewardLearningConfig:
             raise ValueError("learning: steps, batch_size and micro_batch_size must be at least 1")
         if not (self.epochs > 0 and self.learning_rate > 0 and self.head_learning_rate > 0):
             raise ValueError("learning: epochs, learning_rate and head_learning_rate must be positive")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ class SupervisedConfig:
             raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
         if self.learning_rate < 0 or self.weight_decay < 0 or self.max_grad_norm <= 0:
             raise ValueError("learning_rate and weight_decay must not be negative, max_grad_norm must be above 0")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,11 @@ class PPOConfig:
             raise ValueError("ppo.gamma must be in (0, 1] and ppo.gae_lambda in [0, 1]")
         if self.aggregation == "constant" and self.aggregation_constant is None:
             raise ValueError("ppo.aggregation 'constant' needs ppo.aggregation_constant")
+        for name in ("clip_range_high", "value_clip_range", "target_kl", "aggregation_constant"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"ppo.{name} must be above 0, got {value}")
+        if self.value_coef < 0 or self.critic_warmup < 0 or not 0 <= self.warmup < 1:
+            raise ValueError("ppo.value_coef and critic_warmup must not be negative, ppo.warmup in [0, 1)")
 
     def critic_only(self, updates: int) -> int:
         """How many of a run's `updates` teach the critic alone; the last is the policy's, however short a run."""

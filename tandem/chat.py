@@ -44,6 +44,10 @@ class ChatConfig:
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise ValueError(f"--temperature must not be negative, got {self.temperature}")
+        if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
+            raise ValueError(f"--temperature must be 0, or a number from 0.0001 on, got {self.temperature}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be between 0 and 2**63 - 1, got {self.seed}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
         if self.plain and self.system is not None:
@@ -95,7 +99,10 @@ def talk(conversation: Conversation, *, source: TextIO, out: TextIO) -> None:
         if asking:
             out.write(PROMPT)
             out.flush()
-        line = source.readline()
+        try:
+            line = source.readline()
+        except UnicodeDecodeError as error:
+            raise UserError(f"the input is not UTF-8 ({error.reason} at byte {error.start} of it)") from error
         said = line.strip()
         if not line or said == "/quit":
             if asking and not line:

@@ -28,7 +28,8 @@ _EPISODE = "episode_{:06d}.hdf5"
 
 def staging_folder(target: Path) -> Path:
     """Where `target` is built."""
-    return target.with_name(f"{target.name}.unfinished")
+    whole = Path(os.path.abspath(target))  # "." has no name of its own
+    return whole.with_name(f"{whole.name}.unfinished")
 
 
 def interrupted(target: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 import torch
@@ -73,6 +73,9 @@ class LoggedDataConfig:
         for name in ("batch_size", "log_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for one in fields(self):
+            if one.name.endswith("learning_rate") and getattr(self, one.name) < 0:
+                raise ValueError(f"{one.name} must not be negative, got {getattr(self, one.name)}")
         if self.episodes < 0:
             raise ValueError(f"episodes must not be negative, got {self.episodes}")
 

@@ -31,6 +31,18 @@ def read_causal(source: str) -> PreTrainedModel:
             f"model.path: {source} lacks {len(missing)} of its model's weights, such as {missing[0]}; "
             "they would be random"
         )
+    _require_causal(model, source)
     if getattr(model, "_hf_peft_config_loaded", False):  # an adapter in the model's own folder: see load_adapted
         vars(model).pop("_weight_conversions", None)
     return model
+
+
+@torch.no_grad()
+def _require_causal(model: PreTrainedModel, source: str) -> None:
+    """Raise UserError where what a token's logits are depends on what comes after it (BERT's, say)."""
+    tokens = torch.tensor([[0, 0], [0, 1]])
+    first = model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, 0]
+    if not torch.allclose(first[0], first[1], atol=1e-4):
+        raise UserError(
+            f"model.path: {source} is no causal language model: what it says of a token depends on later ones"
+        )

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from experiment.errors import UserError
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.online.critic import ActorCritic, ValueModel
@@ -41,6 +42,8 @@ class Counters:
 
 def progress_of(step: int, total: int, counters: Counters, max_seconds: float | None) -> float:
     """How far a run is before update `step`, 0..1: by updates or, where that is further, by its time limit."""
+    if max_seconds is not None and max_seconds <= 0:
+        raise UserError(f"max_seconds must be above 0, got {max_seconds:g}")
     by_time = 0.0 if max_seconds is None else counters.seconds / max_seconds
     return min(max((step - 1) / total, by_time), 1.0)
 

@@ -61,7 +61,7 @@ def read_cache(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
             found = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a file of reference log-probs ({error}); delete it") from error
+        raise UserError(f"{path}: not a file of reference log-probs ({error}); give another path") from error
     if not {"weights", "texts"} <= found.keys():
         raise UserError(f"{path}: not a file of reference log-probs; give another path")
     return tensors, found

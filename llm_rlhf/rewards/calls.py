@@ -24,6 +24,9 @@ RewardFunction = Callable[..., Sequence[float | None]]
 AsyncRewardFunction = Callable[..., Awaitable[Sequence[float | None]]]
 AnyRewardFunction = RewardFunction | AsyncRewardFunction
 
+LARGEST = 1e30
+"""Of a reward: float32 holds the sum and the square of no larger ones."""
+
 REPLY_SECONDS = 1.0
 """How soon an event loop that no function blocks answers."""
 
@@ -104,12 +107,12 @@ def _given(function: AnyRewardFunction, columns: Mapping[str, list[Any]]) -> Map
 def _call(name: str, function: AnyRewardFunction, arguments: dict[str, Any], timeout: float | None) -> list[Any]:
     """One plain function's answer. Without a limit it runs right here, else on a thread of its own."""
     if timeout is None:
-        return _outcome(name, lambda: function(**arguments))
+        return _outcome(name, lambda: _listed(function(**arguments)))
     answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
     def run() -> None:
         try:
-            answer.set_result(function(**arguments))
+            answer.set_result(_listed(function(**arguments)))  # a generator runs here
         except BaseException as error:  # SystemExit too: it is raised again where the answer is awaited
             answer.set_exception(error)
 
@@ -122,11 +125,18 @@ def _call(name: str, function: AnyRewardFunction, arguments: dict[str, Any], tim
 def _outcome(name: str, answer: Callable[[], Any]) -> list[Any]:
     """What a function answered, as a list. Raises UserError if it raised, or answered no list."""
     try:
-        return list(answer())
+        return _listed(answer())
     except SystemExit as error:  # it would end the run, and nobody would hear of it
         raise UserError(f"rewards.{name}: it called sys.exit({error.code})") from error
     except Exception as error:
         raise UserError(f"rewards.{name}: it raised {type(error).__name__}: {_one_line(error)}") from error
+
+
+def _listed(answer: Any) -> list[Any]:
+    """Rewards as a list. Raises TypeError for what can be gone through but is no list of rewards."""
+    if isinstance(answer, (str, bytes, Mapping)):
+        raise TypeError(f"it returned a {type(answer).__name__}, not a list of rewards")
+    return list(answer)
 
 
 def _checked(name: str, values: list[Any], completions: list[str]) -> list[float]:
@@ -137,8 +147,8 @@ def _checked(name: str, values: list[Any], completions: list[str]) -> list[float
         if value is None:
             continue
         try:
-            finite = math.isfinite(float(value))
-        except (TypeError, ValueError):
+            finite = not isinstance(value, str) and abs(float(value)) <= LARGEST
+        except (TypeError, ValueError, OverflowError):
             finite = False
         if not finite:
             raise UserError(

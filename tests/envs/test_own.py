@@ -63,3 +63,10 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path: Path, text: str | None,
         load_own(f"{file}:answer")
     assert str(caught.value).startswith(f"{file}:answer: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_ends_the_process_is_told(tmp_path: Path) -> None:
+    """It would end a run with exit code 0, and nobody would hear of it."""
+    (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(ValueError, match=r"importing .*mine\.py failed: SystemExit: 0"):
+        load_own(f"{tmp_path}/mine.py:anything")

@@ -113,6 +113,8 @@ def test_mistakes(two_runs: list[Path], tmp_path: Path) -> None:
         compare([tmp_path / "nowhere"], console=quiet)
     with pytest.raises(UserError, match=r"no metric matches eva/\*; there are eval/success_rate, rewards"):
         compare(two_runs, metrics=["eva/*"], console=quiet)
+    with pytest.raises(UserError, match=r"--save: '.*pairs\.jsonl' is no name of a picture"):
+        compare(two_runs, figure=tmp_path / "pairs.jsonl", console=quiet)
     with pytest.raises(UserError, match="cannot draw over steps; choose one of global_step"):
         compare(two_runs, over="steps", console=quiet)
     with pytest.raises(UserError, match="none of these runs counts tokens"):

@@ -366,6 +366,7 @@ def test_finish_twice_and_errors_inside(toy: SimpleNamespace, tmp_path: Path, fa
     "changes, message",
     [
         ({"threads": 0}, "threads must be at least 1"), ({"keep": 0}, "keep must be at least 1"),
+        ({"threads": 100_000}, "threads must be at most 1024"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"), ({"seed": -1}, "seed must be between"),
         ({"seed": 2**32}, "seed must be between"), ({"name": ""}, "name must be letters"),
     ],

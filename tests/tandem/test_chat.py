@@ -88,6 +88,11 @@ def test_plain_lines_are_prompts_of_their_own() -> None:
     assert ["".join(talking.say("12+3=")), "".join(talking.say("and?"))] == [texts[0] for texts in expected]
     with pytest.raises(ValueError, match="--system"):
         ChatConfig(system="s", plain=True)
+    for temperature in (float("nan"), 1e-40, float("inf")):
+        with pytest.raises(ValueError, match=r"--temperature must be 0, or a number from 0\.0001 on"):
+            ChatConfig(temperature=temperature)
+    with pytest.raises(ValueError, match="--seed must be between 0 and"):
+        ChatConfig(seed=2**64)
 
 
 def test_a_full_context_forgets_the_oldest_turns_and_says_so_once() -> None:

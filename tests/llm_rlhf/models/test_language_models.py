@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
     BioGptConfig,
     BloomConfig,
     FalconConfig,
@@ -326,6 +328,14 @@ def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path, capfd: pytest.Ca
     with pytest.raises(UserError, match=r"lacks \d+ of its model's weights, such as .*; they would be random$"):
         load_language_model(tmp_path)
     assert capfd.readouterr() == ("", "")  # the error's one line says it all
+
+
+def test_a_model_that_sees_what_follows_is_refused(tmp_path: Path) -> None:
+    """Trained as a causal one it would learn to look ahead, and say nothing of it."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertLMHeadModel(BertConfig(vocab_size=20, intermediate_size=16, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^model\.path: .* is no causal language model"):
+        LanguagePolicy.from_pretrained(tmp_path)
 
 
 def test_bad_model_paths_are_user_errors(tmp_path: Path) -> None:

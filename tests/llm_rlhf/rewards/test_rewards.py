@@ -105,6 +105,11 @@ def test_functions_that_cannot_be_used_are_named_at_the_start(tmp_path: Path, bo
         ("[1 / 0, 0.0]", "raised ZeroDivisionError: division by zero"),
         ("None", "raised TypeError"),
         ("exit(3)", r"called sys\.exit\(3\)"),
+        ("{0: 1.0, 1: 2.0}", "it returned a dict, not a list of rewards"),
+        ("'11'", "it returned a str, not a list of rewards"),
+        ("['0.5', 0.0]", "returned '0.5' for completion 'a'"),
+        ("[10**400, 0.0]", "returned 1000"),
+        ("[0.0, 1e39]", r"returned 1e\+39 for completion 'b'"),
     ],
 )
 def test_bad_results_name_the_function(tmp_path: Path, result: str, message: str) -> None:
@@ -292,3 +297,10 @@ def test_async_functions_come_from_files_too(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match="asks for a column 'answer'"):
         resolve({name: 1.0}, own={}, columns=[])
+
+
+def test_a_generator_that_hangs_is_within_the_time_limit(tmp_path: Path) -> None:
+    body = "import threading\ndef score(prompts, completions):\n    threading.Event().wait()\n    yield 1.0\n"
+    rewards = resolve({write(tmp_path, body): 1.0}, own={}, columns=[], timeout=0.05)
+    with pytest.raises(UserError, match=r"no answer within 0\.05 seconds"):
+        rewards(["p"], ["a"], {})
