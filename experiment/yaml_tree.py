@@ -134,8 +134,8 @@ def _neighbours(path: Path) -> str:
 
 def _parse(text: str, source: str, marks: dict[Where, str], path: Where) -> Any:
     """Parse YAML into plain values and fill `marks`; the line is left out for the command line."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         return None if node is None else _plain(loader, node, source, marks, path, ())
     except yaml.MarkedYAMLError as error:

@@ -94,7 +94,7 @@ def read_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     place, name = tree.where(("recipe",)), tree.pop("recipe", None)
     if name is None:
         raise UserError(f"{tree.source}: missing key recipe; the recipes are {', '.join(RECIPES)}")
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise UserError(f"{place}: recipe: unknown recipe {name!r}; {suggest(str(name), RECIPES)}")
     module_name, class_name = RECIPES[name]
     module = importlib.import_module(module_name)

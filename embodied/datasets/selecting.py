@@ -102,6 +102,8 @@ def split_indices(episodes: int, fractions: Sequence[float], seed: int) -> list[
     """
     if any(not fraction > 0 for fraction in fractions) or sum(fractions) > 1 + 1e-9:
         raise UserError(f"fractions must be positive and add up to at most 1, got {' '.join(map(str, fractions))}")
+    if seed < 0:
+        raise UserError(f"--seed must not be negative, got {seed}")
     bounds = [0, *np.rint(np.cumsum(fractions) * episodes).astype(int).tolist()]
     parts = list(itertools.pairwise(bounds))
     if any(begin == end for begin, end in parts):

@@ -43,6 +43,10 @@ class StatePolicyConfig:
     head: Head = "gaussian"
     normalize_observations: bool = True
 
+    def __post_init__(self) -> None:
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(f"policy.hidden must be widths of at least 1, got {list(self.hidden)}")
+
     def outputs(self, spaces: Spaces) -> int:
         """Width of the actor's last layer."""
         return spaces.action_size * (2 if self.head == "squashed" and not spaces.discrete else 1)

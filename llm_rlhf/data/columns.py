@@ -62,6 +62,11 @@ class ColumnNames:
             )
 
 
+def listed(columns: Mapping[str, Any]) -> str:
+    """The columns of a row, and which of them are null: those count as missing."""
+    return ", ".join(name if value is not None else f"{name} = null" for name, value in columns.items())
+
+
 def kind_of(columns: Mapping[str, Any], names: ColumnNames) -> Kind | None:
     """The column type of a row; null columns count as absent. None where it is none of them."""
     there = {name for name, value in columns.items() if value is not None}
@@ -88,7 +93,7 @@ def read_comparison(row: Row, names: ColumnNames, *, transcripts: Transcripts = 
     columns, place = row.columns, row.place
     for name in (names.chosen, names.rejected):
         if columns.get(name) is None:
-            raise UserError(f"{place}: column {name!r} is missing (there is {', '.join(columns)})")
+            raise UserError(f"{place}: column {name!r} is missing (there is {listed(columns)})")
     tied = _flag(columns, names.tie, place) if columns.get(names.tie) is not None else False
     parts = _three_texts(row, names, transcripts)
     if parts is None:
@@ -108,7 +113,7 @@ def read_feedback_row(row: Row, names: ColumnNames) -> Feedback | str:
     columns, place = row.columns, row.place
     for name in (names.completion, names.label):
         if columns.get(name) is None:
-            raise UserError(f"{place}: column {name!r} is missing (there is {', '.join(columns)})")
+            raise UserError(f"{place}: column {name!r} is missing (there is {listed(columns)})")
     desirable = _flag(columns, names.label, place)
     if columns.get(names.prompt) is not None:
         prompt, completion = _prompt_and(row, names, names.completion)

@@ -127,6 +127,8 @@ def _array_rows(file: Path) -> Iterator[Row]:
         raise UserError(f"{file}:{line}: not UTF-8 text") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise UserError(f"{file}: JSON that cannot be read ({str(error).split(';')[0]})") from error
     for number, columns in enumerate(rows, start=1):
         if not isinstance(columns, dict):
             raise UserError(f"{file}: row {number}: expected a JSON object, got {type(columns).__name__}")

@@ -61,6 +61,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}:{number}: not UTF-8 text") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise UserError(f"{path}:{number}: JSON that cannot be read ({str(error).split(';')[0]})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 

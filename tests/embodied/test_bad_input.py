@@ -188,6 +188,8 @@ CASES = {
     "wrong_choice": Case(PPO, ("command line", "policy.activation", "thah", "tanh"), ("policy.activation=thah",)),
     "impossible_number": Case(PPO, ("workers must be 0..count", "5"), ("environment.workers=5",)),
     "unknown_recipe": Case(PPO.replace("embodied/ppo", "embodied/pop"), ("unknown recipe", "embodied/ppo")),
+    "no_recipe": Case(PPO.replace("embodied/ppo", "[1]"), ("unknown recipe [1]",)),
+    "no_width": Case(PPO + "policy: {hidden: [0]}\n", ("policy.hidden must be widths of at least 1, got [0]",)),
     "unknown_environment": Case(
         PPO, ("Pendulum-v9", "did you mean 'Pendulum-v1'"), ("environment.id=Pendulum-v9",)
     ),
