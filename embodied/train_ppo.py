@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,19 @@ class Inputs:
             raise UserError(f"init: {config.init} is a policy for {clone.spaces}, the environment has {spaces}")
         if clone is not None and clone.config.head == "values":
             raise UserError(f"init: {config.init} says what choices are worth, not how often to take them")
+        if clone is not None:
+            require_same_policy(config.policy, clone.config)
         demonstrations = DemonstrationBatches.load(config.demonstrations, environment, config.run.seed)
         return cls(environment, clone, demonstrations)
+
+
+def require_same_policy(asked: StatePolicyConfig, found: StatePolicyConfig) -> None:
+    """UserError where a setting of `policy` was changed, which the policy to start from brings itself."""
+    for one in fields(asked):
+        wanted, own = getattr(asked, one.name), getattr(found, one.name)
+        if wanted not in (own, getattr(StatePolicyConfig(), one.name)):
+            hint = "; log_std sets where it begins to explore" if one.name == "log_std" else ""
+            raise UserError(f"policy.{one.name}: the policy that init names brings its own, {own}{hint}")
 
 
 @dataclass

@@ -223,6 +223,22 @@ def test_a_clone_starts_as_it_is(
     assert [row["objective/kl_coef"] for row in rows] == [0.5] * 5 + [pytest.approx(0.4)]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": (9, 9)}, r"^policy\.hidden: the policy that init names brings its own, \(.*\)$"),
+        ({"log_std": 0.3}, r"^policy\.log_std: .*; log_std sets where it begins to explore$"),
+        ({"normalize_observations": False}, r"^policy\.normalize_observations: .* brings its own, True$"),
+    ],
+)
+def test_a_clone_brings_its_own_shape(
+    config: TrainPPOConfig, clone: Path, pendulum_demonstrations: Path, changes: dict[str, Any], message: str
+) -> None:
+    started = replace(config, **from_clone(clone, pendulum_demonstrations))
+    with pytest.raises(UserError, match=message):
+        train_ppo.train(replace(started, policy=StatePolicyConfig(**changes)))
+
+
 def test_the_kl_is_to_the_clone(config: TrainPPOConfig, clone: Path, rows_of: Rows) -> None:
     """Where only the deviation differs the KL is known: log(s0/s1) + s1^2 / (2 s0^2) - 1/2 nats a decision."""
     reference = StatePolicy.from_pretrained(clone)
