@@ -28,8 +28,8 @@ _EPISODE = "episode_{:06d}.hdf5"
 
 def staging_folder(target: Path) -> Path:
     """Where `target` is built."""
-    whole = Path(os.path.abspath(target))  # "." has no name of its own
-    return whole.with_name(f"{whole.name}.unfinished")
+    named = target if target.name else Path(os.path.abspath(target))  # "." has no name of its own
+    return named.with_name(f"{named.name}.unfinished")
 
 
 def interrupted(target: Path) -> str | None:

@@ -143,6 +143,17 @@ def test_validate_tells_of_an_interrupted_conversion(flat: Path, capsys: pytest.
     assert tandem("validate", "there") == 0
 
 
+def test_the_folder_one_is_in_is_a_data_set(
+    flat: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ "." has no name beside which a writing could lie unfinished."""
+    assert tandem("convert", "flat.hdf5", "there", "--to", "minari") == 0
+    monkeypatch.chdir("there")
+    capsys.readouterr()
+    assert tandem("validate", ".") == 0
+    assert "no problems" in capsys.readouterr().out
+
+
 def test_validate_says_what_is_wrong(flat: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with h5py.File(flat, "a") as file:
         file["rewards"][7] = np.nan
