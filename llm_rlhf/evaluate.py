@@ -123,6 +123,7 @@ def evaluate_policy(
     generator = torch.Generator().manual_seed(config.seed)
     greedy: dict[str, list[Tensor]] = {name: [] for name in judging}
     drawn: dict[str, list[Tensor]] = {name: [] for name in judging}
+    ends = end_ids(tokenizer, policy.model)
     totals = {"entropy": 0.0, "tokens": 0.0, "finished": 0.0, "kl": 0.0}
     with at_temperature(policy, config.temperature):
         for start in range(0, len(examples), config.batch_size):
@@ -133,7 +134,7 @@ def evaluate_policy(
                     encode_prompts(tokenizer, [example.prompt for example in batch]),
                     samples_per_prompt=count,
                     max_new_tokens=limit,
-                    ends=end_ids(tokenizer, policy.model),
+                    ends=ends,
                     pad=pad_id(tokenizer),
                     generator=source,
                 )

@@ -25,14 +25,12 @@ from llm_rlhf.data.pairs import TokenizedPairs
 from llm_rlhf.data.texts import Batches, TokenizedTexts, concatenate
 from llm_rlhf.evaluate import START
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
-from llm_rlhf.models.generation import GenerationConfig, Samples, at_temperature
-from llm_rlhf.models.loading import ModelConfig
+from llm_rlhf.models.generation import Samples, at_temperature
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.online.experience import (
     OverlongConfig,
     Sampler,
     Shaper,
-    ShapingConfig,
     build_sampler,
     joined_scores,
     kl_spent,
@@ -48,9 +46,10 @@ from llm_rlhf.online.learner import (
     stopping_on_nan,
     validate,
 )
-from llm_rlhf.online.monitor import Monitor, MonitorConfig, Shown
+from llm_rlhf.online.monitor import Monitor, Shown
 from llm_rlhf.online.moved import Counters, progress_of
 from llm_rlhf.online.recording import conclude, log_completions, texts_of, writer
+from llm_rlhf.online.settings import SampledConfig
 from llm_rlhf.preferences.learning import (
     LearningConfig,
     ReferencedPairs,
@@ -59,8 +58,7 @@ from llm_rlhf.preferences.learning import (
     pair_step,
 )
 from llm_rlhf.rewards.functions import Scores
-from llm_rlhf.rewards.safety import SafetyConfig
-from llm_rlhf.tasks.task import TaskConfig, build_task
+from llm_rlhf.tasks.task import build_task
 from policy_core.preference import NEEDS_REFERENCE, PreferenceConfig
 from policy_core.schedules import scheduled
 
@@ -90,7 +88,7 @@ class IterativeConfig:
 
 
 @dataclass(frozen=True)
-class TrainIterativeDPOConfig:
+class TrainIterativeDPOConfig(SampledConfig):
     """Everything an iterative run is made of.
 
     rewards             name (or file.py:function, or a reward model's run) -> weight; empty = the task's own
@@ -101,21 +99,12 @@ class TrainIterativeDPOConfig:
     """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="iterative-dpo", checkpoint_every=100))
-    task: TaskConfig = field(default_factory=TaskConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    rewards: dict[str, float] = field(default_factory=dict)
-    rewards_timeout: float | None = None
-    safety: SafetyConfig = field(default_factory=SafetyConfig)
     overlong: OverlongConfig | None = None
-    shaping: ShapingConfig = field(default_factory=ShapingConfig)
     iterative: IterativeConfig = field(default_factory=IterativeConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     nll_coef: float = 0.2
     learning: LearningConfig = field(default_factory=LearningConfig)
     validation: ValidationConfig = field(default_factory=lambda: ValidationConfig(every=100))
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    log_every: int = 1
 
     def __post_init__(self) -> None:
         if self.nll_coef < 0:

@@ -16,17 +16,15 @@ import torch
 
 from experiment.errors import UserError
 from experiment.run import Run, RunConfig, RunResult
-from llm_rlhf.data.texts import Batches, TokenizedTexts, columns_of, concatenate, tokenize
+from llm_rlhf.data.texts import Batches, TokenizedTexts, concatenate, demonstrated_columns, tokenize
 from llm_rlhf.evaluate import START
 from llm_rlhf.models.causal import build_policy
-from llm_rlhf.models.generation import GenerationConfig, at_temperature
-from llm_rlhf.models.loading import ModelConfig
+from llm_rlhf.models.generation import at_temperature
 from llm_rlhf.models.precision import require_precision
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.online.experience import (
     Sampler,
     Shaper,
-    ShapingConfig,
     build_sampler,
     kl_spent,
     reference_log_probs,
@@ -41,12 +39,12 @@ from llm_rlhf.online.learner import (
     stopping_on_nan,
     validate,
 )
-from llm_rlhf.online.monitor import Monitor, MonitorConfig, Shown
+from llm_rlhf.online.monitor import Monitor, Shown
 from llm_rlhf.online.moved import Counters
 from llm_rlhf.online.recording import conclude, texts_of, writer
-from llm_rlhf.rewards.safety import SafetyConfig
+from llm_rlhf.online.settings import SampledConfig
 from llm_rlhf.tasks.examples import Example
-from llm_rlhf.tasks.task import Task, TaskConfig, build_task
+from llm_rlhf.tasks.task import Task, build_task
 from llm_rlhf.train_sft import SupervisedConfig, make_optimizer, supervised_step
 
 RECIPE = "llm/rejection"
@@ -77,28 +75,17 @@ class RejectionConfig:
 
 
 @dataclass(frozen=True)
-class TrainRejectionConfig:
+class TrainRejectionConfig(SampledConfig):
     """Everything a rejection-sampling run is made of.
 
-    rewards             name (or file.py:function) -> weight
-    rewards_timeout     seconds that one call of a reward function may take; null = any
-    safety              rules that no reward buys off
     shaping             what completions are worth that were cut: "penalise" them or "drop" them; of samples
     monitor             of samples; demonstrations climb no reward
     """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="rejection", checkpoint_every=500))
-    task: TaskConfig = field(default_factory=TaskConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    rewards: dict[str, float] = field(default_factory=dict)
-    rewards_timeout: float | None = None
-    safety: SafetyConfig = field(default_factory=SafetyConfig)
-    shaping: ShapingConfig = field(default_factory=ShapingConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     sft: SupervisedConfig = field(default_factory=SupervisedConfig)
     validation: ValidationConfig = field(default_factory=lambda: ValidationConfig(every=500))
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     log_every: int = 50
 
     def __post_init__(self) -> None:
@@ -351,8 +338,7 @@ def good_demonstrations(
 ) -> tuple[TokenizedTexts, dict[str, float]]:
     """The demonstrations that reach the threshold."""
     examples = list(sampler.task.demonstrations)
-    count = len(examples)
-    columns = {**columns_of(examples), "sample_index": list(range(count)), "finished": [True] * count}
+    columns = demonstrated_columns(examples)
     scores = sampler.rewards(
         [example.prompt for example in examples], [example.completion for example in examples], columns
     )

@@ -203,6 +203,12 @@ def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
     return {name: [example.columns[name] for example in examples] for name in sorted(shared)}
 
 
+def demonstrated_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """What reward functions are told of demonstrations: their columns, and those that come with completions."""
+    count = len(examples)
+    return {**columns_of(examples), "sample_index": list(range(count)), "finished": [True] * count}
+
+
 class Batches:
     """Endless shuffled row numbers, without repeats within an epoch; its state goes into a checkpoint."""
 

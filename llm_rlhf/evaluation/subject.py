@@ -113,6 +113,7 @@ class Subject:
         given = [self._given(prompt) for prompt in prompts]
         ids = [self._fitting(one, room) for one in encode_prompts(self.tokenizer, given)]
         generator = torch.Generator().manual_seed(decoding.seed) if decoding.temperature > 0 else None
+        ends = end_ids(self.tokenizer, self.policy.model)
         texts: list[str] = []
         with at_temperature(self.policy, decoding.temperature or 1.0):
             for start in range(0, len(ids), self.batch_size):
@@ -121,7 +122,7 @@ class Subject:
                     ids[start : start + self.batch_size],
                     samples_per_prompt=decoding.samples,
                     max_new_tokens=decoding.max_new_tokens,
-                    ends=end_ids(self.tokenizer, self.policy.model),
+                    ends=ends,
                     pad=pad_id(self.tokenizer),
                     generator=generator,
                 )

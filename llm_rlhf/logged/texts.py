@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 from llm_rlhf.data.chat import ASSISTANT, Chat, Message, completion_tokens
-from llm_rlhf.data.texts import columns_of, encode_prompts
+from llm_rlhf.data.texts import demonstrated_columns, encode_prompts
 from llm_rlhf.rewards.functions import resolve
 from llm_rlhf.tasks.examples import Piece
 from llm_rlhf.tasks.task import Task
@@ -87,8 +87,7 @@ def logged_texts(task: Task, rewards: dict[str, float]) -> list[Sequence[Piece]]
             raise UserError("rewards: the file brings its own; leave this section out")
         return list(task.logged)
     examples = list(task.demonstrations)
-    count = len(examples)
-    columns = {**columns_of(examples), "sample_index": list(range(count)), "finished": [True] * count}
+    columns = demonstrated_columns(examples)
     score = resolve(rewards or task.gold, own=task.rewards, columns=list(columns))
     scores = score([example.prompt for example in examples], [example.completion for example in examples], columns)
     texts: list[Sequence[Piece]] = [

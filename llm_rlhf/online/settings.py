@@ -1,4 +1,4 @@
-"""What the configurations of PPO and GRPO share, of single answers and of several turns."""
+"""What the configurations of recipes share that learn from what their policy writes."""
 
 from __future__ import annotations
 
@@ -32,16 +32,13 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
-class OnlineConfig:
+class SampledConfig:
     """A run that learns from what its policy writes.
 
     rewards             name (or file.py:function, or a reward model's run) -> weight; empty = the task's own
     rewards_timeout     seconds that one call of a reward function may take; null = any
     safety              rules that no reward buys off
     shaping             what becomes of scores, and of texts that were cut, before anything is learned from them
-    ptx                 texts that are imitated beside the rewards
-    precision           "bf16": the model's matrix products in bfloat16 (autocast), in sampling and in updates;
-                        log-softmax, losses, weights and optimizer stay float32
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -52,13 +49,24 @@ class OnlineConfig:
     rewards_timeout: float | None = None
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    log_every: int = 1
+
+
+@dataclass(frozen=True)
+class OnlineConfig(SampledConfig):
+    """A run of PPO or GRPO, of single answers or of several turns.
+
+    ptx         texts that are imitated beside the rewards
+    precision   "bf16": the model's matrix products in bfloat16 (autocast), in sampling and in updates; log-softmax,
+                losses, weights and optimizer stay float32
+    """
+
     ppo: PPOConfig = field(default_factory=PPOConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     ptx: PretrainingMixConfig = field(default_factory=PretrainingMixConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     precision: Precision = "float32"
-    log_every: int = 1
 
 
 @dataclass(frozen=True)

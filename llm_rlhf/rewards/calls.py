@@ -107,7 +107,7 @@ def _given(function: AnyRewardFunction, columns: Mapping[str, list[Any]]) -> Map
 def _call(name: str, function: AnyRewardFunction, arguments: dict[str, Any], timeout: float | None) -> list[Any]:
     """One plain function's answer. Without a limit it runs right here, else on a thread of its own."""
     if timeout is None:
-        return _outcome(name, lambda: _listed(function(**arguments)))
+        return _outcome(name, lambda: function(**arguments))
     answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
     def run() -> None:
