@@ -1,6 +1,6 @@
 """Behaviour cloning of demonstrations in a state policy.
 
-    tandem train configs/embodied/adroit_door_bc.yaml demonstrations=door.hdf5
+    tandem train configs/embodied/adroit_door_bc.yaml data.path=door.hdf5
 
 The likelihood of the demonstrated actions is maximised; a share of the episodes is held out, and the weights that
 explain them best are the run's `best` checkpoint. The environment is played now and then to see what that is worth.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from embodied.datasets.episode import Episode
 from embodied.evaluate import VALIDATION_SEEDS, seeds, summarize
-from embodied.logged.demonstrations import best_episodes, read_demonstrations, stack_steps
+from embodied.logged.demonstrations import EpisodesConfig, read_demonstrations, stack_steps
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector, fresh_policy
@@ -35,12 +35,8 @@ from policy_core.schedules import Schedule, scheduled, set_learning_rate
 class TrainBCConfig:
     """A run of behaviour cloning.
 
-    demonstrations      a data set in any format that `tandem data inspect` reads; it needs no rewards
-    observation_keys    which of its vectors make the observation, in which order; None: all of them
-    subset              only the episodes of this filter key (robomimic's mask)
-    best                share of the episodes that is learned from: those of the highest return (filtered cloning),
-                        of equal returns the successful
-    held_out            share of these kept for validation
+    data                the demonstrations; they need no rewards
+    held_out            share of their episodes kept for validation
     observation_noise   noise added to each observation, in its standard deviations: a clone that has seen only the
                         demonstrators' own states drifts off them and is lost (Adroit door: 0 to 50% success)
     min_log_std         lower bound of the fitted deviation: a policy without noise cannot be improved by PPO
@@ -50,10 +46,7 @@ class TrainBCConfig:
     run: RunConfig = field(default_factory=RunConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     policy: StatePolicyConfig = field(default_factory=StatePolicyConfig)
-    demonstrations: str = ""
-    observation_keys: tuple[str, ...] | None = None
-    subset: str | None = None
-    best: float = 1.0
+    data: EpisodesConfig = field(default_factory=EpisodesConfig)
     held_out: float = 0.1
     updates: int = 5_000
     batch_size: int = 256
@@ -65,8 +58,6 @@ class TrainBCConfig:
     episodes: int = 20
 
     def __post_init__(self) -> None:
-        if not 0 < self.best <= 1:
-            raise ValueError(f"best must be in (0, 1], got {self.best}")
         if min(self.updates, self.batch_size, self.evaluate_every) < 1 or self.episodes < 0:
             raise ValueError("updates, batch_size and evaluate_every must be at least 1, episodes not negative")
         if not 0 <= self.held_out < 1:
@@ -105,10 +96,7 @@ class Steps:
 
 def read(config: TrainBCConfig, environment: EnvironmentSpec) -> tuple[Steps, Steps | None]:
     """Training and validation steps, split by episodes with the run's seed."""
-    recorded = read_demonstrations(
-        config.demonstrations, environment, observation_keys=config.observation_keys, subset=config.subset
-    )
-    episodes = best_episodes(recorded, config.best)
+    episodes = read_demonstrations(config.data, environment)
     order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
     count = min(round(config.held_out * len(episodes)), len(episodes) - 1)
     held_out, kept = order[:count], sorted(order[count:])
@@ -118,8 +106,6 @@ def read(config: TrainBCConfig, environment: EnvironmentSpec) -> tuple[Steps, St
 
 def train(config: TrainBCConfig, *, resume: Path | None = None) -> RunResult:
     """Clone, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
-    if not config.demonstrations:
-        raise UserError("demonstrations is not set: give a file, demonstrations=PATH")
     environment = environment_spec(config.environment)
     if environment.discrete:
         raise UserError(f"environment.id: {environment.env_id} has discrete actions, cloning needs continuous ones")

@@ -1,6 +1,6 @@
 """Behaviour cloning of recorded demonstrations in a vision-language-action policy.
 
-    tandem train configs/embodied/table_bc.yaml dataset=PATH
+    tandem train configs/embodied/table_bc.yaml data.path=PATH
 
 First the eyes learn where the named things were and what was asked, then the hand learns what was done: it reads
 what the finished eyes say of the recorded pictures. Learning both at once cost a seventh of the successes: the hand
@@ -67,14 +67,33 @@ class PartConfig:
 
 
 @dataclass(frozen=True)
+class PicturesConfig:
+    """Which recorded episodes are learned from.
+
+    path        folder of a LeRobot data set
+    cameras     whose images the policy sees
+    successes   only the episodes that succeeded (those that do not say, too)
+    episodes    only the first so many of the data set; None: all
+    """
+
+    path: str | None = None
+    cameras: tuple[str, ...] = ("front",)
+    successes: bool = True
+    episodes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.cameras:
+            raise ValueError("cameras must name one at least")
+        if self.episodes is not None and self.episodes < 1:
+            raise ValueError(f"episodes must be at least 1, got {self.episodes}")
+
+
+@dataclass(frozen=True)
 class TrainVLABCConfig:
     """A run of behaviour cloning from images.
 
-    dataset             folder of a LeRobot data set
-    cameras             whose images the policy sees
-    successes           use only the episodes that succeeded (those that do not say, too)
-    episodes            use only the first so many; None = all
-    held_out            share of the episodes kept for validation
+    data                the demonstrations
+    held_out            share of their episodes kept for validation
     init                folder of a policy to start from; it brings its own `policy`, vocabulary and normalisers
     eyes, hand          how each learns, one after the other, each on the schedule
     advantage           imitate a step in proportion to how good an IQL run on the privileged state finds it
@@ -89,10 +108,7 @@ class TrainVLABCConfig:
     policy: VLAConfig = field(default_factory=VLAConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     grounding: GroundingConfig = field(default_factory=GroundingConfig)
-    dataset: str = ""
-    cameras: tuple[str, ...] = ("front",)
-    successes: bool = True
-    episodes: int | None = None
+    data: PicturesConfig = field(default_factory=PicturesConfig)
     held_out: float = 0.05
     init: str | None = None
     eyes: PartConfig = field(default_factory=lambda: PartConfig(updates=5_000, batch_size=64, learning_rate=2e-3))
@@ -106,30 +122,28 @@ class TrainVLABCConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if not self.cameras:
-            raise ValueError("cameras must name one at least")
         if not 0 <= self.held_out < 1 or not 0 <= self.word_dropout < 1:
             raise ValueError("held_out and word_dropout must be in [0, 1)")
         if self.eyes.updates + self.hand.updates < 1 or self.evaluate_every < 1:
             raise ValueError("eyes.updates or hand.updates, and evaluate_every, must be at least 1")
 
 
-def read(config: TrainVLABCConfig) -> list[RecordedEpisode]:
+def read(config: PicturesConfig) -> list[RecordedEpisode]:
     """The episodes that the configuration asks for. UserError if there is none or the folder is no data set."""
-    if not config.dataset:
-        raise UserError("dataset is not set: give the folder of a LeRobot data set, dataset=PATH")
-    dataset = LeRobotDataset(Path(config.dataset))
+    if not config.path:
+        raise UserError("data.path is not set: give the folder of a LeRobot data set, data.path=PATH")
+    dataset = LeRobotDataset(Path(config.path))
     count = len(dataset) if config.episodes is None else min(config.episodes, len(dataset))
     episodes = [dataset.read(index) for index in range(count)]
     if config.successes:
         episodes = [episode for episode in episodes if episode.success is not False]
     if not episodes:
-        raise UserError(f"{config.dataset}: no {'successful ' if config.successes else ''}episodes")
+        raise UserError(f"{config.path}: no {'successful ' if config.successes else ''}episodes")
     missing = set(config.cameras) - set(episodes[0].images)
     if missing:
         known = ", ".join(episodes[0].images) or "none"
-        raise UserError(f"{config.dataset}: no camera {min(missing)!r}; the cameras are {known}")
-    print(f"{config.dataset}: {len(episodes)} of {len(dataset)} episodes", file=sys.stderr, flush=True)
+        raise UserError(f"{config.path}: no camera {min(missing)!r}; the cameras are {known}")
+    print(f"{config.path}: {len(episodes)} of {len(dataset)} episodes", file=sys.stderr, flush=True)
     return episodes
 
 
@@ -174,7 +188,7 @@ class Part:
 def train(config: TrainVLABCConfig, *, resume: Path | None = None) -> RunResult:
     """Clone, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
     device = find_device(config.device, setting="device")
-    episodes, held_out = divide(read(config), config)
+    episodes, held_out = divide(read(config.data), config)
     if config.run.dry_run:
         config = replace(config, eyes=replace(config.eyes, updates=1), hand=replace(config.hand, updates=1))
     with Run.start(config, recipe="embodied/vla_bc", resume=resume) as run:
@@ -298,10 +312,10 @@ def prepare(
     texts = [*(episode.instruction for episode in episodes), *config.grounding.texts()]
     words = Words.of(texts) if start is None else start.words
     length = config.policy.length if start is None else start.config.length
-    steps = weighted(ControlSteps.of(episodes, config.cameras, words, length), config.advantage)
+    steps = weighted(ControlSteps.of(episodes, config.data.cameras, words, length), config.advantage)
     validation = None
     if held_out:
-        validation = weighted(ControlSteps.of(held_out, config.cameras, words, length), config.advantage)
+        validation = weighted(ControlSteps.of(held_out, config.data.cameras, words, length), config.advantage)
     if start is None:
         policy = VLAPolicy(steps.spaces(), config.policy, words)
         policy.learn_normalization(proprio=steps.proprio, state=steps.state)
@@ -331,7 +345,7 @@ def ground(policy: VLAPolicy, config: TrainVLABCConfig) -> GroundingScenes | Non
     if not config.grounding.scenes:
         return None
     return GroundingScenes.collect(
-        config.grounding, policy, seed=config.run.seed, source=config.dataset, dry_run=config.run.dry_run
+        config.grounding, policy, seed=config.run.seed, source=config.data.path, dry_run=config.run.dry_run
     )
 
 

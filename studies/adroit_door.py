@@ -49,7 +49,7 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
         tree.pop("recipe")
         return build(tree, schema)
 
-    train_bc(config_of("bc", TrainBCConfig, f"demonstrations={options.data}"))
+    train_bc(config_of("bc", TrainBCConfig, f"data.path={options.data}"))
     clone = folders["bc"] / "checkpoints" / "last" / "policy"
     result = train_ppo(config_of("ppo", TrainPPOConfig, f"init={clone}", f"demonstrations.path={options.data}"))
 

@@ -30,7 +30,7 @@ from tandem.recipes import find_config, read_plan
 WATCHED = ("episodes=50", "evaluate_every=100")
 """Of the online methods: validation episodes, and the rounds (of 128 environment steps) between evaluations."""
 METHODS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "bc": ("bc", ("demonstrations=DATA", "evaluate_every=2000")),
+    "bc": ("bc", ("data.path=DATA", "evaluate_every=2000")),
     "iql": ("iql", ("data.path=DATA",)),
     "cql": ("cal_ql", ("data.path=DATA", "calibrated=false", "precision=bf16")),
     "cal_ql": ("cal_ql", ("data.path=DATA", "precision=bf16")),

@@ -137,7 +137,7 @@ def described(algorithm: str, data: Path, updates: int) -> tuple[str, list[str]]
         case "bc":
             own = ["policy.hidden=[256,256]", "policy.activation=relu", "learning_rate=3e-4", "observation_noise=0"]
             own.append("environment.max_episode_steps=null")  # the door's limit
-            return "adroit_door_bc", [f"demonstrations={data}", f"updates={updates}", *own]
+            return "adroit_door_bc", [f"data.path={data}", f"updates={updates}", *own]
     own = ["precision=bf16"] if algorithm.endswith("_bf16") else []
     return f"half_cheetah_{algorithm.removesuffix('_bf16')}", [f"data.path={data}", f"updates={updates}", *own]
 

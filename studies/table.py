@@ -62,7 +62,7 @@ def clone(folder: Path, demonstrations: RecordConfig, *overrides: str) -> Figure
     data = RUNS / f"table-demonstrations-{described}-{demonstrations.seed}"
     record_expert(data, demonstrations)
     tree = read_tree(
-        CONFIGS / "table_bc.yaml", [f"dataset={data}", *_common(folder, demonstrations.seed), *overrides]
+        CONFIGS / "table_bc.yaml", [f"data.path={data}", *_common(folder, demonstrations.seed), *overrides]
     )
     tree.pop("recipe")
     result = train_vla_bc.train(build(tree, train_vla_bc.TrainVLABCConfig))

@@ -68,12 +68,12 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
     require("table_mixed", needed)
     folder = RUNS / f"table_mixed-{cell}"
     mixed = data / "mixed"
-    cloned = (f"demonstrations={mixed}", "held_out=0.0")  # IQL holds nothing out either
+    cloned = (f"data.path={mixed}", "held_out=0.0")  # IQL holds nothing out either
     match stage:
         case "bc":
             return learn("table_state_bc", folder, seed, *cloned)
         case "filtered":
-            return learn("table_state_bc", folder, seed, *cloned, "best=0.5")
+            return learn("table_state_bc", folder, seed, *cloned, "data.best=0.5")
         case "iql":
             return learn("table_state_iql", folder, seed, f"data.path={mixed}")
     start = RUNS / f"table_mixed-{needed}" / "checkpoints" / "last" / "policy"

@@ -33,9 +33,9 @@ from studies.table_mixed import GOOD, MISHEARD, NOISE, PLAYED, SEEDS, TASKS, WEA
 EPISODES = 200
 """Test episodes of a task."""
 HANDS: dict[str, tuple[str, ...]] = {
-    "clone": ("successes=false",),
-    "weighted": ("successes=false",),
-    "successes": ("successes=true",),
+    "clone": ("data.successes=false",),
+    "weighted": ("data.successes=false",),
+    "successes": ("data.successes=true",),
 }
 """Stage -> overrides; `weighted` gets its critic as well."""
 STAGES = ("data", "eyes", "iql", *HANDS)
@@ -54,9 +54,9 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
     if stage == "iql":
         state = "data.observation_keys=[environment_state]"
         return seconds(train("table_state_iql", folder, seed, f"data.path={data}", state, PLAYED))
-    every = [f"dataset={data}", "held_out=0.0", "run.threads=1"]
+    every = [f"data.path={data}", "held_out=0.0", "run.threads=1"]
     if stage == "eyes":
-        eyes_alone = ("successes=false", "hand.updates=0", "eyes.updates=5000")
+        eyes_alone = ("data.successes=false", "hand.updates=0", "eyes.updates=5000")
         return seconds(train("table_bc", folder, seed, *every, *eyes_alone))
     require("table_pictures", f"eyes-{seed}")
     eyes = RUNS / f"table_pictures-eyes-{seed}" / "checkpoints" / "last" / "policy"

@@ -43,7 +43,7 @@ def run_robot(root: Path, *, dry_run: bool, seed: int = 0) -> RobotOutcome:
     count = 6 if dry_run else DEMONSTRATIONS
     record_expert(demonstrations, RecordConfig(tasks=TASKS, episodes=count, noise=0.4, seed=seed))
     seeded = f"run.seed={seed}"
-    clone = _train("table_bc", root / "robot-clone", dry_run, f"dataset={demonstrations}", seeded)
+    clone = _train("table_bc", root / "robot-clone", dry_run, f"data.path={demonstrations}", seeded)
     policy = clone / "checkpoints" / "last" / "policy"
     small = ["environment.count=2", "horizon=2", "evaluation.every=1", "evaluation.episodes=3"] if dry_run else []
     ppo = _train("table_ppo", root / "robot-ppo", dry_run, f"init={policy}", seeded, *small)

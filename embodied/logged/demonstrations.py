@@ -1,4 +1,4 @@
-"""Demonstrations as training data: batches for cloning, and the likelihood term that PPO may carry along."""
+"""Which recorded episodes are learned from, and the likelihood term of demonstrations that PPO may carry along."""
 
 from __future__ import annotations
 
@@ -21,36 +21,54 @@ from policy_core.ppo import AuxiliaryLoss
 
 
 @dataclass(frozen=True)
-class DemonstrationTerm:
-    """A likelihood term beside PPO's loss, after DAPG's demonstration weight (1709.10087 eq. 8).
+class EpisodesConfig:
+    """Which recorded episodes are learned from.
 
-    coef * decay**update * (mean negative log-likelihood of a batch); path None switches it off.
-    observation_keys, subset: as for cloning.
+    path                a data set in any format that `tandem data inspect` reads
+    observation_keys    which of its vectors make the observation, in which order; None: all of them
+    subset              only the episodes of this filter key (robomimic's mask) or split (LeRobot)
+    best                share of these that is kept, those of the highest return (filtered cloning), of equal
+                        returns the successful; 1: all
     """
 
     path: str | None = None
     observation_keys: tuple[str, ...] | None = None
     subset: str | None = None
+    best: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.best <= 1:
+            raise ValueError(f"best must be in (0, 1], got {self.best}")
+
+    def required_path(self) -> str:
+        """The path. Raises UserError where none is given."""
+        if not self.path:
+            raise UserError("data.path is not set: give a data set, data.path=PATH")
+        return self.path
+
+
+@dataclass(frozen=True)
+class DemonstrationTerm(EpisodesConfig):
+    """A likelihood term beside PPO's loss, after DAPG's demonstration weight (1709.10087 eq. 8).
+
+    coef * decay**update * (mean negative log-likelihood of a batch); path None switches it off.
+    """
+
     coef: float = 0.1
     decay: float = 0.99
     batch_size: int = 256
 
 
-def read_demonstrations(
-    path: str,
-    environment: EnvironmentSpec,
-    *,
-    observation_keys: Sequence[str] | None = None,
-    subset: str | None = None,
-) -> list[Episode]:
-    """The episodes of a data set of any format, with rewards of 0 where there are none.
+def read_demonstrations(config: EpisodesConfig, environment: EnvironmentSpec) -> list[Episode]:
+    """The episodes that `config` names, with rewards of 0 where there are none.
 
-    observation_keys, subset: as in `read_dataset`.
-    UserError if it is damaged or was recorded in another environment.
+    UserError if nothing is named, or what is named is damaged or was recorded in another environment.
     """
-    episodes = read_dataset(path, observation_keys=observation_keys, subset=subset, need_rewards=False)
+    path = config.required_path()
+    keys = config.observation_keys
+    episodes = read_dataset(path, observation_keys=keys, subset=config.subset, need_rewards=False)
     check_against(episodes, environment, path)
-    return episodes
+    return best_episodes(episodes, config.best)
 
 
 def best_episodes(episodes: Sequence[Episode], share: float) -> list[Episode]:
@@ -96,10 +114,7 @@ class DemonstrationBatches:
         """Read the file that `config` names; None without one. UserError if it does not fit."""
         if config.path is None:
             return None
-        episodes = read_demonstrations(
-            config.path, environment, observation_keys=config.observation_keys, subset=config.subset
-        )
-        return cls(*stack_steps(episodes, environment), config, seed)
+        return cls(*stack_steps(read_demonstrations(config, environment), environment), config, seed)
 
     def auxiliary_loss(self, policy: StatePolicy, update: int) -> AuxiliaryLoss:
         """The term of the `update`-th update (from 1), to be called once an optimizer step."""

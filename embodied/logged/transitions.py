@@ -20,7 +20,7 @@ from torch import Tensor
 from embodied.datasets.episode import Episode, check_against, check_choices
 from embodied.datasets.formats import read_dataset
 from embodied.datasets.robomimic import DoneMeaning
-from embodied.logged.demonstrations import best_episodes
+from embodied.logged.demonstrations import EpisodesConfig, best_episodes
 from embodied.policies.state_mlp import StatePolicy
 from envs.make import EnvironmentSpec
 from experiment.errors import UserError
@@ -31,33 +31,26 @@ CLIPPED = 0.05
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What is learned from.
+class DataConfig(EpisodesConfig):
+    """What is learned from, and in which units.
 
-    path        a data set in any format that `tandem data inspect` reads
-    observation_keys   which of its vectors make the observation, in which order; None: all of them
-    subset      only the episodes of this filter key (robomimic's mask)
     done_means  what robomimic's `dones` say of an episode's last step: terminated, or (None) truncated
     gamma       discount of a step
     n_steps     rewards summed before the value takes over (n-step returns; 1: none)
-    best        share of the episodes that is kept, those of the highest return (filtered cloning); 1: all
     rewards     "raw"; "returns": divided by the range of the episodes' returns, times 1,000 (IQL's custom for
                 locomotion, 2110.06169 sec. 5.2); shift is added to every reward afterwards
     """
 
-    path: str = ""
-    observation_keys: tuple[str, ...] | None = None
-    subset: str | None = None
     done_means: DoneMeaning | None = None
     gamma: float = 0.99
     n_steps: int = 1
-    best: float = 1.0
     rewards: Literal["raw", "returns"] = "raw"
     shift: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gamma <= 1 or self.n_steps < 1 or not 0 < self.best <= 1:
-            raise ValueError("gamma must be in [0, 1], n_steps at least 1 and best in (0, 1]")
+        super().__post_init__()
+        if not 0 <= self.gamma <= 1 or self.n_steps < 1:
+            raise ValueError("gamma must be in [0, 1] and n_steps at least 1")
 
 
 @dataclass(frozen=True)
@@ -95,8 +88,7 @@ def read_offline(config: DataConfig, environment: EnvironmentSpec, *, discrete: 
         UserError: nothing is named, the data are damaged or another environment's, or the actions are not of the
             kind that is asked for.
     """
-    if not config.path:
-        raise UserError("data.path is not set: give a data set, data.path=PATH")
+    path = config.required_path()
     if environment.discrete != discrete:
         has, needs = ("discrete", "continuous") if environment.discrete else ("continuous", "discrete")
         other = "embodied/discrete_cql" if environment.discrete else "embodied/cql"
@@ -104,15 +96,15 @@ def read_offline(config: DataConfig, environment: EnvironmentSpec, *, discrete: 
             f"environment.id: {environment.env_id} has {has} actions; this recipe needs {needs} ones (see {other})"
         )
     episodes = read_dataset(
-        config.path,
+        path,
         observation_keys=config.observation_keys,
         subset=config.subset,
         done_means=config.done_means,
     )
     if discrete:
-        check_choices(episodes, environment, config.path)
+        check_choices(episodes, environment, path)
     else:
-        check_against(episodes, environment, config.path)
+        check_against(episodes, environment, path)
     return best_episodes(episodes, config.best)
 
 
@@ -156,7 +148,7 @@ def to_transitions(
         actions, next_actions = (columns[name].squeeze(-1).long() for name in ("actions", "next_actions"))
     else:
         low, high = torch.from_numpy(environment.action_low), torch.from_numpy(environment.action_high)
-        _say_what_is_clipped(columns["actions"], low, high, config.path)
+        _say_what_is_clipped(columns["actions"], low, high, config)
         actions, next_actions = (
             policy.to_learner(torch.clamp(columns[name], low, high)).contiguous()
             for name in ("actions", "next_actions")
@@ -196,14 +188,14 @@ def _say_what_is_left_out(episodes: Sequence[Episode], config: DataConfig) -> No
     )
 
 
-def _say_what_is_clipped(actions: Tensor, low: Tensor, high: Tensor, path: str) -> None:
+def _say_what_is_clipped(actions: Tensor, low: Tensor, high: Tensor, config: DataConfig) -> None:
     """Noise of an exploring policy passes the bounds here and there; actions in other units do so all the time."""
     slack = 0.01 * (high - low)
     beyond = float(((actions < low - slack) | (actions > high + slack)).float().mean())
     if beyond > CLIPPED:
         print(
-            f"{path}: {beyond:.0%} of the actions' numbers lie beyond the environment's bounds and are clipped to "
-            "them; are they in other units?",
+            f"{config.path}: {beyond:.0%} of the actions' numbers lie beyond the environment's bounds and are "
+            "clipped to them; are they in other units?",
             file=sys.stderr,
             flush=True,
         )

@@ -180,7 +180,7 @@ def vla_bc(folder: Path, base: Path, device: str) -> RunResult:
     settings = {
         "run": {"folder": str(folder), "wandb": "disabled", "seed": 3},
         "policy": {"precision": "float32", "channels": [4, 8], "blocks": 1},
-        "dataset": str(base / "table"),
+        "data": {"path": str(base / "table")},
         "held_out": 0.5,
         "eyes": {"updates": 2, "batch_size": 4},
         "hand": {"updates": 1, "batch_size": 4},

@@ -64,14 +64,14 @@ BC = """\
 recipe: embodied/bc
 run: {folder: run, wandb: disabled}
 environment: {id: Pendulum-v1, count: 1, workers: 0}
-demonstrations: demonstrations.hdf5
+data: {path: demonstrations.hdf5}
 updates: 1
 episodes: 0
 """
 TABLE = """\
 recipe: embodied/vla_bc
 run: {folder: run, wandb: disabled}
-dataset: demos
+data: {path: demos}
 grounding: {scenes: 0}
 """
 LANGUAGE = """\
@@ -210,14 +210,12 @@ CASES = {
         ("run.folder=taken",),
         folder_with("taken/a"),
     ),
-    "no_demonstrations_named": Case(
-        BC.replace("demonstrations: demonstrations.hdf5\n", ""), ("demonstrations=PATH",)
-    ),
+    "no_demonstrations_named": Case(BC.replace("data: {path: demonstrations.hdf5}\n", ""), ("data.path=PATH",)),
     "missing_demonstrations": Case(BC, ("demonstrations.hdf5: no such file",)),
     "truncated_demonstrations": Case(
         BC, ("demonstrations.hdf5", "damaged or cut off"), (), demonstrations(keep=0.6)
     ),
-    "no_hdf5": Case(BC, ("config.yaml", "no data set that Tandem reads"), ("demonstrations=config.yaml",)),
+    "no_hdf5": Case(BC, ("config.yaml", "no data set that Tandem reads"), ("data.path=config.yaml",)),
     "other_observations": Case(
         BC,
         ("observations have 5 dimensions and actions 1", "Pendulum-v1 has 3 and 1", "choose the environment"),
@@ -250,7 +248,7 @@ CASES = {
     "no_such_camera": Case(
         TABLE,
         ("demos", "no camera 'wrist'", "front"),
-        ("cameras=[wrist]",),
+        ("data.cameras=[wrist]",),
         table_demonstrations(lambda path: None),
     ),
     "no_model": Case(LANGUAGE, ("model.path: ", "model does not exist")),

@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, pendulum_demons
         (TrainIQLConfig, {"episodes": -1}, "episodes"),
         (DataConfig, {"gamma": 1.5}, "gamma must be"),
         (DataConfig, {"n_steps": 0}, "gamma must be"),
-        (DataConfig, {"best": 0.0}, "gamma must be"),
+        (DataConfig, {"best": 0.0}, "best must be"),
     ],
 )
 def test_the_configurations_check_themselves(kind: type, options: dict[str, Any], message: str) -> None:

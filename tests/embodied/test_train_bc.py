@@ -14,7 +14,12 @@ import torch
 
 from embodied import train_bc
 from embodied.datasets.episode import Episode
-from embodied.logged.demonstrations import DemonstrationBatches, DemonstrationTerm, best_episodes
+from embodied.logged.demonstrations import (
+    DemonstrationBatches,
+    DemonstrationTerm,
+    EpisodesConfig,
+    best_episodes,
+)
 from embodied.policies.numpy_actor import StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.workers import EnvironmentConfig, environment_spec
@@ -31,7 +36,7 @@ def config(tmp_path: Path, pendulum_demonstrations: Path) -> TrainBCConfig:
         run=RunConfig(folder=str(tmp_path / "run"), wandb="disabled", seed=2),
         environment=EnvironmentConfig("Pendulum-v1", max_episode_steps=10, count=2, workers=0),
         policy=StatePolicyConfig(hidden=(16, 16)),
-        demonstrations=str(pendulum_demonstrations),
+        data=EpisodesConfig(path=str(pendulum_demonstrations)),
         updates=6,
         batch_size=32,
         held_out=0.2,
@@ -136,8 +141,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(config: TrainBCConfig) -> None:
         ({"environment": EnvironmentConfig("CartPole-v1", count=1, workers=0)}, "discrete"),
         ({"environment": EnvironmentConfig("HalfCheetah-v5", count=1, workers=0)}, "HalfCheetah-v5 has 17 and 6"),
         ({"environment": EnvironmentConfig("Pendulim-v1", count=1, workers=0)}, "did you mean 'Pendulum-v1'"),
-        ({"demonstrations": "nowhere.hdf5"}, "no such file"),
-        ({"demonstrations": ""}, "demonstrations=PATH"),
+        ({"data": EpisodesConfig(path="nowhere.hdf5")}, "no such file"),
+        ({"data": EpisodesConfig()}, r"data\.path is not set.*data\.path=PATH"),
     ],
 )
 def test_what_it_cannot_use(config: TrainBCConfig, changes: dict[str, Any], message: str) -> None:
@@ -149,7 +154,7 @@ def test_what_it_cannot_use(config: TrainBCConfig, changes: dict[str, Any], mess
 
 def test_the_configuration_checks_itself() -> None:
     with pytest.raises(ValueError, match="held_out"):
-        TrainBCConfig(demonstrations="a.hdf5", held_out=1.0)
+        TrainBCConfig(held_out=1.0)
 
 
 def test_a_bounded_clone_reaches_from_bound_to_bound(config: TrainBCConfig) -> None:
@@ -167,7 +172,7 @@ def test_a_clone_fits_one_deviation(config: TrainBCConfig) -> None:
     with pytest.raises(ValueError, match=r"policy\.head must be 'gaussian' or 'bounded'"):
         replace(config, policy=replace(config.policy, head="squashed"))
     with pytest.raises(ValueError, match="best must be in"):
-        replace(config, best=0.0)
+        EpisodesConfig(best=0.0)
 
 
 @pytest.fixture
@@ -188,25 +193,29 @@ def several_keys(tmp_path: Path) -> Path:
 
 def test_chosen_vectors_and_episodes_are_cloned(config: TrainBCConfig, several_keys: Path) -> None:
     spec = environment_spec(config.environment)
-    several = replace(config, demonstrations=str(several_keys), held_out=0.0)
+    several = replace(config, data=EpisodesConfig(path=str(several_keys)), held_out=0.0)
+
+    def of(**choice: Any) -> TrainBCConfig:
+        return replace(several, data=replace(several.data, **choice))
+
     with pytest.raises(UserError, match=r"observations have 6 dimensions .* or other observation keys"):
         train_bc.read(several, spec)
-    arm = replace(several, observation_keys=("arm",))
-    training, _ = train_bc.read(arm, spec)
+    training, _ = train_bc.read(of(observation_keys=("arm",)), spec)
     assert training.observations[:, 0, 0].tolist() == [
         100.0 * demo + 3 * step for demo in range(4) for step in range(5)
     ]
-    training, _ = train_bc.read(replace(several, observation_keys=("object", "lamp")), spec)
+    training, _ = train_bc.read(of(observation_keys=("object", "lamp")), spec)
     assert training.observations[::5, 0].tolist() == [[-9.0, -9.0, -1.0 - demo] for demo in range(4)]
-    training, _ = train_bc.read(replace(arm, subset="train"), spec)
+    arm = of(observation_keys=("arm",), subset="train")
+    training, _ = train_bc.read(arm, spec)
     assert training.observations[::5, 0, 0].tolist() == [0.0, 300.0]
-    result = train_bc.train(replace(arm, subset="train"))
+    result = train_bc.train(arm)
     policy = StatePolicy.from_pretrained(result.folder / "checkpoints" / "last" / "policy")
     assert policy.normalizer.mean.tolist() == [156.0, 157.0, 158.0]
     with pytest.raises(UserError, match="has no observation 'leg'; it has arm, lamp, object"):
-        train_bc.read(replace(several, observation_keys=("leg",)), spec)
+        train_bc.read(of(observation_keys=("leg",)), spec)
     with pytest.raises(UserError, match="test"):
-        train_bc.read(replace(several, subset="test"), spec)
+        train_bc.read(of(subset="test"), spec)
 
 
 def test_ppos_term_takes_the_same_data(config: TrainBCConfig, several_keys: Path) -> None:
@@ -217,8 +226,8 @@ def test_ppos_term_takes_the_same_data(config: TrainBCConfig, several_keys: Path
 
 
 def test_without_rewards_the_successful_are_the_best(config: TrainBCConfig, several_keys: Path) -> None:
-    several = replace(config, demonstrations=str(several_keys), observation_keys=("arm",), held_out=0.0, best=0.5)
-    training, _ = train_bc.read(several, environment_spec(config.environment))
+    best = EpisodesConfig(path=str(several_keys), observation_keys=("arm",), best=0.5)
+    training, _ = train_bc.read(replace(config, data=best, held_out=0.0), environment_spec(config.environment))
     assert training.observations[::5, 0, 0].tolist() == [200.0, 300.0]
 
 
@@ -240,5 +249,5 @@ def test_where_nothing_tells_them_apart_there_is_no_best(success: bool | None) -
 
 def test_no_best_no_folder(config: TrainBCConfig) -> None:
     with pytest.raises(UserError, match=r"best=0\.5: all 10 episodes have the same return"):
-        train_bc.train(replace(config, best=0.5))
+        train_bc.train(replace(config, data=replace(config.data, best=0.5)))
     assert not Path(config.run.folder or "").exists()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from embodied import train_bc, train_ppo
-from embodied.logged.demonstrations import DemonstrationTerm
+from embodied.logged.demonstrations import DemonstrationTerm, EpisodesConfig
 from embodied.policies.numpy_actor import Spaces, StatePolicyConfig
 from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector
@@ -50,7 +50,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, pendulum_demonstrations: Pat
         run=RunConfig(folder=str(tmp_path_factory.mktemp("bc") / "run"), wandb="disabled"),
         environment=EnvironmentConfig("Pendulum-v1", count=1, workers=0),
         policy=StatePolicyConfig(hidden=(8, 8)),
-        demonstrations=str(pendulum_demonstrations),
+        data=EpisodesConfig(path=str(pendulum_demonstrations)),
         updates=150,
         learning_rate=1e-2,
         episodes=0,

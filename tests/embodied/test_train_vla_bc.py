@@ -20,7 +20,7 @@ from embodied.logged.advantages import AdvantageConfig
 from embodied.policies.augment import AugmentConfig
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import Words
-from embodied.train_vla_bc import PartConfig, TrainVLABCConfig
+from embodied.train_vla_bc import PartConfig, PicturesConfig, TrainVLABCConfig
 from embodied.vla.control_steps import ControlSteps, Shuffled
 from experiment.errors import UserError
 from experiment.run import RunConfig
@@ -82,7 +82,7 @@ def config(tmp_path: Path, squares: Path) -> TrainVLABCConfig:
             chunk=1, channels=(8, 16), blocks=1, queries=2, words=8, length=6, hidden=(32,), percept=2
         ),
         augment=AugmentConfig(shift=0),
-        dataset=str(squares),
+        data=PicturesConfig(path=str(squares)),
         held_out=0.1,
         eyes=PartConfig(updates=4, batch_size=32, learning_rate=2e-3),
         hand=PartConfig(updates=5, batch_size=32, learning_rate=2e-3),
@@ -154,7 +154,7 @@ def test_steps_that_count_nothing_are_not_imitated(
 
 
 def test_weights_belong_to_the_steps_of_a_chunk(config: TrainVLABCConfig) -> None:
-    policy, steps, _ = train_vla_bc.prepare(config, None, train_vla_bc.read(config), [])
+    policy, steps, _ = train_vla_bc.prepare(config, None, train_vla_bc.read(config.data), [])
     rows = torch.tensor([0, 38, 39])  # episodes are 40 steps long
     weights = torch.rand(len(steps))
     chunks = replace(steps, weights=weights).chunks(rows, 2)
@@ -224,7 +224,7 @@ def test_the_eyes_learn_first_and_then_the_hand_alone(config: TrainVLABCConfig, 
 
 
 def test_the_hand_reads_what_the_eyes_say_of_the_plain_pictures(config: TrainVLABCConfig) -> None:
-    policy, steps, _ = train_vla_bc.prepare(config, None, train_vla_bc.read(config), [])
+    policy, steps, _ = train_vla_bc.prepare(config, None, train_vla_bc.read(config.data), [])
     loss, metrics = train_vla_bc.hand_loss(policy, steps, config)(0)
     rows = Shuffled(len(steps), 32, config.run.seed).batch(0)
     chunks = steps.chunks(rows, 1)
@@ -247,11 +247,11 @@ def test_best_is_chosen_among_the_hands(config: TrainVLABCConfig, tmp_path: Path
 
 def test_failures_are_left_out_and_episodes_held_out_whole(config: TrainVLABCConfig, tmp_path: Path) -> None:
     folder = record(tmp_path / "data", episodes=10, length=2, failures=4)
-    config = replace(config, dataset=str(folder), held_out=0.5)
-    episodes = train_vla_bc.read(config)
+    config = replace(config, data=PicturesConfig(path=str(folder)), held_out=0.5)
+    episodes = train_vla_bc.read(config.data)
     assert len(episodes) == 6
-    assert len(train_vla_bc.read(replace(config, successes=False))) == 10
-    assert len(train_vla_bc.read(replace(config, episodes=5))) == 1
+    assert len(train_vla_bc.read(replace(config.data, successes=False))) == 10
+    assert len(train_vla_bc.read(replace(config.data, episodes=5))) == 1
     training, validation = train_vla_bc.divide(episodes, config)
     assert sorted(id(episode) for episode in [*training, *validation]) == sorted(map(id, episodes))
     assert (len(training), len(validation)) == (3, 3)
@@ -265,9 +265,8 @@ def test_failures_are_left_out_and_episodes_held_out_whole(config: TrainVLABCCon
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": ""}, "dataset=PATH"),
-        ({"dataset": "nowhere"}, "nowhere"),
-        ({"cameras": ("wrist",)}, "no camera 'wrist'; the cameras are front"),
+        ({"data": PicturesConfig()}, r"data\.path=PATH"),
+        ({"data": PicturesConfig(path="nowhere")}, "nowhere"),
         ({"init": "nowhere"}, r"policy\.json is missing"),
         ({"policy": VLAConfig(percept=4)}, r"policy\.percept is 4, but the state has 3"),
     ],
@@ -278,10 +277,19 @@ def test_what_it_cannot_use(config: TrainVLABCConfig, changes: dict[str, Any], m
     assert "\n" not in str(error.value)
 
 
+def test_cameras_are_named(config: TrainVLABCConfig) -> None:
+    with pytest.raises(UserError, match="no camera 'wrist'; the cameras are front"):
+        train_vla_bc.train(replace(config, data=replace(config.data, cameras=("wrist",))))
+    with pytest.raises(ValueError, match="cameras must name one at least"):
+        PicturesConfig(cameras=())
+    with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
+        PicturesConfig(episodes=0)
+
+
 def test_failures_alone_are_no_data(config: TrainVLABCConfig, tmp_path: Path) -> None:
     folder = record(tmp_path / "data", episodes=2, length=2, failures=2)
     with pytest.raises(UserError, match="no successful episodes"):
-        train_vla_bc.read(replace(config, dataset=str(folder)))
+        train_vla_bc.read(PicturesConfig(path=str(folder)))
 
 
 @pytest.mark.filterwarnings("ignore:unknown word")

@@ -17,7 +17,7 @@ from embodied.datasets.episode import dataset_statistics
 from embodied.datasets.formats import detect, open_dataset, read_dataset
 from embodied.datasets.recorded import RecordedEpisode
 from embodied.datasets.source import flat
-from embodied.logged.demonstrations import read_demonstrations
+from embodied.logged.demonstrations import EpisodesConfig, read_demonstrations
 from envs.make import describe, make_environment
 from experiment.errors import UserError
 
@@ -142,7 +142,7 @@ def test_demonstrations_come_from_any_format(make: Make) -> None:
     with pytest.raises(
         UserError, match="observations have 3 dimensions and actions 2, but Pendulum-v1 has 3 and 1"
     ):
-        read_demonstrations(str(make("minari")), pendulum)
+        read_demonstrations(EpisodesConfig(path=str(make("minari"))), pendulum)
 
 
 # ---------------------------------------------------------------- subsets

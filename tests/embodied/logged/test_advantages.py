@@ -9,6 +9,7 @@ import torch
 
 from embodied import train_bc, train_iql
 from embodied.logged.advantages import AdvantageConfig, StepJudge, step_weights
+from embodied.logged.demonstrations import EpisodesConfig
 from embodied.logged.offline import CriticConfig
 from embodied.logged.transitions import DataConfig
 from embodied.policies.numpy_actor import StatePolicyConfig
@@ -68,7 +69,7 @@ def test_runs_that_cannot_judge(run: Path, tmp_path: Path, pendulum_demonstratio
         TrainBCConfig(
             run=RunConfig(folder=str(tmp_path / "bc"), wandb="disabled", dry_run=True),
             environment=EnvironmentConfig("Pendulum-v1", max_episode_steps=10, count=2, workers=0),
-            demonstrations=str(pendulum_demonstrations),
+            data=EpisodesConfig(path=str(pendulum_demonstrations)),
         )
     ).folder
     with pytest.raises(UserError, match=r"is a run of embodied/bc, not of embodied/iql"):

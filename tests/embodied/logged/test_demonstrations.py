@@ -13,6 +13,7 @@ from embodied.datasets.episode import Episode
 from embodied.logged.demonstrations import (
     DemonstrationBatches,
     DemonstrationTerm,
+    EpisodesConfig,
     best_episodes,
     read_demonstrations,
     stack_steps,
@@ -42,7 +43,9 @@ def test_steps_are_stacked_and_actions_clipped_as_the_environment_clips_them(pen
 
 
 def test_a_file_is_read_whole(pendulum: EnvironmentSpec, pendulum_demonstrations: Path) -> None:
-    observations, actions = stack_steps(read_demonstrations(str(pendulum_demonstrations), pendulum), pendulum)
+    observations, actions = stack_steps(
+        read_demonstrations(EpisodesConfig(path=str(pendulum_demonstrations)), pendulum), pendulum
+    )
     assert (observations.shape, actions.shape) == ((600, 3), (600, 1))
     assert observations.dtype == actions.dtype == torch.float32
     expected = torch.tanh(observations @ torch.tensor([[0.5], [-1.0], [-0.2]]))
@@ -54,9 +57,9 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     cheetah = environment_spec(EnvironmentConfig("HalfCheetah-v5", count=1, workers=0))
     with pytest.raises(UserError, match="observations have 3 dimensions and actions 1, but HalfCheetah-v5 has 17"):
-        read_demonstrations(str(pendulum_demonstrations), cheetah)
+        read_demonstrations(EpisodesConfig(path=str(pendulum_demonstrations)), cheetah)
     with pytest.raises(UserError, match=r"none\.hdf5: no such file"):
-        read_demonstrations(str(tmp_path / "none.hdf5"), pendulum)
+        read_demonstrations(EpisodesConfig(path=str(tmp_path / "none.hdf5")), pendulum)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from embodied.datasets.lerobot_writer import LeRobotWriter
 from embodied.policies.augment import AugmentConfig
 from embodied.policies.vla import VLAConfig, VLAPolicy, VLASpaces
 from embodied.policies.words import UNKNOWN, Words
-from embodied.train_vla_bc import PartConfig, TrainVLABCConfig
+from embodied.train_vla_bc import PartConfig, PicturesConfig, TrainVLABCConfig
 from embodied.vla.control_steps import disturb
 from embodied.vla.grounding import DRY_SCENES, GroundingConfig, GroundingScenes
 from embodied.vla.perceiving import percept_loss
@@ -282,7 +282,7 @@ def config(tmp_path: Path, demonstrations: Path) -> TrainVLABCConfig:
         run=RunConfig(folder=str(tmp_path / "run"), wandb="disabled", seed=1),
         policy=VLAConfig(chunk=2, channels=(4, 8), queries=2, words=8, hidden=(8,), critic_hidden=(8,)),
         grounding=GroundingConfig(scenes=4, batch_size=6, workers=0),
-        dataset=str(demonstrations),
+        data=PicturesConfig(path=str(demonstrations)),
         held_out=0.25,
         eyes=PartConfig(updates=6, batch_size=8, learning_rate=2e-3),
         hand=PartConfig(updates=3, batch_size=8, learning_rate=2e-3),
@@ -309,7 +309,9 @@ def test_cloning_reports_what_is_found_and_knows_the_words(
 
 def test_a_policy_learns_the_words_of_its_scenes(config: TrainVLABCConfig, tmp_path: Path) -> None:
     grounding = replace(config.grounding, phrasing=own_words(tmp_path))
-    policy, *_ = train_vla_bc.prepare(replace(config, grounding=grounding), None, train_vla_bc.read(config), [])
+    policy, *_ = train_vla_bc.prepare(
+        replace(config, grounding=grounding), None, train_vla_bc.read(config.data), []
+    )
     demonstrated = {"pick", "up", "the", "red", "cube"}
     assert set(policy.words.vocabulary) == {*demonstrated, *TASKS, *COLOURS, "that", "one"}
 
