@@ -210,6 +210,9 @@ def training_texts(
             print(
                 f"{count} of {len(texts)} {what.replace('_', ' ')} to the context of {policy.context}", flush=True
             )
+    silent = sum(not example.completion for example in task.demonstrations)
+    if silent:
+        print(f"{silent} of {len(texts)} completions are empty: there the model learns to say nothing", flush=True)
     if not config.packing:
         return lay_out(texts, pad=pad_id(tokenizer))
     packed = pack(texts, context=policy.context, pad=pad_id(tokenizer), width=config.packed_length)

@@ -222,6 +222,8 @@ def _record_settings(arguments: argparse.Namespace, *names: str) -> dict[str, An
     """What both ways to record take, and `names`; what was not given keeps the configuration's default."""
     from envs.table.language import TASKS
 
+    if arguments.seed is not None and arguments.seed < 0:
+        raise UserError(f"tandem data record: --seed must not be negative, got {arguments.seed}")
     names = ("episodes", "seed", "image_size", "combinations", "phrasing", "randomization", *names)
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return given | {"tasks": tuple(_listed(arguments.tasks)) or TASKS, "cameras": tuple(_listed(arguments.cameras))}

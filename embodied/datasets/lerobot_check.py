@@ -82,6 +82,9 @@ def _counts(folder: Path, info: Info, entries: list[EpisodeEntry]) -> Iterator[s
             yield f"{path}: {what} is {told}, there are {there}"
     if ACTION not in info.features:
         yield f"{path}: has no feature {ACTION}"
+    for name, feature in info.features.items():
+        if not feature.known:
+            yield f"{path}: feature {name} is of dtype {feature.dtype!r}, which nothing here reads"
     if not entries:
         yield f"{folder}: has no episodes"
     at = 0

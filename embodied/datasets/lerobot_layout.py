@@ -31,6 +31,8 @@ CHUNK_FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 EPISODES_PATH = f"{EPISODES}/{CHUNK_FILE}.parquet"
 DATA_PATH = f"data/{CHUNK_FILE}.parquet"
 VIDEO_PATH = f"videos/{{video_key}}/{CHUNK_FILE}.mp4"
+PLACES = ("chunk_index", "file_index", "episode_chunk", "episode_index", "video_key")
+"""What the templates of paths ask for, in version 3 and in version 2."""
 CHUNK_SIZE = 1000
 """Files in a folder."""
 LARGEST_PNG = 128
@@ -78,6 +80,11 @@ class Feature:
     def number(self) -> bool:
         """Whether frames are numbers."""
         return self.dtype in _NUMBERS
+
+    @property
+    def known(self) -> bool:
+        """Whether the kind is one that is read: numbers, text or pictures."""
+        return self.number or self.dtype == "string" or self.dtype in _PICTURES
 
     @property
     def size(self) -> tuple[int, int]:
@@ -261,6 +268,8 @@ def info_of(told: Mapping[str, Any], path: Path) -> Info:
     """What `meta/info.json` (at `path`) says. Raises UserError where it lacks or garbles something."""
     try:
         features = {name: Feature.from_json(name, one, path) for name, one in told["features"].items()}
+        if not isinstance(told.get("fps"), int | float):
+            raise ValueError(f"'fps', which is {told.get('fps')!r}")
         info = Info(
             fps=told["fps"],
             features=features,
@@ -277,4 +286,10 @@ def info_of(told: Mapping[str, Any], path: Path) -> Info:
         raise UserError(f"{path}: lacks or garbles {error}; fetch the data set again") from error
     if not info.fps > 0:
         raise UserError(f"{path}: fps is {info.fps}, it must be positive")
+    for name, template in (("data_path", info.data_path), ("video_path", info.video_path or "")):
+        try:
+            str(template).format(**dict.fromkeys(PLACES, 0))
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            known = ", ".join(f"{{{place}}}" for place in PLACES)
+            raise UserError(f"{path}: {name} is {template!r}; only {known} can be filled in") from error
     return info

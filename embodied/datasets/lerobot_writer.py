@@ -68,7 +68,10 @@ class LeRobotWriter:
         video_path = VIDEO_PATH if any(one.dtype == "video" for one in features.values()) else None
         fresh = Info(fps, self.features | INDEX_FEATURES, robot_type=robot_type, video_path=video_path)
         with storage_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise UserError(f"{self.folder}: a file is in the way; name a new folder") from error
             self._lock = lock_folder(self.folder)
             try:
                 self._state = open_folder(self.folder, fresh)

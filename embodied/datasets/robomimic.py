@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,15 +133,30 @@ def demonstrations(file: h5py.File, path: Path, subset: str | None) -> list[tupl
         raise UserError(f"{path}: has no groups data/demo_0, data/demo_1, ...: not robomimic's layout")
     if subset is not None:
         masks = file.get("mask", {})
-        if subset not in masks:
-            raise UserError(f"{path}: has no subset mask/{subset}; it has {sorted(masks) or 'none'}")
-        listed = {entry.decode() for entry in masks[subset][()]}
+        if not isinstance(masks, Mapping) or subset not in masks:  # h5py's groups are mappings
+            has = sorted(masks) if isinstance(masks, Mapping) else []
+            raise UserError(f"{path}: has no subset mask/{subset}; it has {has or 'none'}")
+        listed = set(_texts(masks[subset], f"{path}: mask/{subset}"))
         if unknown := sorted(listed - set(names)):
             raise UserError(f"{path}: mask/{subset} lists {unknown[0]}, which is not in data")
         names = [name for name in names if name in listed]
         if not names:
             raise UserError(f"{path}: the subset mask/{subset} is empty")
-    return [(name, data[name]) for name in sorted(names, key=lambda name: int(name[5:]))]
+    found = [(name, data[name]) for name in sorted(names, key=lambda name: int(name[5:]))]
+    for name, demo in found:
+        if not isinstance(demo, h5py.Group):
+            raise UserError(f"{path}: data/{name} is no group: not robomimic's layout")
+    return found
+
+
+def _texts(names: Any, where: str) -> list[str]:
+    """A data set of texts. Raises UserError if it is something else."""
+    if not isinstance(names, h5py.Dataset) or names.ndim != 1:
+        raise UserError(f"{where}: is no list of names")
+    entries = names[()]
+    if not all(isinstance(entry, bytes) for entry in entries):
+        raise UserError(f"{where}: is no list of names")
+    return [entry.decode(errors="replace") for entry in entries]
 
 
 def _success(demo: h5py.Group) -> bool | None:

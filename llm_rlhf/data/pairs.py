@@ -232,7 +232,7 @@ def tokenize_pairs(
 
     Where a prompt and its longer answer do not fit, the prompt gives way first, down to half of the context; then
     the answers are cut and have no EOS. Counts: prompts_cut, chosen_cut, rejected_cut, and answers_made_equal,
-    pairs that were cut to the same tokens. Raises UserError if there are no comparisons.
+    pairs that were cut to the same tokens. Raises UserError if there are no comparisons, or all were cut so.
     """
     if not comparisons:
         raise UserError("there are no comparisons to train on")
@@ -249,6 +249,11 @@ def tokenize_pairs(
         )
         rows[0].append(chosen)
         rows[1].append(rejected)
+    if counts["answers_made_equal"] == len(comparisons):
+        raise UserError(
+            f"all {len(comparisons)} comparisons are equal within the context of {context} tokens, to which they "
+            "were cut: there is nothing to prefer; shorten the prompts (pairs.max_prompt), or take a longer context"
+        )
     both = lay_out([*rows[0], *rows[1]], pad=pad)
     size = len(comparisons)
     pairs = TokenizedPairs(

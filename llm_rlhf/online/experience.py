@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -210,6 +211,12 @@ class Sampler:
         columns["finished"] = samples.finished.tolist()
         texts = decode_completions(self.tokenizer, samples.completions())
         scores = self.rewards([self.task.train[row].prompt for row in which], texts, columns)
+        if not scores.scored.any():
+            warnings.warn(
+                f"no reward function scored any of {len(texts)} completions (they answered None): nothing is "
+                "learned from these",
+                stacklevel=2,
+            )
         return samples, scores if self.overlong is None else self._with_overlong(samples, scores, self.overlong)
 
     def _with_overlong(self, samples: Samples, scores: Scores, config: OverlongConfig) -> Scores:

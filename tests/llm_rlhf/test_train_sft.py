@@ -2,6 +2,7 @@
 what it cannot do. The recipe's plain form is tested with the other recipes."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -173,6 +174,17 @@ def test_texts_that_are_too_long(tmp_path: Path, capsys: pytest.CaptureFixture[s
         train_sft.train(small(tmp_path / "run", task=task, sft={"steps": 1}))
     train_sft.train(small(tmp_path / "run", task=task, texts={"cut": True}, sft={"steps": 1}))
     assert "1 of 26 completions cut to the context of 48" in capsys.readouterr().out
+
+
+def test_empty_completions_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"prompt": f"q{i}", "completion": "a" if i % 3 else ""}) for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    task = {"name": "rows", "data": str(tmp_path / "rows.jsonl"), "rows": {"test": 0.05, "validation": 0.05}}
+    train_sft.train(small(tmp_path / "run", task=task, sft={"steps": 1}))
+    said = capsys.readouterr().out
+    count = re.search(r"(\d+) of 26 completions are empty: there the model learns to say nothing", said)
+    assert count is not None
+    assert 10 - 4 <= int(count[1]) <= 10  # of 30 rows ten are empty, and four are held out
 
 
 def test_only_adapters_are_in_the_optimizer(base: Path) -> None:

@@ -167,6 +167,9 @@ def test_half_written_episodes_are_a_warning(demonstrations: Path, capsys: pytes
         ),
         (["data", "record", "--out", "x"], "tandem data record: say who acts: --expert or --teleop"),
         ([*RECORD, "--out", "demos"], "demos: its robot_type is arm, that of the new episodes tandem-table"),
+        ([*RECORD, "--out", "file"], "file: a file is in the way; name a new folder"),
+        ([*RECORD, "--out", "file/x"], "file/x: a file is in the way; name a new folder"),
+        ([*RECORD, "--out", "x", "--seed", "-1"], "tandem data record: --seed must not be negative, got -1"),
         ([*RECORD, "--out", "x", "--noise", "2"], "noise must be from 0 to 0.5, got 2.0"),
         ([*RECORD, "--out", "x", "--phrasing", "rude"], "there is no phrasing 'rude': choose from train, synonyms"),
     ],
@@ -179,6 +182,7 @@ def test_mistakes_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(demonstrations.parent)
+    Path("file").touch()
     assert cli.main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")

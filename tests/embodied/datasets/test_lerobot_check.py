@@ -92,6 +92,13 @@ def test_what_is_found(
         ({"total_tasks": 3}, "info.json: total_tasks is 3, there are 2"),
         ({"fps": 20}, "timestamp of frame 1 is 0.1000 s, at 20 fps it is 0.0500 s"),
         ({"codebase_version": "v2.0"}, "codebase_version is v2.0"),
+        ({"fps": "ten"}, "info.json: lacks or garbles 'fps', which is 'ten'"),
+        (
+            {"data_path": "data/{foo}.parquet"},
+            "data_path is 'data/{foo}.parquet'; only {chunk_index}, {file_index}, ",
+        ),
+        ({"data_path": "data/{chunk_index"}, "info.json: data_path is 'data/{chunk_index'"),
+        ({"video_path": "videos/{}.mp4"}, "info.json: video_path is 'videos/{}.mp4'"),
     ],
 )
 def test_a_wrong_info(filled: Path, keys: dict[str, Any], message: str) -> None:
@@ -99,6 +106,15 @@ def test_a_wrong_info(filled: Path, keys: dict[str, Any], message: str) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
     found = list(problems(filled))
     assert any(message in line for line in found), found
+
+
+def test_a_feature_of_another_kind(filled: Path) -> None:
+    path = filled / "meta/info.json"
+    told = json.loads(path.read_text())
+    told["features"]["thoughts"] = {"dtype": "language", "shape": [1], "names": None}
+    path.write_text(json.dumps(told))
+    found = [line for line in problems(filled) if "thoughts" in line]
+    assert found[0] == f"{path}: feature thoughts is of dtype 'language', which nothing here reads"
 
 
 def test_wrong_statistics_of_the_whole(filled: Path) -> None:

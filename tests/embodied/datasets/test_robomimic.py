@@ -121,6 +121,25 @@ def test_a_subset(path: Path) -> None:
         read_episodes(path, subset="odd")
 
 
+def test_what_is_of_another_kind_is_named(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        file.create_group("mask/nested")
+        file["mask/numbers"] = np.arange(2)
+        file["mask/scalar"] = np.bytes_(b"demo_1")
+    for subset in ("nested", "numbers", "scalar"):
+        with pytest.raises(UserError, match=f"mask/{subset}: is no list of names"):
+            read_episodes(path, subset=subset)
+    with h5py.File(path, "a") as file:
+        del file["mask"]
+        file["mask"] = np.zeros(3)
+    with pytest.raises(UserError, match=r"no subset mask/train; it has none"):
+        read_episodes(path, subset="train")
+    with h5py.File(path, "a") as file:
+        file["data/demo_9"] = np.zeros(3)
+    with pytest.raises(UserError, match=r"data/demo_9 is no group: not robomimic's layout"):
+        read_episodes(path)
+
+
 def _replace(key: str, value: np.ndarray) -> Callable[[h5py.File], None]:
     def change(file: h5py.File) -> None:
         del file[key]

@@ -152,6 +152,8 @@ def test_long_prompts_keep_their_end_and_long_answers_lose_theirs() -> None:
     short, counts = tokenize_pairs(comparisons, tokenizer, context=8, pad=0, max_prompt=3)
     assert counts["prompts_cut"] == 2
     assert short.chosen.input_ids.shape[1] == 3 + 5
+    with pytest.raises(UserError, match="all 1 comparisons are equal within the context of 8 tokens"):
+        tokenize_pairs(comparisons[1:2], tokenizer, context=8, pad=0)
 
 
 def test_fit_by_hand() -> None:

@@ -26,7 +26,7 @@ from llm_rlhf.online.experience import (
     with_behaviour,
     with_dense_rewards,
 )
-from llm_rlhf.rewards.functions import Scores, resolve
+from llm_rlhf.rewards.functions import RewardSet, Scores, resolve
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from policy_core.returns import gae
 
@@ -205,6 +205,16 @@ def test_sampler_settings_are_checked(sampler: Sampler) -> None:
                 seed=0,
                 **changes,
             )
+
+
+def test_rewards_that_score_nothing_are_told(sampler: Sampler) -> None:
+    def mute(prompts: list[str], completions: list[str]) -> list[None]:
+        return [None] * len(completions)
+
+    muted = replace(sampler, rewards=RewardSet({"mute": mute}, {"mute": 1.0}), overlong=None)
+    with pytest.warns(UserWarning, match=r"no reward function scored any of 4 completions \(they answered None\)"):
+        _, scores = muted.draw([0, 1], samples_per_prompt=2, drawn_before=0)
+    assert not scores.scored.any()
 
 
 def test_sampling_and_training_agree_on_log_probs(policy: LanguagePolicy) -> None:
