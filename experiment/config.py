@@ -25,7 +25,7 @@ import yaml
 from pydantic import BeforeValidator, Strict, TypeAdapter, ValidationError
 
 from experiment.errors import UserError
-from experiment.yaml_tree import REQUIRED, ConfigTree, Where, YamlDumper, read_tree, show
+from experiment.yaml_tree import COMMAND_LINE, REQUIRED, ConfigTree, Where, YamlDumper, read_tree, show
 
 __all__ = ["ConfigTree", "build", "build_from_dict", "read_tree", "to_dict", "to_yaml"]
 
@@ -92,8 +92,15 @@ class _Builder:
             return schema(**arguments)
         except (ValueError, FileNotFoundError, UserError) as error:
             problem = " ".join(str(error).split())
-            named = (*path, problem.partition(" ")[0].rpartition(".")[2])  # "clip_range must be positive"
-            raise self.fail(path, problem, at=named if named in self.tree.marks else path) from error
+            raise self.fail(path, problem, at=self.blamed(problem, path)) from error
+
+    def blamed(self, problem: str, path: Where) -> Where:
+        """The key that a section's complaint is about: of those that it names one from the command line, else the
+        first, as in "clip_range must be positive"; the section where it names none that was set."""
+        named = [(*path, word.rpartition(".")[2]) for word in re.findall(r"\w[\w.]*", problem)]
+        marks = self.tree.marks
+        typed = [key for key in named if marks.get(key) == COMMAND_LINE]
+        return (typed or [key for key in named[:1] if key in marks] or [path])[0]
 
     def value(self, value: Any, annotation: Any, path: Where, default: Any) -> Any:
         """One field's value: a nested section, a container of sections, or a leaf for pydantic."""

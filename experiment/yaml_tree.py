@@ -19,7 +19,7 @@ from experiment.errors import UserError
 
 Where = tuple[str, ...]
 REQUIRED: Any = object()
-_COMMAND_LINE = "command line"
+COMMAND_LINE = "command line"
 
 
 class _Loader(yaml.SafeLoader):
@@ -140,7 +140,7 @@ def _parse(text: str, source: str, marks: dict[Where, str], path: Where) -> Any:
         return None if node is None else _plain(loader, node, source, marks, path, ())
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
-        place = source if source == _COMMAND_LINE else source + line
+        place = source if source == COMMAND_LINE else source + line
         raise UserError(f"{place}: malformed YAML: {error.problem or error.context}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{source}: malformed YAML: {' '.join(str(error).split())}") from error
@@ -170,7 +170,7 @@ def _plain(
 
 
 def _mark(source: str, node: yaml.Node) -> str:
-    return source if source == _COMMAND_LINE else f"{source}:{node.start_mark.line + 1}"
+    return source if source == COMMAND_LINE else f"{source}:{node.start_mark.line + 1}"
 
 
 def _override(tree: ConfigTree, override: str) -> None:
@@ -178,28 +178,28 @@ def _override(tree: ConfigTree, override: str) -> None:
     key, equals, text = override.partition("=")
     path = tuple(key.strip().lstrip("-").split("."))
     if not equals or not all(path):
-        raise UserError(f"{_COMMAND_LINE}: {override!r}: expected an override of the form section.key=value")
+        raise UserError(f"{COMMAND_LINE}: {override!r}: expected an override of the form section.key=value")
     section: Any = tree.values
     for depth, name in enumerate(path[:-1], start=1):
         if isinstance(section, dict):
             if section.get(name) is None:
                 section[name] = {}
-                tree.marks[path[:depth]] = _COMMAND_LINE
+                tree.marks[path[:depth]] = COMMAND_LINE
             section = section[name]
         else:
             section = section[_index(section, name, override)]
         if not isinstance(section, dict | list):
-            raise UserError(f"{_COMMAND_LINE}: {override!r}: {'.'.join(path[:depth])} is a value, not a section")
+            raise UserError(f"{COMMAND_LINE}: {override!r}: {'.'.join(path[:depth])} is a value, not a section")
     for old in [mark for mark in tree.marks if mark[: len(path)] == path]:
         del tree.marks[old]
-    tree.marks[path] = _COMMAND_LINE
-    value = _parse(text, _COMMAND_LINE, tree.marks, path)
+    tree.marks[path] = COMMAND_LINE
+    value = _parse(text, COMMAND_LINE, tree.marks, path)
     section[path[-1] if isinstance(section, dict) else _index(section, path[-1], override)] = value
 
 
 def _index(section: list[Any], name: str, override: str) -> int:
     if not name.isdigit() or int(name) >= len(section):
-        raise UserError(f"{_COMMAND_LINE}: {override!r}: {name} is not an index of a list of {len(section)}")
+        raise UserError(f"{COMMAND_LINE}: {override!r}: {name} is not an index of a list of {len(section)}")
     return int(name)
 
 

@@ -33,6 +33,8 @@ class Algo:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         if self.clip_range > 1 and self.verbose:
             raise ValueError("a clip range above 1 clips nothing")
+        if self.span[0] > self.span[1]:
+            raise ValueError(f"epochs {self.epochs} have no span: it runs backwards")
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,13 @@ def test_overrides(tmp_path: Path) -> None:
 def test_an_error_below_an_overridden_section_blames_the_command_line(tmp_path: Path) -> None:
     message = refusal(tmp_path, "algo:\n  epochs: 2\n", "algo={epochs: x}")
     assert message == "command line: algo.epochs: expected an integer, got 'x'"
+
+
+def test_of_several_keys_that_a_mistake_names_the_one_that_was_typed_is_blamed(tmp_path: Path) -> None:
+    text = "algo:\n  lr: 1\n  epochs: 2\n  span: [0, 1]\n"
+    said = "algo: epochs 2 have no span: it runs backwards"
+    assert refusal(tmp_path, text, "algo.span=[2, 1]") == f"command line: {said}"
+    assert refusal(tmp_path, text.replace("[0, 1]", "[2, 1]")) == f"x.yaml:3: {said}"
 
 
 def test_merge_keys_and_aliases(tmp_path: Path) -> None:
