@@ -213,7 +213,7 @@ class RewardModel(nn.Module):
 
     def checkpoint_gradients(self) -> None:
         """Keep only each layer's input for the backward pass and compute the rest again there."""
-        self.trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.trunk.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.gradient_checkpointing = True
 
     def probability(self, chosen: Tensor, rejected: Tensor) -> Tensor:
