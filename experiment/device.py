@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from experiment.errors import UserError
+from experiment.errors import UserError, first_line
 
 
 def find_device(name: str, *, setting: str) -> torch.device:
@@ -21,5 +21,5 @@ def find_device(name: str, *, setting: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        reason = first_line(error)
         raise UserError(f"{setting}: {name} cannot be used here ({reason})") from error

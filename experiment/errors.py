@@ -28,6 +28,11 @@ class NonFiniteMetric(UserError):
     """A loss became NaN or infinite; the message names run, metric, step and the last kept checkpoint."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing: a part of a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def user_errors(what: str = "") -> Iterator[None]:
     """Turn a ValueError below this line into a `UserError`, with what was asked for before its text.

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embodied.datasets.lerobot_layout import EPISODES, Info, file_number
-from experiment.errors import UserError
+from experiment.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; `tandem data validate` lists what is missing") from error
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: damaged or not finished ({_first_line(error)})") from error
+        raise UserError(f"{path}: damaged or not finished ({first_line(error)})") from error
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -64,11 +64,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         try:
             return file.read(columns=columns)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged ({_first_line(error)}); fetch it again") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path}: damaged ({first_line(error)}); fetch it again") from error
 
 
 def episode_files(folder: Path) -> list[Path]:

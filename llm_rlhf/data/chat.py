@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from experiment.errors import UserError
+from experiment.errors import UserError, first_line
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and reading rows does not need it
     from transformers import PreTrainedTokenizerBase
@@ -147,10 +147,10 @@ def render(
             tokenize=False,
             add_generation_prompt=answer,
         )
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+    except (jinja2.TemplateError, TypeError, LookupError, ValueError, AttributeError, ArithmeticError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
-        raise UserError(_at(place, f"the chat template refuses a conversation of {roles}: {reason}")) from error
+        problem = f"the chat template refuses a conversation of {roles}: {first_line(error)}"
+        raise UserError(_at(place, problem)) from error
     return str(text)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.errors import UserError
+from experiment.errors import UserError, first_line
 from llm_rlhf.tasks.examples import read_jsonl
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -76,7 +76,7 @@ def _saved_rows(folder: Path) -> Iterator[Row]:
                 yield Row(f"{folder}: row {first}", columns)
                 first += 1
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: cannot be read as a saved data set: {_first_line(error)}") from error
+        raise UserError(f"{folder}: cannot be read as a saved data set: {first_line(error)}") from error
 
 
 def _transposed(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
@@ -99,7 +99,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: row {number + 1} or one of the next {_BATCH}: not UTF-8 text") from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a whole parquet file: {_first_line(error)}") from error
+        raise UserError(f"{file}: not a whole parquet file: {first_line(error)}") from error
 
 
 def _is_array(file: Path) -> bool:
@@ -133,7 +133,3 @@ def _array_rows(file: Path) -> Iterator[Row]:
         if not isinstance(columns, dict):
             raise UserError(f"{file}: row {number}: expected a JSON object, got {type(columns).__name__}")
         yield Row(f"{file}: row {number}", columns)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0]

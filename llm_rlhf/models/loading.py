@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from experiment.errors import UserError
+from experiment.errors import UserError, first_line
 from llm_rlhf.models.lora import ADAPTER, LoRAConfig, base_of, load_adapted
-from llm_rlhf.models.reading import read_causal
+from llm_rlhf.models.reading import MALFORMED, read_causal
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,10 @@ def load_language_model(path: str | Path) -> PreTrainedModel:
                 model = read_causal(source)
             else:
                 model = load_adapted(source)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
-        raise UserError(f"model.path: {path} could not be loaded as a causal language model: {reason}") from error
+    except MALFORMED as error:
+        raise UserError(
+            f"model.path: {path} could not be loaded as a causal language model: {first_line(error)}"
+        ) from error
     without_dropout(model)
     for parameter in model.parameters():
         # Loaded tensors may lie unaligned in a mapped file; kernels then may round otherwise than in the run that

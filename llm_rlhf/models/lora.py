@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiment.errors import UserError
+from experiment.errors import UserError, first_line
 from llm_rlhf.models.reading import read_causal
 
 ADAPTER = "adapter_config.json"
@@ -121,8 +121,7 @@ def load_adapted(folder: str | Path) -> PreTrainedModel:
         with _without_warnings():
             found = model.load_adapter(str(folder), NAME, is_trainable=True)
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
-        raise UserError(f"{folder}: the adapter does not fit its base model {base}: {reason}") from error
+        raise UserError(f"{folder}: the adapter does not fit its base model {base}: {first_line(error)}") from error
     strange = sorted(found.missing_keys) or sorted(found.unexpected_keys)
     if strange:
         raise UserError(f"{folder}: the adapter does not fit its base model {base} ({strange[0]})")

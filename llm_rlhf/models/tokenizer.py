@@ -8,7 +8,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from experiment.errors import UserError
+from experiment.errors import UserError, first_line
+from llm_rlhf.models.reading import MALFORMED
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 
@@ -37,15 +38,18 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     )
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Any transformers tokenizer from a local folder or a hub name.
-
-    Raises UserError if there is none, or if it has no end-of-sequence token (completions could not end).
-    """
+def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Any transformers tokenizer from a local folder or a hub name. Raises UserError if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: no tokenizer could be loaded from here ({_first_line(error)})") from error
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
+    except MALFORMED as error:
+        raise UserError(f"{path}: no tokenizer could be loaded from here ({first_line(error)})") from error
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """As `read_tokenizer`. Raises UserError, too, if it has no eos token: completions could not end."""
+    tokenizer = read_tokenizer(path)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no eos token; set one and save it again")
     return tokenizer
@@ -85,7 +89,3 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> froze
 def decode_completions(tokenizer: PreTrainedTokenizerBase, completions: list[list[int]]) -> list[str]:
     """Texts of completions, special tokens left out."""
     return list(tokenizer.batch_decode(completions, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0]

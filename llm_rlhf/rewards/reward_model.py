@@ -20,17 +20,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.config import build_from_dict
 from experiment.device import find_device
-from experiment.errors import UserError
+from experiment.errors import UserError, first_line
 from llm_rlhf.data.texts import Encoded, encode, fit, lay_out
 from llm_rlhf.models.causal import build_policy
 from llm_rlhf.models.loading import ModelConfig, model_folder, new_language_model, quietly, without_dropout
 from llm_rlhf.models.lora import base_of
 from llm_rlhf.models.precision import Precision, autocast
-from llm_rlhf.models.tokenizer import character_tokenizer, pad_id, require_known_tokens
+from llm_rlhf.models.reading import MALFORMED
+from llm_rlhf.models.tokenizer import character_tokenizer, pad_id, read_tokenizer, require_known_tokens
 from llm_rlhf.rewards.trunks import positions_of
 
 HEADS, SETTINGS = "reward_heads.safetensors", "reward.json"
@@ -274,7 +275,7 @@ class RewardModel(nn.Module):
                 raise ValueError(f"no pooling {model.pooling!r}")
             model.scoring = build_from_dict(settings["scoring"], ScoringConfig, str(folder / SETTINGS))
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder}: a damaged reward model ({_first_line(error)})") from error
+            raise UserError(f"{folder}: a damaged reward model ({first_line(error)})") from error
         return model
 
 
@@ -306,8 +307,8 @@ def load_trunk(path: str | Path) -> PreTrainedModel:
     try:
         with quietly():
             loaded, report = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"model.path: {path} could not be loaded as a model: {_first_line(error)}") from error
+    except MALFORMED as error:
+        raise UserError(f"model.path: {path} could not be loaded as a model: {first_line(error)}") from error
     trunk = cast(PreTrainedModel, loaded)
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:
@@ -325,10 +326,7 @@ def load_reward_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     Raises UserError if there is no tokenizer, or it has neither token.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: no tokenizer could be loaded from here ({_first_line(error)})") from error
+    tokenizer = read_tokenizer(path)
     if tokenizer.eos_token_id is None:
         if tokenizer.sep_token_id is None:
             raise UserError(f"{path}: the tokenizer has neither an eos nor a sep token; set one and save it again")
@@ -394,10 +392,6 @@ def probe(trunk: PreTrainedModel) -> tuple[int, bool]:
         raise UserError(f"model.path: a {type(trunk).__name__} gives no hidden state a token")
     first, other = states[:, 0].float()
     return int(states.shape[-1]), not torch.allclose(first, other, rtol=1e-5, atol=1e-6)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0]
 
 
 # ---------------------------------------------------------------- scoring texts

@@ -1,4 +1,6 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +93,40 @@ def test_a_token_that_the_model_does_not_know_is_told_before_it_is_met(tmp_path:
     with pytest.raises(UserError, match=wanted):
         build_reward_model(ModelConfig(path=str(folder)), alphabet="", objectives=("preference",), heads=1)
     build_policy(ModelConfig(path=str(small_model(tmp_path / "wide", "abcd", "ab"))), alphabet="")  # rows to spare
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_embd": 6},
+        {"n_embd": "8"},
+        {"n_layer": 3},
+        {"n_head": 3},
+        {"activation_function": "none"},
+        {"model_type": 3},
+    ],
+)
+def test_settings_that_contradict_the_weights_are_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = small_model(tmp_path / "model", "ab")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **change}))
+    for build in (
+        lambda: build_policy(ModelConfig(path=str(folder)), alphabet=""),
+        lambda: build_reward_model(ModelConfig(path=str(folder)), alphabet="", objectives=("preference",), heads=1),
+    ):
+        with pytest.raises(UserError, match=r"could (not )?be loaded|would be random") as error:
+            build()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_files_that_hold_something_else_are_one_line(tmp_path: Path, name: str) -> None:
+    folder = small_model(tmp_path / "model", "ab")
+    for text in ("[]", "3", "{", '{"version": 7}' if name == "tokenizer.json" else "null"):
+        (folder / name).write_text(text)
+        with pytest.raises(UserError, match=r"could be loaded|could not be loaded|no transformers model") as error:
+            build_policy(ModelConfig(path=str(folder)), alphabet="")
+        assert "\n" not in str(error.value)
 
 
 def test_weights_that_were_cut_short_are_one_line(tmp_path: Path) -> None:
