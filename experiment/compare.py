@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiment.checkpoint import sync
 from experiment.config import read_tree
-from experiment.errors import UserError, storage_errors
+from experiment.errors import UserError
+from experiment.figures import require_png, save_figure
 from experiment.metrics import COUNTERS, read_metrics, without_time
 
 _LOWER_IS_BETTER = {
@@ -95,7 +95,7 @@ def compare(
             f"compare: no metric matches {', '.join(metrics)}; there are {', '.join(sorted(keys)) or 'none'}"
         )
     summaries = {key: [_summary(key, run) for run in rows] for key in chosen}
-    drawn = _draw(names, rows, chosen, over, Path(figure)) if figure is not None else None
+    drawn = _draw(names, rows, chosen, over, require_png(figure, option="--save")) if figure is not None else None
     result = Comparison(names, differences, summaries, drawn)
     _show(result, console or Console(width=None if sys.stdout.isatty() else _PIPED))
     return result
@@ -179,14 +179,7 @@ def _draw(
         axes.set_xlabel(over, fontsize=8)
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 4))
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--save: {str(path)!r} is no name of a picture; give one that ends in .png")
-    temporary = path.with_name(f".tmp-{path.name}")
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png", dpi=110)
-        sync(temporary)
-        temporary.replace(path)
+    save_figure(figure, path, dpi=110)
     return path
 
 

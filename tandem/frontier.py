@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiment.errors import UserError
+from experiment.figures import require_png
 
 if TYPE_CHECKING:
     from llm_rlhf.evaluation.frontier import Row
@@ -34,6 +35,7 @@ def frontier(arguments: argparse.Namespace) -> int:
 
     if arguments.best_of < 0 or arguments.prompts < 1:
         raise UserError("tandem frontier: --best-of must be at least 0 and --prompts at least 1")
+    picture = require_png(arguments.save, option="--save")
     folders = [find_run(run) for run in arguments.runs]
     rows: list[Row] = []
     for folder in dict.fromkeys(folders):
@@ -44,7 +46,7 @@ def frontier(arguments: argparse.Namespace) -> int:
     print_rows(rows)
     for line in found.lines():
         print(line)
-    draw(found, arguments.save)
+    draw(found, picture)
     print(f"written to {arguments.save}")
     return 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from embodied.datasets.recorded import OBSERVATION, RecordedEpisode
-from experiment.errors import storage_errors
+from experiment.figures import save_figure
 
 _MOST_CURVES = 20
 """In one panel; the legend would cover more."""
@@ -38,6 +38,4 @@ def draw_curves(episode: RecordedEpisode, path: Path) -> None:
     words = f"“{episode.instruction}”; " if episode.instruction else ""
     figure.suptitle(f"{Path(episode.name).name}\n{words}{len(episode)} steps, {ended}", fontsize="medium")
     grid[-1].set_xlabel("step")
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)

@@ -24,7 +24,8 @@ import torch
 from scipy.optimize import least_squares
 from torch import Tensor
 
-from experiment.errors import UserError, storage_errors
+from experiment.errors import UserError
+from experiment.figures import save_figure
 from experiment.metrics import read_metrics
 from experiment.statistics import bootstrap_interval
 from policy_core.selection import best_of_n_kl, expected_best_of_k
@@ -302,5 +303,4 @@ def draw(found: Frontier, path: str | Path) -> None:
                 axes.axvline(fitted.turning_point, color=colour, ls=":", lw=1)
     axes.set(xlabel="d = sqrt(KL to the start), KL in nats a completion", ylabel="reward (hollow: proxy)")
     axes.legend(fontsize="small")
-    with storage_errors(Path(path)):
-        figure.savefig(path, dpi=150)
+    save_figure(figure, Path(path), dpi=150)

@@ -48,3 +48,6 @@ def test_runs_without_a_frontier(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert "no step has both objective/kl and eval/sampled" in capsys.readouterr().err
     assert main(["frontier", str(run), "--best-of", "-1"]) == 2
     assert "--best-of must be at least 0" in capsys.readouterr().err
+    for name in ("kl.foo", "kl", ""):
+        assert main(["frontier", str(run), "--save", name]) == 2
+        assert f"--save: {name!r} is no name of a picture; give one that ends in .png" in capsys.readouterr().err
