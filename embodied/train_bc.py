@@ -60,6 +60,8 @@ class TrainBCConfig:
     def __post_init__(self) -> None:
         if min(self.updates, self.batch_size, self.evaluate_every) < 1 or self.episodes < 0:
             raise ValueError("updates, batch_size and evaluate_every must be at least 1, episodes not negative")
+        if self.learning_rate < 0:
+            raise ValueError(f"learning_rate must not be negative, got {self.learning_rate}")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
         if self.policy.head in ("squashed", "values"):

@@ -16,8 +16,8 @@ from torch import Tensor
 from embodied.datasets.episode import Episode
 from embodied.evaluate import VALIDATION_SEEDS, score, seeds, summarize
 from embodied.learning import stopping_on_nan
+from embodied.logged.demonstrations import EpisodesConfig, read_demonstrations
 from embodied.logged.offline import Inputs
-from embodied.logged.transitions import DataConfig, read_offline
 from embodied.policies.decision_transformer import Conditioned, DecisionTransformer, DecisionTransformerConfig
 from embodied.rollouts.rollout import spaces_of
 from embodied.rollouts.workers import EnvironmentConfig, environment_spec
@@ -32,13 +32,15 @@ from policy_core.schedules import scheduled, set_learning_rate
 
 @dataclass(frozen=True)
 class TrainDTConfig:
-    """target_return   asked for when it plays (undiscounted); None: the best episode's
-    data            only path and best count: returns to go are undiscounted sums of the raw rewards
+    """A run of the Decision Transformer.
+
+    data            returns to go are undiscounted sums of its raw rewards
+    target_return   asked for when it plays (undiscounted); None: the best episode's
     """
 
     run: RunConfig = field(default_factory=RunConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: EpisodesConfig = field(default_factory=EpisodesConfig)
     policy: DecisionTransformerConfig = field(default_factory=DecisionTransformerConfig)
     target_return: float | None = None
     updates: int = 10_000
@@ -56,6 +58,8 @@ class TrainDTConfig:
             raise ValueError(
                 "updates, batch_size, log_every, evaluate_every must be positive, episodes not negative"
             )
+        if min(self.learning_rate, self.weight_decay) < 0:
+            raise ValueError("learning_rate and weight_decay must not be negative")
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def train(config: TrainDTConfig, *, resume: Path | None = None) -> RunResult:
     """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""
     updates = 1 if config.run.dry_run else config.updates
     environment = environment_spec(config.environment)
-    inputs = Inputs(environment, read_offline(config.data, environment))  # no next observations are needed
+    inputs = Inputs(environment, read_demonstrations(config.data, environment, need_rewards=True))
     best = max(float(episode.rewards.sum(dtype=np.float64)) for episode in inputs.episodes)
     target = best if config.target_return is None else config.target_return
     with Run.start(config, recipe="embodied/dt", resume=resume) as run:

@@ -39,6 +39,11 @@ class TrainTD3BCConfig(OfflineConfig):
     critic_learning_rate: float = 3e-4
     exploration: float = 0.1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.exploration <= 0:
+            raise ValueError(f"exploration must be positive, got {self.exploration}")
+
 
 def train(config: TrainTD3BCConfig, *, resume: Path | None = None) -> RunResult:
     """Train, or go on with the run folder `resume`. Returns the run folder and the last metrics."""

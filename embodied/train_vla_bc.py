@@ -64,6 +64,8 @@ class PartConfig:
     def __post_init__(self) -> None:
         if self.updates < 0 or self.batch_size < 1:
             raise ValueError("updates must not be negative, batch_size at least 1")
+        if self.learning_rate < 0:
+            raise ValueError(f"learning_rate must not be negative, got {self.learning_rate}")
 
 
 @dataclass(frozen=True)

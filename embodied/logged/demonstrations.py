@@ -59,14 +59,15 @@ class DemonstrationTerm(EpisodesConfig):
     batch_size: int = 256
 
 
-def read_demonstrations(config: EpisodesConfig, environment: EnvironmentSpec) -> list[Episode]:
-    """The episodes that `config` names, with rewards of 0 where there are none.
+def read_demonstrations(
+    config: EpisodesConfig, environment: EnvironmentSpec, *, need_rewards: bool = False
+) -> list[Episode]:
+    """The episodes that `config` names; unless they are needed, rewards are 0 where there are none.
 
     UserError if nothing is named, or what is named is damaged or was recorded in another environment.
     """
-    path = config.required_path()
-    keys = config.observation_keys
-    episodes = read_dataset(path, observation_keys=keys, subset=config.subset, need_rewards=False)
+    path, keys = config.required_path(), config.observation_keys
+    episodes = read_dataset(path, observation_keys=keys, subset=config.subset, need_rewards=need_rewards)
     check_against(episodes, environment, path)
     return best_episodes(episodes, config.best)
 

@@ -22,7 +22,9 @@ from embodied.policies.state_mlp import StatePolicy
 from embodied.rollouts.rollout import Collector
 from embodied.rollouts.workers import EnvironmentConfig
 from embodied.train_awac import TrainAWACConfig
+from embodied.train_bc import TrainBCConfig
 from embodied.train_cql import TrainCQLConfig
+from embodied.train_dt import TrainDTConfig
 from embodied.train_iql import TrainIQLConfig
 from embodied.train_ppo import TrainPPOConfig
 from embodied.train_td3_bc import TrainTD3BCConfig
@@ -296,6 +298,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, pendulum_demons
         (DataConfig, {"gamma": 1.5}, "gamma must be"),
         (DataConfig, {"n_steps": 0}, "gamma must be"),
         (DataConfig, {"best": 0.0}, "best must be"),
+        (TrainTD3BCConfig, {"exploration": 0.0}, "exploration must be positive"),
+        (TrainTD3BCConfig, {"critic_learning_rate": -1.0}, "critic_learning_rate must not be negative"),
+        (TrainDTConfig, {"learning_rate": -1.0}, "learning_rate and weight_decay must not be negative"),
+        (TrainBCConfig, {"learning_rate": -1.0}, "learning_rate must not be negative"),
     ],
 )
 def test_the_configurations_check_themselves(kind: type, options: dict[str, Any], message: str) -> None:

@@ -15,7 +15,7 @@ from embodied import train_dt
 from embodied.datasets.episode import Episode
 from embodied.evaluate import EvaluateConfig
 from embodied.evaluate_dt import evaluate_run
-from embodied.logged.transitions import DataConfig
+from embodied.logged.demonstrations import EpisodesConfig
 from embodied.policies.decision_transformer import Conditioned, DecisionTransformer, DecisionTransformerConfig
 from embodied.policies.numpy_actor import Spaces
 from embodied.rollouts.workers import EnvironmentConfig, environment_spec
@@ -117,7 +117,7 @@ def config(tmp_path: Path, data: Path, **changes: Any) -> TrainDTConfig:
     settings: dict[str, Any] = {
         "run": RunConfig(folder=str(tmp_path / "run"), wandb="disabled", seed=1),
         "environment": EnvironmentConfig("Pendulum-v1", max_episode_steps=6, count=1, workers=0),
-        "data": DataConfig(path=str(data)),
+        "data": EpisodesConfig(path=str(data)),
         "policy": SMALL,
         "updates": 6,
         "batch_size": 16,
