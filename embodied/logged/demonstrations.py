@@ -113,7 +113,7 @@ class DemonstrationBatches:
         cls, config: DemonstrationTerm, environment: EnvironmentSpec, seed: int
     ) -> DemonstrationBatches | None:
         """Read the file that `config` names; None without one. UserError if it does not fit."""
-        if config.path is None:
+        if not config.path:
             return None
         return cls(*stack_steps(read_demonstrations(config, environment), environment), config, seed)
 
