@@ -158,6 +158,10 @@ def _at(place: str, problem: str) -> str:
     return f"{place}: {problem}" if place else problem
 
 
+_TELLING = 20
+"""So many last characters of a message, blanks left out, tell whether a template shows it."""
+
+
 def segments(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, given: int, place: str = ""
 ) -> list[tuple[str, bool]]:
@@ -166,7 +170,8 @@ def segments(
     given   how many first messages are the prompt; assistant messages among them are not to be learned
 
     What follows the assistant's last message is left out. Raises UserError if there is no assistant message to
-    learn, or the template renders a part of the conversation otherwise than within the whole.
+    learn, or the template renders a part of the conversation otherwise than within the whole, or leaves out what
+    the assistant said, as templates do that look for parts of a content and find text.
     """
     found: list[tuple[str, bool]] = []
     done = ""
@@ -185,6 +190,13 @@ def segments(
                     "template that does not"
                 )
                 raise UserError(_at(place, problem))
+        said, shown = ("".join(text.split()) for text in (message["content"], after[len(before) :]))
+        if said[-_TELLING:] not in shown:  # templates may strip what they show, and move thoughts to its front
+            problem = (
+                f"the chat template leaves out what the assistant says in message {number + 1}; use one that shows "
+                "contents that are text"
+            )
+            raise UserError(_at(place, problem))
         found += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after
     if not found:

@@ -118,6 +118,23 @@ def test_a_template_that_forgets_is_refused() -> None:
         segments(tokenizer, turns("a", "b", "c", "d"), given=1, place="f:4")
 
 
+def test_a_template_that_leaves_out_what_was_said_is_refused() -> None:
+    """As those of models that see pictures: a content is a list of parts there, a text has none."""
+    tokenizer = chatml()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"f:4: the chat template leaves out what the assistant says in message 2"):
+        segments(tokenizer, turns("a", "b"), given=1, place="f:4")
+    assert len(segments(tokenizer, turns("a", ""), given=1)) == 2  # nothing was said
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ part.text }}", "").replace(
+        "<|im_end|>", "{{ m.content | trim }}<|im_end|>"
+    )
+    assert segments(tokenizer, turns("a", " b\n"), given=1)[1] == ("b<|im_end|>\n", True)
+
+
 def test_what_a_template_refuses_is_said() -> None:
     tokenizer = chatml()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
