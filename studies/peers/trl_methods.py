@@ -35,6 +35,9 @@ from typing import Any
 
 warnings.filterwarnings("ignore")
 os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+TOLD = os.fdopen(os.dup(1), "w")
+"""What the study reads."""
+os.dup2(2, 1)  # prints, whoever's they are, are no messages; libraries print as soon as they are imported
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -43,8 +46,6 @@ from datasets import Dataset  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 TRAINERS = {"grpo": (trl.GRPOTrainer, trl.GRPOConfig), "rloo": (trl.RLOOTrainer, trl.RLOOConfig)}
-TOLD = os.fdopen(os.dup(1), "w")
-"""What the study reads."""
 
 
 def tell(message: dict[str, Any]) -> None:
@@ -103,7 +104,6 @@ def trainer_of(settings: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Train, and say how long it took."""
-    os.dup2(2, 1)  # prints, whoever's they are, are no messages
     torch.set_num_threads(1)
     settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     training = trainer_of(settings)

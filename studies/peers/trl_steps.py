@@ -25,6 +25,9 @@ warnings.filterwarnings("ignore")
 os.environ.update(
     TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TRL_EXPERIMENTAL_SILENCE="1"
 )
+REPORTS = os.fdopen(os.dup(1), "w")
+"""What the study reads; what others print (TRL's PPO does at every step, some at their import) goes nowhere."""
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
@@ -39,8 +42,6 @@ BATCH, LENGTH, GROUP, EPOCHS, ROWS = 16, 32, 4, 4, 4096
 TURNS = 8
 """Turns of the study: one warms up, seven are timed. DPO computes its reference's log-probs of so many turns' pairs
 before the first; if it is let go oftener, it begins with them again."""
-REPORTS = sys.stdout
-"""What the study reads; TRL's own prints (PPO's of every step) go nowhere."""
 
 
 class Turns(TrainerCallback):
@@ -145,7 +146,6 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(2)
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     with tempfile.TemporaryDirectory() as folder:
         shared = {
             "output_dir": folder,
