@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embodied.datasets.episode import Episode, check_against
+from embodied.datasets.episode import Episode, check_against, check_choices
 from embodied.datasets.formats import read_dataset
+from embodied.datasets.robomimic import DoneMeaning
 from embodied.policies.state_mlp import StatePolicy
 from envs.make import EnvironmentSpec
 from experiment.errors import UserError
@@ -60,15 +61,28 @@ class DemonstrationTerm(EpisodesConfig):
 
 
 def read_demonstrations(
-    config: EpisodesConfig, environment: EnvironmentSpec, *, need_rewards: bool = False
+    config: EpisodesConfig,
+    environment: EnvironmentSpec,
+    *,
+    need_rewards: bool = False,
+    done_means: DoneMeaning | None = None,
+    discrete: bool = False,
 ) -> list[Episode]:
     """The episodes that `config` names; unless they are needed, rewards are 0 where there are none.
 
+    done_means: as in `read_dataset`. discrete: actions are to be choices.
+
     UserError if nothing is named, or what is named is damaged or was recorded in another environment.
     """
-    path, keys = config.required_path(), config.observation_keys
-    episodes = read_dataset(path, observation_keys=keys, subset=config.subset, need_rewards=need_rewards)
-    check_against(episodes, environment, path)
+    path = config.required_path()
+    episodes = read_dataset(
+        path,
+        observation_keys=config.observation_keys,
+        subset=config.subset,
+        done_means=done_means,
+        need_rewards=need_rewards,
+    )
+    (check_choices if discrete else check_against)(episodes, environment, path)
     return best_episodes(episodes, config.best)
 
 

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embodied.datasets.episode import Episode, check_against, check_choices
-from embodied.datasets.formats import read_dataset
+from embodied.datasets.episode import Episode
 from embodied.datasets.robomimic import DoneMeaning
-from embodied.logged.demonstrations import EpisodesConfig, best_episodes
+from embodied.logged.demonstrations import EpisodesConfig, read_demonstrations
 from embodied.policies.state_mlp import StatePolicy
 from envs.make import EnvironmentSpec
 from experiment.errors import UserError
@@ -88,24 +87,16 @@ def read_offline(config: DataConfig, environment: EnvironmentSpec, *, discrete: 
         UserError: nothing is named, the data are damaged or another environment's, or the actions are not of the
             kind that is asked for.
     """
-    path = config.required_path()
+    config.required_path()  # its absence is told before what is wrong with the environment
     if environment.discrete != discrete:
         has, needs = ("discrete", "continuous") if environment.discrete else ("continuous", "discrete")
         other = "embodied/discrete_cql" if environment.discrete else "embodied/cql"
         raise UserError(
             f"environment.id: {environment.env_id} has {has} actions; this recipe needs {needs} ones (see {other})"
         )
-    episodes = read_dataset(
-        path,
-        observation_keys=config.observation_keys,
-        subset=config.subset,
-        done_means=config.done_means,
+    return read_demonstrations(
+        config, environment, need_rewards=True, done_means=config.done_means, discrete=discrete
     )
-    if discrete:
-        check_choices(episodes, environment, path)
-    else:
-        check_against(episodes, environment, path)
-    return best_episodes(episodes, config.best)
 
 
 def require_next_observations(episodes: Sequence[Episode], config: DataConfig) -> None:
