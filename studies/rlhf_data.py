@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from experiment.checkpoint import write_atomically
+from llm_rlhf.data.files import read_rows, text_column
 from llm_rlhf.models.tokenizer import BOS, EOS, PAD, UNKNOWN
-from llm_rlhf.tasks.examples import read_jsonl, text_column
 
 HH, GSM8K = "hh_harmless_pairs.jsonl.gz", "gsm8k_train.jsonl.gz"
 VOCABULARY = 1024
@@ -37,12 +37,10 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 def read_documents(data: Path, rng: random.Random) -> tuple[list[str], list[str]]:
     """HH's dialogues (each question's chosen one) and PROBLEMS of GSM8K with their answers, calculator notes left
     out. Raises UserError naming file and line for rows that cannot be read."""
-    dialogues = list(
-        dict.fromkeys(text_column(row, "chosen", f"{HH}:{number}") for number, row in read_jsonl(data / HH))
-    )
+    dialogues = list(dict.fromkeys(text_column(row.columns, "chosen", row.place) for row in read_rows(data / HH)))
     problems = []
-    for number, row in read_jsonl(data / GSM8K):
-        question, answer = (text_column(row, name, f"{GSM8K}:{number}") for name in ("question", "answer"))
+    for row in read_rows(data / GSM8K):
+        question, answer = (text_column(row.columns, name, row.place) for name in ("question", "answer"))
         problems.append(f"{question}\n{re.sub(r'<<.*?>>', '', answer)}")
     return [text.strip() for text in dialogues], rng.sample(problems, min(PROBLEMS, len(problems)))
 

@@ -174,7 +174,7 @@ def _of_the_whole(report: Report, given: Mapping[str, str], reward: str) -> Iter
 def _count_reward(report: Report, row: Row, kind: str, names: ColumnNames, reward: str) -> None:
     """A reward as llm/ilql reads it: a finite number of the row, or of some of the assistant's messages."""
     from llm_rlhf.data.chat import ASSISTANT
-    from llm_rlhf.tasks.examples import number_column
+    from llm_rlhf.data.files import number_column
 
     messages = row.columns.get(names.messages)
     if kind not in ("prompt-completion", "language modeling") or (kind == "language modeling" and messages is None):
@@ -185,7 +185,7 @@ def _count_reward(report: Report, row: Row, kind: str, names: ColumnNames, rewar
             (message, f"{row.place}: message {number}") for number, message in enumerate(messages or [], start=1)
         ]
         places += [(message, place) for message, place in said if message["role"] == ASSISTANT]
-    scored = [(columns, place) for columns, place in places if reward in columns]
+    scored = [(columns, place) for columns, place in places if columns.get(reward) is not None]
     if not scored:
         report.unrewarded.append(row.place)
         return

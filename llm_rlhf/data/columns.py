@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 from experiment.errors import UserError
 from llm_rlhf.data.chat import ASSISTANT, Chat, Message, is_conversation, read_messages
-from llm_rlhf.data.files import Row
+from llm_rlhf.data.files import Row, number_column, text_column
 from llm_rlhf.data.records import Comparison, Feedback
-from llm_rlhf.tasks.examples import Example, number_column, text_column
+from llm_rlhf.tasks.examples import Example
 
 Kind = Literal["preference", "unpaired preference", "language modeling", "prompt-completion", "prompt-only"]
 Transcripts = Literal["text", "chat"]

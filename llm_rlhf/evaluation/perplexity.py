@@ -17,12 +17,11 @@ from typing import Any
 import torch
 
 from experiment.errors import UserError
-from llm_rlhf.data.files import SUFFIXES, read_rows
+from llm_rlhf.data.files import SUFFIXES, read_rows, text_column
 from llm_rlhf.evaluation.results import Measure, Result
 from llm_rlhf.evaluation.subject import Subject
 from llm_rlhf.models.generation import at_temperature
 from llm_rlhf.models.tokenizer import pad_id
-from llm_rlhf.tasks.examples import text_column
 
 
 def read_documents(path: str | Path, *, column: str = "text") -> list[str]:

@@ -16,12 +16,11 @@ from envs.own import is_own, load_own
 from experiment.errors import UserError, user_errors
 from llm_rlhf.data.chat import Chat
 from llm_rlhf.data.columns import ColumnNames, kind_of, read_demonstration
-from llm_rlhf.data.files import read_rows
+from llm_rlhf.data.files import read_rows, text_column
 from llm_rlhf.evaluation.results import Measure, Result
 from llm_rlhf.evaluation.subject import question_of
 from llm_rlhf.rewards.functions import RewardFunction
 from llm_rlhf.rewards.reward_model import find_folder, reward_function
-from llm_rlhf.tasks.examples import text_column
 
 PairJudge = Callable[[str, str, str], str | None]
 """(prompt, a, b) -> "a", "b", "tie" or None = cannot say: what a user's `file.py:function` is."""

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from experiment.errors import UserError
+from llm_rlhf.data.files import SUFFIXES, read_rows, text_column
 from llm_rlhf.data.texts import Batches, encode_prompts
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.tokenizer import pad_id
-from llm_rlhf.tasks.examples import read_jsonl, text_column
 from policy_core.bc import bc_loss
 
 
@@ -29,8 +29,8 @@ class PretrainingMixConfig:
 
     coef        weight of the mean negative log-likelihood of a token, added to the loss of every optimizer step but
                 the critic warm-up's; 0 = off
-    path        a .txt file, documents between empty lines; or .jsonl (.jsonl.gz) with, in a row, a text (every
-                token of it is learned) or a prompt and its completion (the completion is learned)
+    path        a .txt file, documents between empty lines; or rows (`llm_rlhf.data.files` says in which files), of
+                which each has a text (every token is learned) or a prompt and its completion (that is learned)
     batch_size  texts an optimizer step
     length      longest text in tokens, null = the model's context; longer texts are cut into several, none is lost
     text, prompt, completion    names of the columns
@@ -133,18 +133,18 @@ class PretrainingMix:
 def _texts(config: PretrainingMixConfig) -> Iterator[tuple[str, str, str]]:
     """(place, what is given, what is learned) of every text of the file."""
     path = str(config.path)
-    if not path.endswith((".jsonl", ".jsonl.gz")):
+    if not path.endswith(SUFFIXES) and not Path(path).is_dir():
         yield from ((place, "", text) for place, text in _documents(path))
         return
-    for number, row in read_jsonl(path):
-        place = f"{path}:{number}"
-        if config.text in row:
-            text, prompt = text_column(row, config.text, place), ""
-        elif config.prompt in row:
-            text, prompt = text_column(row, config.completion, place), text_column(row, config.prompt, place)
+    for row in read_rows(path):
+        columns, place = row.columns, row.place
+        if columns.get(config.text) is not None:
+            text, prompt = text_column(columns, config.text, place), ""
+        elif columns.get(config.prompt) is not None:
+            prompt, text = (text_column(columns, name, place) for name in (config.prompt, config.completion))
         else:
             wanted = f"{config.text!r} nor {config.prompt!r}"
-            raise UserError(f"{place}: there is neither a column {wanted} (there is {', '.join(row)})")
+            raise UserError(f"{place}: there is neither a column {wanted} (there is {', '.join(columns)})")
         if text:
             yield place, prompt, text
 

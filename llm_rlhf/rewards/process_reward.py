@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from experiment.device import find_device
 from experiment.errors import UserError
+from llm_rlhf.data.files import read_rows, text_column
 from llm_rlhf.data.texts import lay_out
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.rewards.reward_model import RewardModel, Scorer, load_reward_tokenizer
-from llm_rlhf.tasks.examples import read_jsonl, text_column
 from llm_rlhf.tasks.rows import split_prompts
 
 PROCESS, FOLDER = "process.json", "process_reward_model"
@@ -36,7 +36,8 @@ Form = Literal["probability", "log_odds", "change"]
 
 @dataclass(frozen=True)
 class StepsConfig:
-    """path: a jsonl file of rows {prompt, steps: [text, ...], labels: [number in 0..1 or null, ...]}.
+    """path: a file of rows {prompt, steps: [text, ...], labels: [number in 0..1 or null, ...]}; of which kinds,
+    `llm_rlhf.data.files` says.
 
     prompt, steps, labels   names of the columns; a null label is not trained on
     separator               between steps, in training as in what a policy writes
@@ -84,10 +85,10 @@ def read_solutions(config: StepsConfig) -> StepData:
     """Read the file and split it by prompt. Raises UserError naming line and column for a row that cannot be
     used."""
     if not config.path:
-        raise UserError("steps.path: give the jsonl file that holds your prompts, steps and labels")
+        raise UserError("steps.path: give the file that holds your prompts, steps and labels")
     by_prompt: dict[str, list[Solution]] = {}
-    for number, row in read_jsonl(config.path):
-        solution = _solution(row, config, f"{config.path}:{number}")
+    for row in read_rows(config.path):
+        solution = _solution(row.columns, config, row.place)
         by_prompt.setdefault(solution.prompt, []).append(solution)
     parts = split_prompts(
         by_prompt, validation=config.validation, test=config.test, seed=config.seed, data=config.path

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiment.errors import UserError
+from llm_rlhf.data.files import read_rows, text_column
 from llm_rlhf.rewards.functions import exact_match
-from llm_rlhf.tasks.examples import Example, read_jsonl, text_column
+from llm_rlhf.tasks.examples import Example
 
 LIMIT = 1000  # operands lie below it
 RESULT_LIMIT = 10_000
@@ -94,8 +95,8 @@ def read_expressions(path: str | Path) -> list[Expression]:
     Raises UserError for damaged lines (with file and line) or a file without a single annotation.
     """
     found: dict[Expression, None] = {}
-    for number, row in read_jsonl(path):
-        for left, operator, right, written in ANNOTATION.findall(text_column(row, "answer", f"{path}:{number}")):
+    for row in read_rows(path):
+        for left, operator, right, written in ANNOTATION.findall(text_column(row.columns, "answer", row.place)):
             expression = Expression(int(left), operator, int(right))
             if is_kept(expression) and expression.result() == int(written):
                 found[expression] = None

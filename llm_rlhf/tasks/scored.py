@@ -1,4 +1,4 @@
-"""Your own scored texts: a jsonl file of prompts and completions, or of conversations, with rewards.
+"""Your own scored texts: a file of prompts and completions, or of conversations, with rewards.
 
 A row is {"prompt": ..., "completion": ..., "reward": 0.5}, or a conversation
 
@@ -17,8 +17,9 @@ from typing import Any
 
 from experiment.errors import UserError
 from llm_rlhf.data.chat import ASSISTANT, Chat, Message
+from llm_rlhf.data.files import number_column, read_rows, text_column
 from llm_rlhf.rewards.functions import RewardFunction
-from llm_rlhf.tasks.examples import Example, Piece, number_column, read_jsonl, text_column
+from llm_rlhf.tasks.examples import Example, Piece
 from llm_rlhf.tasks.rows import split_prompts
 
 
@@ -52,13 +53,12 @@ def build(config: ScoredConfig, *, data: str | None, seed: int) -> dict[str, Any
     Raises UserError naming file and line for a row that cannot be used, or if there are too few rows.
     """
     if data is None:
-        raise UserError("task.data: give the jsonl file that holds your prompts, completions and rewards")
+        raise UserError("task.data: give the file that holds your prompts, completions and rewards")
     by_prompt: dict[str, list[tuple[Example, list[Piece]]]] = {}
-    for number, row in read_jsonl(data):
-        place = f"{data}:{number}"
-        text = _pieces(row, config, place)
-        columns = {name: value for name, value in row.items() if name not in ("prompts", "completions")}
-        example = Example(text[0].text, text[1].text, columns, place)
+    for row in read_rows(data):
+        text = _pieces(row.columns, config, row.place)
+        columns = {name: value for name, value in row.columns.items() if name not in ("prompts", "completions")}
+        example = Example(text[0].text, text[1].text, columns, row.place)
         by_prompt.setdefault(example.prompt, []).append((example, text))
     train, validation, test = split_prompts(
         by_prompt, validation=config.validation, test=config.test, seed=seed, data=data
@@ -100,7 +100,7 @@ def logged_reward(texts: Sequence[Sequence[Piece]]) -> RewardFunction:
 
 def _pieces(row: Mapping[str, Any], config: ScoredConfig, place: str) -> list[Piece]:
     """A row as given and chosen pieces in turn, the first given, the last chosen."""
-    if config.messages in row:
+    if row.get(config.messages) is not None:
         return _conversation(row, config, place)
     prompt = text_column(row, config.prompt, place)
     completion = text_column(row, config.completion, place)
@@ -116,7 +116,7 @@ def _conversation(row: Mapping[str, Any], config: ScoredConfig, place: str) -> l
         raise UserError(f"{place}: column {config.messages!r} must be a list of objects with `role` and `content`")
     pieces: list[Piece] = []
     given: list[Message] = []
-    scored = config.reward in row
+    scored = row.get(config.reward) is not None
     for number, message in enumerate(messages, start=1):
         where = f"{place}: message {number}"
         role, content = text_column(message, "role", where), text_column(message, "content", where)
@@ -125,8 +125,9 @@ def _conversation(row: Mapping[str, Any], config: ScoredConfig, place: str) -> l
             continue
         if not content:
             raise UserError(f"{where}: column 'content' is empty; an assistant message must say something")
-        earned = number_column(message, config.reward, where) if config.reward in message else 0.0
-        scored |= config.reward in message
+        rewarded = message.get(config.reward) is not None  # parquet has every column in every row
+        earned = number_column(message, config.reward, where) if rewarded else 0.0
+        scored |= rewarded
         before = Chat.between(given, place=place) if pieces else Chat.prompt(given, place=place)
         pieces += [Piece(before, None), Piece(content, earned)]
         given = []
@@ -134,7 +135,7 @@ def _conversation(row: Mapping[str, Any], config: ScoredConfig, place: str) -> l
         raise UserError(f"{place}: no message has the role {ASSISTANT!r}; there is nothing to learn from")
     if not scored:
         raise UserError(f"{place}: neither the row nor a message has a {config.reward!r}")
-    if config.reward in row:
+    if row.get(config.reward) is not None:
         last = pieces[-1]
         pieces[-1] = Piece(last.text, (last.reward or 0.0) + number_column(row, config.reward, place))
     return pieces

@@ -24,8 +24,8 @@ class TaskConfig:
             prompts and completions), or scored (with rewards)
     data    calculator: GSM8K's train file (jsonl or jsonl.gz), None = generated expressions;
             tool_calculator: the same file, None = generated problems
-            rows: a jsonl file with `prompt`, `completion` and any further columns
-            scored: a jsonl file with `prompt`, `completion` (or chat `messages`) and `reward`
+            rows: a file with `prompt`, `completion` and any further columns
+            scored: a file with `prompt`, `completion` (or chat `messages`) and `reward`
     seed    of the split, of what is generated and of planted mistakes
     """
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
-from llm_rlhf.tasks.examples import Example, read_jsonl, text_column
+from llm_rlhf.data.files import read_rows, text_column
+from llm_rlhf.tasks.examples import Example
 
 MARK = "####"
 ANNOTATION = re.compile(r"<<([^<>=\n]*)=([^<>\n]*)>>")
@@ -84,12 +85,11 @@ def read_problems(path: str | Path) -> list[Problem]:
     Raises UserError naming file and line for a row without question, answer or a number after ####.
     """
     problems: dict[str, Problem] = {}
-    for number, row in read_jsonl(path):
-        place = f"{path}:{number}"
-        question, solution = text_column(row, "question", place), text_column(row, "answer", place)
+    for row in read_rows(path):
+        question, solution = (text_column(row.columns, name, row.place) for name in ("question", "answer"))
         answer = solution.rpartition(MARK)[2].strip()
         if MARK not in solution or number_in(answer) is None:
-            raise UserError(f"{place}: column 'answer' does not end with {MARK} and a number; is this GSM8K?")
+            raise UserError(f"{row.place}: column 'answer' does not end with {MARK} and a number; is this GSM8K?")
         problems[question] = Problem(question, solution, answer)
     if not problems:
         raise UserError(f"{path}: there is no problem in it")

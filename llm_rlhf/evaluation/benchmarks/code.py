@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.errors import UserError
-from llm_rlhf.data.files import read_rows
+from llm_rlhf.data.files import read_rows, text_column
 from llm_rlhf.evaluation.results import Measure, Result
 from llm_rlhf.evaluation.sandbox import LIMITS, Limits, Ran, protection, run_program
-from llm_rlhf.tasks.examples import text_column
 
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nimport ", "\nfrom ", "\n```")
 """What can only stand behind the function's body (after the paper's section 2.2), for models asked to complete."""

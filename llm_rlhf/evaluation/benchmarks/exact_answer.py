@@ -15,9 +15,8 @@ from decimal import Decimal
 from pathlib import Path
 
 from experiment.errors import UserError
-from llm_rlhf.data.files import read_rows
+from llm_rlhf.data.files import read_rows, text_column
 from llm_rlhf.evaluation.results import Measure, Result
-from llm_rlhf.tasks.examples import text_column
 
 NUMBER = r"(?<![\d.])(?:-?\$|\$?-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 MARKED = re.compile(rf"####\s*({NUMBER})")

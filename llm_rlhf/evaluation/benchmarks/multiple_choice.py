@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiment.errors import UserError
-from llm_rlhf.data.files import Row, read_rows
+from llm_rlhf.data.files import Row, read_rows, text_column
 from llm_rlhf.evaluation.results import Measure, Result
 from llm_rlhf.evaluation.subject import Likelihood, Subject
-from llm_rlhf.tasks.examples import text_column
 
 LETTERS = "ABCD"
 Style = Literal["letters", "text"]

@@ -13,11 +13,10 @@ from typing import Any
 
 from experiment.errors import UserError
 from llm_rlhf.data.chat import ASSISTANT, Chat
-from llm_rlhf.data.files import Row, read_rows
+from llm_rlhf.data.files import Row, read_rows, text_column
 from llm_rlhf.evaluation.results import Result
 from llm_rlhf.evaluation.subject import Decoding, Message, Subject
 from llm_rlhf.evaluation.win_rate import POINTS, Judge, Pair, win_rate
-from llm_rlhf.tasks.examples import text_column
 
 
 @dataclass(frozen=True)

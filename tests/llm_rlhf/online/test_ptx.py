@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -78,10 +80,16 @@ def test_of_a_demonstration_the_completion_is_learned(
     with gzip.open(file, "wt") as out:
         out.write("\n".join(json.dumps(line) for line in lines))
     a, b, c, d, e, f, g = tokenizer.encode("abcdefg", add_special_tokens=False)
-    assert texts(mix(file, tokenizer)) == [
-        ([a, b, c, d, EOS], [c, d, EOS]),
-        ([BOS, e, f, g, EOS], [e, f, g, EOS]),
-    ]
+    table = tmp_path / "texts.parquet"
+    parquet.write_table(
+        pyarrow.table({name: [line.get(name) for line in lines] for name in ("prompt", "completion", "text")}),
+        table,
+    )
+    for path in (file, table):
+        assert texts(mix(path, tokenizer)) == [
+            ([a, b, c, d, EOS], [c, d, EOS]),
+            ([BOS, e, f, g, EOS], [e, f, g, EOS]),
+        ]
 
 
 def test_unknown_characters_are_read_and_not_learned(

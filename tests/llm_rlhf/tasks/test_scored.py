@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from experiment.errors import UserError
 from llm_rlhf.tasks.examples import Piece
@@ -43,6 +45,21 @@ def test_prompts_and_completions(tmp_path: Path) -> None:
     assert all(len(text) == 2 and text[0].reward is None for text in task.logged)
     assert {text[1].reward for text in task.logged} == {1.0, -0.5}
     assert set("qgodba0123456789") == set(task.alphabet)
+
+
+def test_parquet_says_the_same(tmp_path: Path) -> None:
+    """Its columns and fields are there in every row, null where nobody wrote them."""
+    rows = [
+        *good_rows(),
+        {"messages": [ASKED, {**SAID, "reward": 0.25}, ASKED, SAID]},
+        {"messages": [ASKED, SAID], "reward": 2},
+    ]
+    columns = {name: [row.get(name) for row in rows] for name in ("prompt", "completion", "messages", "reward")}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    table = build_task(TaskConfig(name="scored", data=str(tmp_path / "rows.parquet")))
+    lines = read(tmp_path / "rows.jsonl", rows)
+    assert table.logged == lines.logged
+    assert [example.prompt for example in table.train] == [example.prompt for example in lines.train]
 
 
 def test_the_reward_that_knows_the_file(tmp_path: Path) -> None:
