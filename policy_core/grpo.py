@@ -18,13 +18,15 @@ from policy_core.masking import FLAT
 from policy_core.returns import episode_returns
 from policy_core.rollout import Rollout
 
+Advantage = Literal["grpo", "rloo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"]
+
 
 @dataclass(frozen=True)
 class GRPOConfig:
     """advantage: which of `ADVANTAGES`; group_size: episodes sampled per prompt (or task and seed), 1 only for
     "reinforce_pp", whose baseline is the batch."""
 
-    advantage: Literal["grpo", "rloo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"
+    advantage: Advantage = "grpo"
     group_size: int = 8
 
     def __post_init__(self) -> None:
@@ -132,9 +134,10 @@ def group_advantages(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Every decision gets its episode's advantage over its group. Returns [B, T] and metrics.
 
-    scores  [B, T] rewards before a KL was taken off them; None = the rollout's rewards. Where a group's (with
-            "reinforce_pp", the batch's) are one and the same, advantages are 0: nothing but the KL differs, and a
-            standard deviation would scale its hundredths up to full strength.
+    scores  [B, T] rewards before a KL was taken off them; None = the rollout's rewards. Where all that a standard
+            deviation is taken over ("grpo": a group, "reinforce_pp": the batch, its variant: all groups) have one
+            and the same score, advantages are 0: nothing but the KL differs, and its hundredths would be scaled up
+            to full strength. "rloo" and "dr_grpo" divide by none: there the KL pulls in flat groups, too.
 
     Metrics: frac_reward_zero_std (share of episodes whose group is flat, see `is_flat`: no signal),
     reward_std (mean over episodes of their group's standard deviation).
@@ -145,8 +148,12 @@ def group_advantages(
     returns, index, group = episode_returns(rollout)
     earned = returns if scores is None else episode_returns(replace(rollout, rewards=scores))[0]
     flat = is_flat(earned, group)
-    peers_alike = is_flat(earned, torch.zeros_like(group)) if config.advantage == "reinforce_pp" else flat
-    advantages = torch.where(peers_alike, 0.0, ADVANTAGES[config.advantage](returns, group)).to(returns)
+    kl_alone = {
+        "grpo": flat,
+        "reinforce_pp": is_flat(earned, torch.zeros_like(group)),
+        "reinforce_pp_baseline": flat.all().expand_as(flat),
+    }.get(config.advantage, torch.zeros_like(flat))
+    advantages = torch.where(kl_alone, 0.0, ADVANTAGES[config.advantage](returns, group)).to(returns)
     spread = torch.zeros_like(rollout.rewards)
     spread[rollout.mask] = advantages[index[rollout.mask]]
     _, size, _, squares = _group_sums(returns, group)

@@ -2,7 +2,9 @@
 
     python -m studies.language_methods --trl PYTHON --data gsm8k_train.jsonl.gz [--share 1/2]
 
-All cells are to be run from one unchanged tree: what is compared is then one and the same program.
+All cells are to be run from one unchanged tree: what is compared is then one and the same program. Where only one
+arm's part of it has changed since, `--cell CELL --arm ARM` trains and judges that arm again and keeps the others,
+provided that the base model comes out as it was.
 
 PYTHON is that of an environment with TRL 1.16.0. Calculator with slips (six demonstrations of ten are wrong) and
 random walks, five seeds each; a cell trains one base model and every method from it, on one thread. Methods that
@@ -46,7 +48,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from studies.cells import RUNS, Figures, difference, main, mean_and_error
+from studies.cells import RUNS, Figures, difference, main, mean_and_error, require, result_path
 from studies.language import (
     Arm,
     Drawn,
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from llm_rlhf.tasks.task import Task
     from llm_rlhf.train_grpo import TrainGRPOConfig
 
+STUDY = "language_methods"
 SEEDS = range(5)
 LOOKS = (1, 2, 4, 8, 16, 24, 32, 40)
 """Which of the SAVED checkpoints of a run are judged: most of the KL is spent early."""
@@ -111,8 +114,10 @@ class Cell:
 
 
 def run(cell: str, options: argparse.Namespace) -> Figures:
-    """Every method of one task and one seed."""
+    """Every method of one task and one seed, or the one that is to be trained again."""
     torch.set_num_threads(1)
+    if options.arm is not None:
+        return run_again(cell, options)
     python = require_trl(options.trl)
     chosen, seconds = begin(cell, options.data)
     half = chosen.half
@@ -129,6 +134,21 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
     figures["rejection sampling"] = train_rejection(chosen)
     figures["ILQL"] = train_ilql(chosen)
     return figures
+
+
+def run_again(cell: str, options: argparse.Namespace) -> Figures:
+    """The cell's figures with one arm's measured anew."""
+    require(STUDY, cell)
+    before = json.loads(result_path(STUDY, cell).read_text(encoding="utf-8"))
+    figures: Figures = before["figures"]
+    chosen, _ = begin(cell, options.data)
+    if options.arm not in chosen.half.online:
+        raise SystemExit(f"--arm: {options.arm} is none of {', '.join(chosen.half.online)}")
+    if chosen.judge(chosen.start, chosen.half.splits) != figures["base"]["judged"]:
+        raise SystemExit(f"{cell}: the base model is not what it was; run the whole cell again")
+    figures[options.arm] = train_online(chosen, options.arm)
+    first = {name: before[name] for name in ("command", "date", "seconds")}
+    return {**figures, "first": figures.get("first", first)}
 
 
 def begin(cell: str, data: str | None) -> tuple[Cell, float]:
@@ -427,7 +447,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where GSM8K is, which is not part of the product, and TRL, which lives in its own environment."""
     parser.add_argument("--data", help="GSM8K's train.jsonl or .jsonl.gz, for the calculator's cells")
     parser.add_argument("--trl", metavar="PYTHON", help="of an environment with TRL 1.16.0")
+    parser.add_argument("--arm", help="one of ours to train and judge again in a cell that has a result")
 
 
 if __name__ == "__main__":
-    main("language_methods", cells=CELLS, run=run, table=table, add_arguments=add_arguments)
+    main(STUDY, cells=CELLS, run=run, table=table, add_arguments=add_arguments)

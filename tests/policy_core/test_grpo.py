@@ -8,9 +8,11 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from policy_core.grpo import (
     ADVANTAGES,
+    Advantage,
     GRPOConfig,
     dr_grpo,
     group_advantages,
@@ -106,7 +108,7 @@ def test_what_differs_by_more_than_rounding_is_not_flat() -> None:
 
 @pytest.mark.parametrize("name", ["grpo", "rloo", "dr_grpo", "reinforce_pp_baseline"])
 def test_flat_groups_are_counted_and_left_out(
-    name: Literal["grpo", "rloo", "dr_grpo", "reinforce_pp_baseline"],
+    name: Advantage,
 ) -> None:
     """Eight answers that earn 0.7 each in float32, beside a group that differs."""
     rewards = torch.full((11, 1), 0.7, dtype=torch.float32)
@@ -121,25 +123,50 @@ def test_flat_groups_are_counted_and_left_out(
     assert trained.shape == (3, 1)
 
 
-def test_a_group_is_flat_by_its_scores_not_by_the_kl_that_was_taken_off() -> None:
-    """Both answers to prompt 0 earned 1 and differ in what the KL took; those to prompt 1 earned 0 and 2."""
-    scores = torch.tensor([[1.0], [1.0], [0.0], [2.0]])
-    kl = torch.tensor([[0.005], [0.015], [0.25], [0.25]])
-    rollout = replace(make_rollout(scores.tolist(), group=[[0], [0], [1], [1]]), rewards=scores - kl)
-    names: tuple[Literal["grpo", "rloo", "dr_grpo"], ...] = ("grpo", "rloo", "dr_grpo")
+KL_SCORES = torch.tensor([[1.0], [1.0], [0.0], [2.0]])
+KL_TAKEN = torch.tensor([[0.005], [0.015], [0.25], [0.25]])
+"""Both answers to prompt 0 earned 1 and differ in what the KL took; those to prompt 1 earned 0 and 2."""
+
+
+def after_kl(scores: Tensor) -> Rollout:
+    """The scores less what the KL took, two answers a prompt."""
+    return replace(make_rollout(scores.tolist(), group=[[0], [0], [1], [1]]), rewards=scores - KL_TAKEN)
+
+
+@pytest.mark.parametrize("name", list(ADVANTAGES))
+def test_a_group_is_flat_by_its_scores_not_by_the_kl_that_was_taken_off(name: Advantage) -> None:
+    config = GRPOConfig(advantage=name)
+    _, metrics = group_advantages(after_kl(KL_SCORES), config=config, scores=KL_SCORES)
+    assert float(metrics["frac_reward_zero_std"]) == 0.5
+    _, metrics = group_advantages(after_kl(KL_SCORES), config=config)
+    assert float(metrics["frac_reward_zero_std"]) == 0.0
+
+
+def test_no_standard_deviation_scales_a_kl_up() -> None:
+    """A hundredth of a nat alone is no advantage of 0.7, in a group, a batch or all groups of one score."""
+    ones = torch.ones(4, 1)
+    rollout = after_kl(KL_SCORES)
+    advantages, _ = group_advantages(rollout, config=GRPOConfig(advantage="grpo"), scores=KL_SCORES)
+    assert not advantages[:2].any()
+    blind, _ = group_advantages(rollout, config=GRPOConfig(advantage="grpo"))
+    close(blind[:2], [[0.005 / (0.01 / math.sqrt(2) + 1e-4)], [-0.005 / (0.01 / math.sqrt(2) + 1e-4)]], atol=1e-4)
+    close(blind[2:], advantages[2:])
+    names: tuple[Advantage, ...] = ("reinforce_pp", "reinforce_pp_baseline")
     for name in names:
-        config = GRPOConfig(advantage=name)
-        advantages, metrics = group_advantages(rollout, config=config, scores=scores)
-        assert not advantages[:2].any(), name
-        assert advantages[2:].all(), name
-        assert float(metrics["frac_reward_zero_std"]) == 0.5
-        blind, metrics = group_advantages(rollout, config=config)
-        assert blind[:2].any(), name
-        assert float(metrics["frac_reward_zero_std"]) == 0.0
-        close(blind[2:], advantages[2:])
-    batch = GRPOConfig(advantage="reinforce_pp")
-    assert group_advantages(rollout, config=batch, scores=scores)[0].all()
-    assert not group_advantages(rollout, config=batch, scores=torch.ones(4, 1))[0].any()
+        batch = GRPOConfig(advantage=name)
+        assert group_advantages(rollout, config=batch, scores=KL_SCORES)[0][:2].all()
+        assert group_advantages(after_kl(ones), config=batch)[0][:2].all()
+        assert not group_advantages(after_kl(ones), config=batch, scores=ones)[0].any()
+
+
+@pytest.mark.parametrize("name", ["rloo", "dr_grpo"])
+def test_where_nothing_is_divided_the_kl_pulls_in_flat_groups_too(name: Advantage) -> None:
+    """0.01 nats apart: leave-one-out +-0.01, from the mean +-0.005, whatever the scores were."""
+    apart = 0.01 if name == "rloo" else 0.005
+    advantages, _ = group_advantages(after_kl(KL_SCORES), config=GRPOConfig(advantage=name), scores=KL_SCORES)
+    close(advantages[:2], [[apart], [-apart]], atol=1e-7)
+    _, kept = with_signal(after_kl(KL_SCORES), advantages)
+    assert kept.shape == (4, 1)
 
 
 def test_overlong_punishment_by_hand() -> None:
