@@ -1,7 +1,7 @@
 """Advantages from groups of episodes instead of a critic, for PPO's clipped update.
 
 A group is a set of episodes that started alike: answers to one prompt, or attempts at one task from one seed.
-The functions differ in one line each; a recipe picks one from `ADVANTAGES` and calls `ppo.update` with
+The functions differ in one line each; `GRPOConfig.advantage` picks one, and a recipe calls `ppo.update` with
 `returns=None`.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from policy_core.masking import FLAT
-from policy_core.returns import episode_returns
+from policy_core.returns import episode_returns, rest_of_episode
 from policy_core.rollout import Rollout
 
 Advantage = Literal["grpo", "rloo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"]
@@ -23,8 +23,8 @@ Advantage = Literal["grpo", "rloo", "dr_grpo", "reinforce_pp", "reinforce_pp_bas
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """advantage: which of `ADVANTAGES`; group_size: episodes sampled per prompt (or task and seed), 1 only for
-    "reinforce_pp", whose baseline is the batch."""
+    """advantage: how answers are compared, each a function below; group_size: episodes sampled per prompt (or task
+    and seed), 1 only for "reinforce_pp", whose baseline is the batch."""
 
     advantage: Advantage = "grpo"
     group_size: int = 8
@@ -86,18 +86,22 @@ def dr_grpo(returns: Tensor, group: Tensor) -> Tensor:
 
 
 def _over_batch(values: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 (n - 1) over all episodes; 0 where all are the same. [E] -> [E]."""
+    """Mean 0 and standard deviation 1 (n - 1) over all values; 0 where all are the same. [N] -> [N]."""
     if is_flat(values, torch.zeros_like(values, dtype=torch.long)).all():
         return torch.zeros_like(values)
     return (values - values.mean()) / values.std().clamp(min=1e-4)
 
 
-def reinforce_pp(returns: Tensor, group: Tensor) -> Tensor:
-    """REINFORCE++: normalised over the batch, whatever the group (Hu 2025, 2501.03262). [E] -> [E].
+def reinforce_pp(rest: Tensor, mask: Tensor) -> Tensor:
+    """REINFORCE++: what is earned from a decision on, normalised over the batch's decisions (Hu 2025, 2501.03262
+    eq. 8 to 10). rest [B, T] (`returns.rest_of_episode`), mask [B, T] -> [B, T], 0 where masked.
 
-    An easy prompt's answers all gain and a hard one's all lose: the baseline does not know the prompt.
+    A KL in the reward is charged to its own token and those before, never to those after. An easy prompt's answers
+    all gain and a hard one's all lose: the baseline does not know the prompt.
     """
-    return _over_batch(returns.double())
+    advantages = torch.zeros_like(rest)
+    advantages[mask] = _over_batch(rest[mask].double()).to(rest)
+    return advantages
 
 
 def reinforce_pp_baseline(returns: Tensor, group: Tensor) -> Tensor:
@@ -108,12 +112,11 @@ def reinforce_pp_baseline(returns: Tensor, group: Tensor) -> Tensor:
     return _over_batch(dr_grpo(returns, group)).masked_fill(is_flat(returns, group), 0.0)
 
 
-# computed in float64, and given so
+# (returns [E], group [E]) -> advantages of whole episodes [E], computed in float64, and given so
 ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "grpo": grpo,
     "rloo": rloo,
     "dr_grpo": dr_grpo,
-    "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,
 }
 
@@ -132,7 +135,8 @@ def overlong_punishment(lengths: Tensor, *, max_length: int, cache: int) -> Tens
 def group_advantages(
     rollout: Rollout, *, config: GRPOConfig, scores: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Every decision gets its episode's advantage over its group. Returns [B, T] and metrics.
+    """Every decision gets its episode's advantage over its group ("reinforce_pp": its own over the batch). Returns
+    [B, T] and metrics.
 
     scores  [B, T] rewards before a KL was taken off them; None = the rollout's rewards. Where all that a standard
             deviation is taken over ("grpo": a group, "reinforce_pp": the batch, its variant: all groups) have one
@@ -148,14 +152,14 @@ def group_advantages(
     returns, index, group = episode_returns(rollout)
     earned = returns if scores is None else episode_returns(replace(rollout, rewards=scores))[0]
     flat = is_flat(earned, group)
-    kl_alone = {
-        "grpo": flat,
-        "reinforce_pp": is_flat(earned, torch.zeros_like(group)),
-        "reinforce_pp_baseline": flat.all().expand_as(flat),
-    }.get(config.advantage, torch.zeros_like(flat))
-    advantages = torch.where(kl_alone, 0.0, ADVANTAGES[config.advantage](returns, group)).to(returns)
     spread = torch.zeros_like(rollout.rewards)
-    spread[rollout.mask] = advantages[index[rollout.mask]]
+    if config.advantage == "reinforce_pp":
+        if scores is None or not is_flat(earned, torch.zeros_like(group)).all():
+            spread = reinforce_pp(rest_of_episode(rollout), rollout.mask)
+    else:
+        kl_alone = {"grpo": flat, "reinforce_pp_baseline": flat.all()}.get(config.advantage, torch.tensor(False))
+        advantages = torch.where(kl_alone, 0.0, ADVANTAGES[config.advantage](returns, group)).to(returns)
+        spread[rollout.mask] = advantages[index[rollout.mask]]
     _, size, _, squares = _group_sums(returns, group)
     std = (squares / (size - 1).clamp(min=1)).sqrt()
     return spread, {"frac_reward_zero_std": flat.float().mean(), "reward_std": std.mean()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -77,6 +79,13 @@ def episode_returns(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     if rollout.group is not None:
         group[decisions] = rollout.group[rollout.mask].long()
     return returns, index, group
+
+
+def rest_of_episode(rollout: Rollout) -> Tensor:
+    """Undiscounted rewards of each decision and those after it in its episode, summed. [B, T], 0 where masked."""
+    nothing = torch.zeros_like(rollout.rewards)
+    alone = replace(rollout, values=nothing, next_values=nothing, discount=torch.ones_like(nothing))
+    return gae(alone, gae_lambda=1.0)[0]
 
 
 def fold_chunk(*, rewards: Tensor, executed: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -383,6 +383,18 @@ FAULTS = (
         "spread[rollout.mask] = advantages[rollout.group[rollout.mask]]",
         "decisions get another episode's advantage",
     ),
+    Fault(
+        "grpo",
+        "config.advantage, torch.tensor(False))",
+        "config.advantage, flat)",
+        "no KL in flat groups where nothing is divided",
+    ),
+    Fault(
+        "grpo",
+        "reinforce_pp(rest_of_episode(rollout), rollout.mask)",
+        "reinforce_pp(returns[index], rollout.mask)",
+        "REINFORCE++ charges a KL to what came after it",
+    ),
     Fault("bc", "loss = -torch.where(", "loss = torch.where(", "cloning pushes away from the demonstrations"),
     Fault(
         "bc",

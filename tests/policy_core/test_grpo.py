@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -26,6 +26,16 @@ from policy_core.grpo import (
 )
 from policy_core.rollout import Rollout
 from tests.policy_core.helpers import NAN, close, flags, make_rollout
+
+NAMES = get_args(Advantage)
+
+
+def compared(name: str, returns: Tensor, group: Tensor) -> Tensor:
+    """Advantages of episodes of one decision each."""
+    if name == "reinforce_pp":
+        return reinforce_pp(returns.unsqueeze(1), torch.ones(len(returns), 1, dtype=torch.bool)).squeeze(1)
+    return ADVANTAGES[name](returns, group)
+
 
 # group 7: returns 1, 4, 4 (mean 3, deviation sqrt(6 / 2)); group 2: 5, 5 (no spread); group 9: alone with 6
 RETURNS = (1.0, 5.0, 4.0, 6.0, 4.0, 5.0)
@@ -50,7 +60,21 @@ def test_dr_grpo_by_hand() -> None:
 def test_reinforce_pp_by_hand() -> None:
     # over the batch, whatever the group: mean 25 / 6, centred squares 119 - 625 / 6 = 89 / 6, over n - 1 = 5
     scale = math.sqrt(89 / 30)
-    close(reinforce_pp(torch.tensor(RETURNS), torch.tensor(GROUP)), [(value - 25 / 6) / scale for value in RETURNS])
+    close(
+        compared("reinforce_pp", torch.tensor(RETURNS), torch.tensor(GROUP)),
+        [(r - 25 / 6) / scale for r in RETURNS],
+    )
+
+
+def test_reinforce_pp_charges_a_kl_to_its_own_token_and_those_before() -> None:
+    """Of rewards 1, 0.5 and 0, -0.5, 2 there are left 1.5, 0.5 and 1.5, 1.5, 2: mean 1.4, squares 1.2 over 4. That
+    both rows earn 1.5 in all does not matter."""
+    rewards = [[1.0, 0.5, NAN], [0.0, -0.5, 2.0]]
+    rollout = make_rollout(rewards, mask=flags("110", "111"), group=[[0, 0, 0], [1, 1, 1]])
+    config = GRPOConfig(advantage="reinforce_pp", group_size=1)
+    advantages, _ = group_advantages(rollout, config=config)
+    scale = math.sqrt(1.2 / 4)
+    close(advantages, [[0.1 / scale, -0.9 / scale, 0.0], [0.1 / scale, 0.1 / scale, 0.6 / scale]])
 
 
 def test_reinforce_pp_baseline_by_hand() -> None:
@@ -63,7 +87,7 @@ def test_reinforce_pp_baseline_by_hand() -> None:
 def test_the_batch_as_a_baseline_does_not_know_the_prompt() -> None:
     """An easy prompt (all right) and a hard one (all wrong): only reinforce_pp finds a difference to learn from."""
     returns, group = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1])
-    assert reinforce_pp(returns, group).sign().tolist() == [1.0, 1.0, -1.0, -1.0]
+    assert compared("reinforce_pp", returns, group).sign().tolist() == [1.0, 1.0, -1.0, -1.0]
     close(reinforce_pp_baseline(returns, group), torch.zeros(4))
 
 
@@ -79,14 +103,14 @@ def test_nearly_equal_returns_stay_small_but_for_grpo() -> None:
 @pytest.mark.parametrize("name", ["reinforce_pp", "reinforce_pp_baseline"])
 def test_a_batch_without_spread_has_no_advantage(name: str) -> None:
     for returns in (torch.full((3,), 0.7), torch.tensor([2.0])):
-        advantages = ADVANTAGES[name](returns, torch.zeros(len(returns), dtype=torch.long))
+        advantages = compared(name, returns, torch.zeros(len(returns), dtype=torch.long))
         close(advantages, torch.zeros_like(returns), atol=1e-10)
     # what hardly differs stays small
     nearly = 0.7 + 1e-5 * (torch.arange(1001) % 2)
-    assert ADVANTAGES[name](nearly, torch.arange(1001) % 3).abs().max() < 0.1
+    assert compared(name, nearly, torch.arange(1001) % 3).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("name", list(ADVANTAGES))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [3, 7, 8, 1001])
 def test_rounding_is_no_advantage(name: str, size: int) -> None:
     """The mean of equal numbers is not quite that number in float32, and sums of equal rewards differ in their last
@@ -97,7 +121,7 @@ def test_rounding_is_no_advantage(name: str, size: int) -> None:
         last_bit = torch.where(torch.arange(size) % 2 == 0, equal, torch.nextafter(equal, 2 * equal))
         for returns in (equal, last_bit):
             assert is_flat(returns, group).all()
-            assert not ADVANTAGES[name](returns, group).any()
+            assert not compared(name, returns, group).any()
 
 
 def test_what_differs_by_more_than_rounding_is_not_flat() -> None:
@@ -133,7 +157,7 @@ def after_kl(scores: Tensor) -> Rollout:
     return replace(make_rollout(scores.tolist(), group=[[0], [0], [1], [1]]), rewards=scores - KL_TAKEN)
 
 
-@pytest.mark.parametrize("name", list(ADVANTAGES))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_group_is_flat_by_its_scores_not_by_the_kl_that_was_taken_off(name: Advantage) -> None:
     config = GRPOConfig(advantage=name)
     _, metrics = group_advantages(after_kl(KL_SCORES), config=config, scores=KL_SCORES)
@@ -176,18 +200,18 @@ def test_overlong_punishment_by_hand() -> None:
     close(overlong_punishment(torch.tensor([0, 6, 12]), max_length=12, cache=12), [0.0, -0.5, -1.0])
 
 
-@pytest.mark.parametrize("name", list(ADVANTAGES))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_better_return_has_a_better_advantage_and_a_common_shift_does_not_matter(name: str) -> None:
-    returns, group = torch.tensor([1.0, 2.0, 5.0]), torch.zeros(3, dtype=torch.long)
-    advantages = ADVANTAGES[name](returns, group)
+    returns, group = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+    advantages = compared(name, returns, group)
     assert advantages[0] < advantages[1] < advantages[2]
-    close(ADVANTAGES[name](returns + 100.0, group), advantages, atol=1e-11)
+    close(compared(name, returns + 100.0, group), advantages, atol=1e-11)
     close(advantages.sum(), 0.0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", list(ADVANTAGES))
+@pytest.mark.parametrize("name", NAMES)
 def test_no_episodes_are_no_advantages(name: str) -> None:
-    assert ADVANTAGES[name](torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
+    assert compared(name, torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
 
 
 def two_rows() -> Rollout:
