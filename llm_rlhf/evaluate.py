@@ -3,7 +3,8 @@
 Greedy decoding, the mean over samples, and pass@k (some sample of k is right); entropy, length and, with a
 reference, the KL spent. Shares carry Wilson intervals, means carry bootstrap intervals over prompts. The task's own
 reward is the gold one; where a run climbed other rewards, what these say of the same texts stands beside it.
-Answers that no reward function could judge are left out, and how many those are is said.
+Answers that no reward function could judge are left out, and how many those are is said; so are prompts that leave
+no room for an answer, where the run was told to cut texts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ from llm_rlhf.models.tokenizer import decode_completions, end_ids, load_tokenize
 from llm_rlhf.online.experience import kl_spent, reference_log_probs
 from llm_rlhf.rewards.functions import RewardSet, resolve
 from llm_rlhf.tasks.examples import Example
-from llm_rlhf.tasks.room import require_room
+from llm_rlhf.tasks.room import leaving_room, require_room
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 
 SOLVED = 1.0 - 1e-6
@@ -265,8 +266,9 @@ def _steering(source: Path, policy: LanguagePolicy, beta: float | None) -> Advan
 def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig()) -> dict[str, Result]:
     """Evaluate a run's checkpoint on its task's held-out prompts and write RUN/eval.json.
 
-    Returns split -> what `evaluate_policy` returns. Raises UserError if the folder holds no run with a checkpoint,
-    or a split does not exist or is empty.
+    Returns split -> what `evaluate_policy` returns and, of a run with texts.cut, prompts_without_room: how many
+    were left out because they leave no room for an answer. Raises UserError if the folder holds no run with a
+    checkpoint, a split does not exist or is empty, or a prompt leaves no room and may not be left out.
     """
     folder = Path(run_folder)
     checkpoint, results = measure_run(folder, config)
@@ -295,20 +297,22 @@ def measure_run(folder: Path, config: EvaluateConfig) -> tuple[str, dict[str, Re
     if reference is not None:
         reference.to(device)
     limit = (values.get("generation") or {}).get("max_new_tokens")
+    cut = bool((values.get("texts") or {}).get("cut"))
     results = {}
     for split in chosen_splits(task, config.splits):
-        require_room(
-            task.splits[split][: config.prompts],
+        chosen = task.splits[split][: config.prompts]
+        fitting = _with_room(
+            chosen,
             tokenizer,
             context=policy.context,
             max_new_tokens=limit or task.max_new_tokens,
-            limited_by="",
-            new_model=False,
+            cut=cut,
+            split=split,
         )
         results[split] = evaluate_policy(
             policy,
             tokenizer,
-            task,
+            replace(task, splits={**task.splits, split: fitting}),
             split=split,
             config=config,
             max_new_tokens=limit,
@@ -316,7 +320,37 @@ def measure_run(folder: Path, config: EvaluateConfig) -> tuple[str, dict[str, Re
             rewards=rewards if config.own_rewards else None,
             rewards_timeout=values.get("rewards_timeout"),
         )
+        if cut:
+            results[split]["prompts_without_room"] = len(chosen) - len(fitting)
     return START if source == folder / START else source.parent.name, results
+
+
+def _with_room(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    max_new_tokens: int,
+    cut: bool,
+    split: str,
+) -> Sequence[Example]:
+    """The prompts that leave room for an answer; says how many do not, where texts may be `cut`.
+
+    Raises UserError for one that leaves none where they may not, or where none is left.
+    """
+    fitting = leaving_room(examples, tokenizer, context=context, max_new_tokens=max_new_tokens)
+    if len(fitting) == len(examples):
+        return examples
+    if not (cut and fitting):
+        require_room(
+            examples, tokenizer, context=context, max_new_tokens=max_new_tokens, limited_by="", new_model=False
+        )
+    print(
+        f"{split}: {len(examples) - len(fitting)} of {len(examples)} prompts leave no room for {max_new_tokens} "
+        f"new tokens in the context of {context} and are left out",
+        flush=True,
+    )
+    return fitting
 
 
 def chosen_splits(task: Task, named: Sequence[str]) -> tuple[str, ...]:

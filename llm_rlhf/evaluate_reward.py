@@ -2,6 +2,7 @@
 
 Everything is measured on comparisons that were not trained on, with intervals. What must be fitted (temperature,
 the effect of length, the strength of the word model's penalty) is fitted on validation and judged on the split.
+Where no comparison validates, temperature and effect of length are left out, and the output says so.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ from llm_rlhf.rewards.reward_data import RewardData, reward_data
 from llm_rlhf.rewards.reward_model import FOLDER, RewardModel, combine, load_reward_tokenizer
 from llm_rlhf.train_reward import RewardConfig, features_of
 from policy_core.calibration import both_ways, expected_calibration_error, fit_temperature, reliability_table
+
+_NOT_FITTED = (
+    "no comparison validates (pairs.validation), so there is no temperature and no accuracy without the effect of "
+    "length"
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
     """Judge a run's reward model on comparisons it was not trained on and write RUN/eval.json.
 
     Returns split -> what `evaluate_reward` returns. Raises UserError if there is no such checkpoint, or data to
-    judge.
+    judge: a split that the run kept nothing for is told with its setting.
     """
     folder = Path(run_folder)
     place = str(folder / "config.yaml")
@@ -101,6 +107,13 @@ def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig
         whole = dataclasses.replace(pairs_config, path=config.data, validation=0.0, test=0.0, limit=None)
         other = read_pairs(dataclasses.replace(whole, validation_path=None, test_path=None))
         splits = {Path(config.data).name: other.train}
+    for name, split in splits.items():
+        if not split:
+            raise UserError(
+                f"{folder}: pairs.{name} is 0, so no comparisons were kept for it; say another split, or data=FILE"
+            )
+    if not _can_fit(model, pairs.validation, column=settings.objective):
+        print(_NOT_FITTED, flush=True)
     results = {
         name: evaluate_reward(model, source, pairs, split, config=config, settings=settings, split=name)
         for name, split in splits.items()
@@ -124,23 +137,30 @@ def evaluate_reward(
     """Everything about one split, on which nothing is fitted.
 
     source      the folder of the model's tokenizer
+    pairs       what the run was trained and validated on; where nothing validates, what is fitted there is left
+                out, and `not_fitted` says so
 
     Returns comparisons, prompts, accuracy with its interval (and by objective), margin, the calibration, length,
     disagreement (several heads), bag_of_words (when asked for) and pareto (several objectives); see docs.
     """
     judged = judge(model, source, comparisons, settings=settings, named=split)
-    fitting = judge(model, source, pairs.validation, settings=settings, named="validation")
+    fitting = None
+    if _can_fit(model, pairs.validation, column=settings.objective):
+        fitting = judge(model, source, pairs.validation, settings=settings, named="validation")
     data, right = judged.data, judged.difference > 0
-    slope = torch.tensor([length_slope(column, fitting.data.lengths) for column in fitting.values.T])
     result: Result = {
         "comparisons": len(data),
         "prompts": data.prompts,
         "tied": int(data.tied.sum()),
         **share_right(right),
         "margin": float(judged.difference.mean()),
-        "calibration": calibration(judged.difference, fitting.difference, bins=config.bins),
-        "length": length_audit(data, judged.values, rows=judged.rows, difference=judged.difference, slope=slope),
+        "calibration": calibration(
+            judged.difference, None if fitting is None else fitting.difference, bins=config.bins
+        ),
+        "length": _length(judged, fitting),
     }
+    if fitting is None:
+        result["not_fitted"] = _NOT_FITTED
     if len(model.objectives) > 1:
         asked = data.objective[judged.rows]
         for number, name in enumerate(model.objectives):
@@ -153,6 +173,22 @@ def evaluate_reward(
     if config.bag_of_words:
         result["bag_of_words"] = word_baselines(model, pairs, comparisons, column=settings.objective)
     return result
+
+
+def _can_fit(model: RewardModel, validation: Sequence[Comparison], *, column: str) -> bool:
+    """Whether a comparison that the model judges has a right side."""
+    single = len(model.objectives) == 1
+    return any(not one.tied and (single or one.columns.get(column) in model.objectives) for one in validation)
+
+
+def _length(judged: Judged, fitting: Judged | None) -> Result:
+    """`length_audit`, without the linear effect of length where there is nothing to fit it on."""
+    slope = torch.zeros(judged.values.shape[1])
+    if fitting is not None:
+        slope = torch.tensor([length_slope(column, fitting.data.lengths) for column in fitting.values.T])
+    found = length_audit(judged.data, judged.values, rows=judged.rows, difference=judged.difference, slope=slope)
+    fitted = () if fitting is not None else ("slope_per_token", "accuracy_without_length")
+    return {name: value for name, value in found.items() if name.removesuffix("_interval") not in fitted}
 
 
 def judge(
@@ -199,15 +235,19 @@ def head_differences(judged: Judged) -> Tensor:
     return judged.scores[data.chosen[rows], :, objective] - judged.scores[data.rejected[rows], :, objective]
 
 
-def calibration(difference: Tensor, fitting: Tensor, *, bins: int) -> Result:
+def calibration(difference: Tensor, fitting: Tensor | None, *, bins: int) -> Result:
     """Do preference probabilities mean what they say, before and after the temperature that `fitting` [n] asks for.
+
+    None: there is nothing to fit it on, so before alone.
 
     Each comparison is looked at both ways round, so 0.5 is no information. Losses in nats a comparison; ln 2 is
     what a model that knows nothing has.
     """
-    temperature = fit_temperature(*both_ways(fitting))
-    result: Result = {"temperature": temperature}
-    for name, scale in (("", 1.0), ("_with_temperature", temperature)):
+    scales = {"": 1.0}
+    result: Result = {}
+    if fitting is not None:
+        scales["_with_temperature"] = result["temperature"] = fit_temperature(*both_ways(fitting))
+    for name, scale in scales.items():
         logits, outcomes = both_ways(difference / scale)
         probabilities = torch.sigmoid(logits.double())
         result[f"loss{name}"] = float(softplus(-difference.double() / scale).mean())

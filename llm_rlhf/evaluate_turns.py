@@ -130,12 +130,21 @@ def _course(looks: Sequence[Played]) -> Result:
 
 
 def validate_player(
-    player: Player, examples: Sequence[Example], config: ValidationConfig, *, due: bool
+    player: Player,
+    examples: Sequence[Example],
+    config: ValidationConfig,
+    *,
+    due: bool,
+    reference: LanguagePolicy | None = None,
 ) -> dict[str, float]:
-    """Validation metrics (eval/...) when they are due, else nothing. Draws from a generator of its own."""
+    """Validation metrics (eval/...) when they are due, else nothing. Draws from a generator of its own.
+
+    reference   what eval/kl (nats an episode) is measured to; None = no eval/kl
+    """
     if config.every == 0 or not due:
         return {}
-    result = evaluate_player(player, examples[: config.prompts], EvaluateConfig(samples=config.samples))
+    few, measured = examples[: config.prompts], EvaluateConfig(samples=config.samples)
+    result = evaluate_player(player, few, measured, reference=reference)
     return numbers(result, prefix="eval")
 
 

@@ -38,6 +38,7 @@ from llm_rlhf.online.learner import (
     stopping_on_nan,
 )
 from llm_rlhf.online.moved import set_rates
+from llm_rlhf.online.recording import announce_looks
 from llm_rlhf.online.settings import AnswersConfig
 from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.tasks.task import build_task
@@ -66,7 +67,8 @@ class SamplingConfig:
 
     updates             rollouts in all
     prompts             of one rollout, each with grpo.group_size samples
-    skip_flat_groups    leave groups of one and the same reward out of the update, its KL term included
+    skip_flat_groups    leave groups of one and the same reward out of the update: faster, and without their part of
+                        a KL in the loss, so the same reward costs more nats
     dynamic_rounds      above 1: draw as many prompts again, at most so often an update, until `prompts` groups have
                         different rewards, and learn from those (DAPO 2503.14476, section 3.2); metrics are of
                         everything that was drawn
@@ -77,7 +79,7 @@ class SamplingConfig:
 
     updates: int = 400
     prompts: int = 64
-    skip_flat_groups: bool = True
+    skip_flat_groups: bool = False
     dynamic_rounds: int = 1
     max_seconds: float | None = None
     logprob_gap_every: int = 50
@@ -109,6 +111,7 @@ def train(config: TrainGRPOConfig, *, resume: Path | None = None) -> RunResult:
     """Improve a trained model on the task's prompts. Raises UserError if model.path names none."""
     require_trained(config.model)
     require_precision(config.precision, setting="precision")
+    announce_looks(config.monitor, updates=config.sampling.updates, every=config.validation.every)
     task = build_task(config.task, rewards=config.rewards)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)

@@ -48,7 +48,7 @@ from llm_rlhf.online.learner import (
 )
 from llm_rlhf.online.monitor import Monitor, Shown
 from llm_rlhf.online.moved import Counters, progress_of
-from llm_rlhf.online.recording import conclude, log_completions, texts_of, writer
+from llm_rlhf.online.recording import announce_looks, conclude, log_completions, texts_of, writer
 from llm_rlhf.online.settings import SampledConfig
 from llm_rlhf.preferences.learning import (
     LearningConfig,
@@ -197,6 +197,7 @@ def train(config: TrainIterativeDPOConfig, *, resume: Path | None = None) -> Run
     """
     require_trained(config.model)
     require_precision(config.learning.precision, setting="learning.precision")
+    announce_looks(config.monitor, updates=config.learning.steps, every=config.validation.every)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         learner = build_learner(run, config)
         start = 0 if run.checkpoint is None else run.checkpoint.step
@@ -220,6 +221,7 @@ def train(config: TrainIterativeDPOConfig, *, resume: Path | None = None) -> Run
                 due=last or step % max(config.validation.every, 1) == 0,
                 max_new_tokens=learner.sampler.max_new_tokens,
                 rewards_timeout=config.rewards_timeout,
+                reference=learner.reference,
             )
             conclude(
                 run,

@@ -32,6 +32,7 @@ from llm_rlhf.online.learner import (
 )
 from llm_rlhf.online.moved import set_rates
 from llm_rlhf.online.process_term import ProcessTermConfig
+from llm_rlhf.online.recording import announce_looks
 from llm_rlhf.online.settings import AnswersConfig
 from llm_rlhf.tasks.task import build_task
 from policy_core.kl import KLConfig
@@ -97,6 +98,7 @@ def train(config: TrainPPOConfig, *, resume: Path | None = None) -> RunResult:
     """Improve a trained model on the task's prompts. Raises UserError if model.path names none."""
     require_trained(config.model)
     require_precision(config.precision, setting="precision")
+    announce_looks(config.monitor, updates=config.sampling.updates, every=config.validation.every)
     task = build_task(config.task, rewards=config.rewards)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
@@ -163,11 +165,13 @@ def iterate(config: TrainPPOConfig, learner: Learner, *, step: int, train_policy
         gamma=config.ppo.gamma,
     )
     rollout = with_behaviour(rollout, drawn)
+    metrics = {**sample_metrics(samples, scores, ref_log_probs), **shaping_metrics, **gap}
     if learner.process is not None:
-        rollout = with_dense_rewards(rollout, learner.process.rewards(rows, samples, scores))
+        dense, process_metrics = learner.process.pay(rows, samples, scores)
+        rollout = with_dense_rewards(rollout, dense)
+        metrics |= process_metrics
     if learner.critic is not None:
         rollout = with_values(rollout, learner.critic)
-    metrics = {**sample_metrics(samples, scores, ref_log_probs), **shaping_metrics, **gap}
     rollout, kl_metrics = with_kl_rewards(rollout, config=config.kl, coef=learner.controller.coef)
     advantages, returns = gae(rollout, gae_lambda=config.ppo.gae_lambda)
     statistics = update(

@@ -6,6 +6,7 @@ With source "samples" every round draws k completions of every training prompt (
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from llm_rlhf.online.experience import (
 from llm_rlhf.online.learner import (
     ValidationConfig,
     announce,
+    announce_line,
     checkpoint_policy,
     kept_start,
     require_room_to_sample,
@@ -40,9 +42,10 @@ from llm_rlhf.online.learner import (
     validate,
 )
 from llm_rlhf.online.monitor import Monitor, Shown
-from llm_rlhf.online.moved import Counters
-from llm_rlhf.online.recording import conclude, texts_of, writer
+from llm_rlhf.online.moved import Counters, progress_of
+from llm_rlhf.online.recording import announce_looks, conclude, texts_of, writer
 from llm_rlhf.online.settings import SampledConfig
+from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.task import Task, build_task
 from llm_rlhf.train_sft import SupervisedConfig, make_optimizer, supervised_step
@@ -52,15 +55,16 @@ RECIPE = "llm/rejection"
 
 @dataclass(frozen=True)
 class RejectionConfig:
-    """source: what is filtered; samples_per_prompt: drawn each round; threshold: reward that a text must reach;
-    keep: most texts kept per prompt and round, the best first; steps_per_round: updates between draws;
-    accumulate: train on all rounds' texts, not the last round's only; restart: every round's texts are imitated by
-    the model that the run began with, not by the one that wrote them (STaR, 2203.14465 section 3.1); prompts: drawn
+    """source: what is filtered; samples_per_prompt: drawn each round; threshold: reward that a text must reach,
+    None = none, so that whatever was scored may be kept; keep: most texts kept per prompt and round, the best
+    first; steps_per_round: updates between draws; accumulate: train on all rounds' texts, each once, not the last
+    round's only; restart: every round's texts are imitated by the model that the run began with, not by the one
+    that wrote them, with the whole of sft.schedule and sft.warmup (STaR, 2203.14465 section 3.1); prompts: drawn
     for at once."""
 
     source: Literal["samples", "demonstrations"] = "samples"
     samples_per_prompt: int = 8
-    threshold: float = 1.0
+    threshold: float | None = 1.0
     keep: int = 1
     steps_per_round: int = 1000
     accumulate: bool = True
@@ -72,6 +76,11 @@ class RejectionConfig:
             raise ValueError("rejection: samples_per_prompt, keep, steps_per_round and prompts must be at least 1")
         if self.restart and self.source != "samples":
             raise ValueError("rejection.restart is of rounds, and demonstrations are filtered once: leave it out")
+
+    @property
+    def floor(self) -> float:
+        """The threshold as a number."""
+        return -math.inf if self.threshold is None else self.threshold
 
 
 @dataclass(frozen=True)
@@ -94,14 +103,15 @@ class TrainRejectionConfig(SampledConfig):
 
 @dataclass
 class Kept:
-    """The texts that training goes through now."""
+    """The texts that training goes through now. begun: `seconds` that the run had trained before their round."""
 
     texts: TokenizedTexts
     batches: Batches
+    begun: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Tokens and position."""
-        return {"texts": self.texts.state_dict(), "batches": self.batches.state_dict()}
+        """Tokens, position and time."""
+        return {"texts": self.texts.state_dict(), "batches": self.batches.state_dict(), "begun": self.begun}
 
     @classmethod
     def from_state(cls, state: dict[str, Any], *, batch_size: int) -> Kept:
@@ -109,7 +119,7 @@ class Kept:
         texts = TokenizedTexts.from_state(state["texts"])
         batches = Batches(len(texts), batch_size, seed=0)
         batches.load_state_dict(state["batches"])
-        return cls(texts, batches)
+        return cls(texts, batches, float(state.get("begun", 0.0)))
 
 
 @dataclass
@@ -156,6 +166,7 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
     require_precision(config.sft.precision, setting="sft.precision")
     if chosen.source == "samples":
         require_trained(config.model)
+        announce_looks(config.monitor, updates=config.sft.steps, every=config.validation.every)
     task = build_task(config.task, rewards=config.rewards)
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)
@@ -176,6 +187,7 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
                     config.sft,
                     step=step,
                     counters=learner.counters,
+                    progress=schedule_progress(config, kept, learner.counters, step=step),
                 )
             learner.counters.seconds += time.process_time() - began
             limit = config.sft.max_seconds
@@ -189,6 +201,7 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
                 due=due,
                 max_new_tokens=learner.sampler.max_new_tokens,
                 rewards_timeout=config.rewards_timeout,
+                reference=learner.reference if chosen.source == "samples" else None,
             )
             conclude(
                 run,
@@ -250,9 +263,9 @@ def filtered(learner: Learner, config: TrainRejectionConfig, *, step: int) -> tu
         texts, metrics, learner.shown = best_samples(learner, chosen, step=step)
         if chosen.restart and step > 1:
             start_again(learner)
-        if learner.kept is not None and chosen.accumulate:
-            texts = concatenate([learner.kept.texts, texts])
-        learner.kept = Kept(texts, Batches(len(texts), size, seed=seed + step))
+        earlier = learner.kept.texts if learner.kept is not None and chosen.accumulate else None
+        texts = gathered(earlier, texts, chosen, step=step)
+        learner.kept = Kept(texts, Batches(len(texts), size, seed=seed + step), learner.counters.seconds)
     elif learner.kept is None:
         texts, metrics = good_demonstrations(learner.sampler, chosen, context=learner.sampler.policy.context)
         learner.kept = Kept(texts, Batches(len(texts), size, seed=seed))
@@ -261,12 +274,53 @@ def filtered(learner: Learner, config: TrainRejectionConfig, *, step: int) -> tu
     return learner.kept, metrics
 
 
+def schedule_progress(config: TrainRejectionConfig, kept: Kept, counters: Counters, *, step: int) -> float:
+    """How far the learning rate's schedule is before update `step`, 0..1: as far as the run or, where every round
+    starts again, as its round, which ends with its last update or at the run's time limit."""
+    sft, chosen = config.sft, config.rejection
+    if not chosen.restart:
+        return progress_of(step, sft.steps, counters, sft.max_seconds)
+    done = (step - 1) % chosen.steps_per_round
+    updates = min(chosen.steps_per_round, sft.steps - (step - 1 - done))
+    limit = sft.max_seconds
+    if limit is not None and limit > kept.begun:  # a run that is resumed after its limit has one more update
+        limit -= kept.begun
+    return progress_of(done + 1, updates, Counters(seconds=counters.seconds - kept.begun), limit)
+
+
+def gathered(
+    earlier: TokenizedTexts | None, found: TokenizedTexts | None, config: RejectionConfig, *, step: int
+) -> TokenizedTexts:
+    """What the round of update `step` learns from: the texts of earlier rounds, if they count, and what this one
+    found that is not among them. Says where it found nothing. Raises UserError if that leaves no text."""
+    nothing = nothing_kept("completion", config)
+    if found is None:
+        if earlier is None:
+            raise UserError(f"{nothing}; ask for less, or draw more samples per prompt")
+        announce_line(f"update {step}: {nothing}; this round learns the {len(earlier)} texts of those before it")
+        return earlier
+    if earlier is None:
+        return found
+    known = set(keys_of(earlier))
+    new = torch.tensor([key not in known for key in keys_of(found)])
+    if not new.any():
+        return earlier
+    return concatenate([earlier, TokenizedTexts(found.input_ids[new], found.attention_mask[new], found.mask[new])])
+
+
+def keys_of(texts: TokenizedTexts) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
+    """What makes a text another one: its tokens, and which of them are learned; not where it stands in its row."""
+    rows = zip(texts.input_ids, texts.attention_mask.bool(), texts.mask, strict=True)
+    return [(tuple(ids[real].tolist()), tuple(mask[real].tolist())) for ids, real, mask in rows]
+
+
 def best_samples(
     learner: Learner, config: RejectionConfig, *, step: int
-) -> tuple[TokenizedTexts, dict[str, float], Shown]:
+) -> tuple[TokenizedTexts | None, dict[str, float], Shown]:
     """Draw for every training prompt; keep its best distinct completions that reach the threshold.
 
-    Returns them, metrics, and what the monitor sees of the round: these metrics and the first block of completions.
+    Returns them (None if there is none), metrics, and what the monitor sees of the round: these metrics and the
+    first block of completions.
     """
     sampler, counters = learner.sampler, learner.counters
     written: tuple[list[str], list[str]] | None = None
@@ -287,10 +341,11 @@ def best_samples(
         spent += float(kl_spent(samples, reference_log_probs(begun, samples)).sum())
         written = written or texts_of(samples, sampler.tokenizer)
         judged = learner.shaper.judged(samples, scores)
-        good = torch.where(judged.scored, judged.total, -torch.inf).view(len(block), -1)
+        totals, good = (values.view(len(block), -1) for values in (judged.total, reaching(judged, config)))
         index: list[int] = []
-        for prompt, rewards in enumerate(good):
-            chosen = _best_distinct(samples.input_ids, rewards, prompt * config.samples_per_prompt, config)
+        for prompt, rewards in enumerate(totals):
+            first = prompt * config.samples_per_prompt
+            chosen = _best_distinct(samples.input_ids, rewards, good[prompt], first_row=first, keep=config.keep)
             solved += bool(chosen)
             index += chosen
         if index:
@@ -298,14 +353,9 @@ def best_samples(
             parts.append(
                 TokenizedTexts(samples.input_ids[picked], samples.attention_mask[picked], samples.mask[picked])
             )
-    if not parts:
-        raise UserError(
-            f"rejection.threshold: no completion reached {config.threshold}; "
-            "lower it, or draw more samples per prompt"
-        )
-    texts = concatenate(parts)
+    texts = concatenate(parts) if parts else None
     metrics = {
-        "rejection/kept": float(len(texts)),
+        "rejection/kept": 0.0 if texts is None else float(len(texts)),
         "rejection/prompts_solved": solved / len(rows),
         "objective/scores": reward / max(scored, 1),
         "objective/kl": spent / (len(rows) * config.samples_per_prompt),
@@ -321,15 +371,32 @@ def start_again(learner: Learner) -> None:
     learner.optimizer.state.clear()
 
 
+def reaching(scores: Scores, config: RejectionConfig) -> torch.Tensor:
+    """[B] bool; the texts that may be kept: scored, no hard rule broken, the threshold reached."""
+    good = scores.scored & (scores.total >= config.floor)
+    return good if scores.broken is None else good & ~scores.broken
+
+
+def nothing_kept(what: str, config: RejectionConfig) -> str:
+    """Why none of these texts is learned from."""
+    if config.threshold is None:
+        return f"rejection: no {what} was scored without breaking a rule"
+    return f"rejection.threshold: no {what} reached {config.threshold}"
+
+
 def _best_distinct(
-    input_ids: torch.Tensor, rewards: torch.Tensor, first_row: int, config: RejectionConfig
+    input_ids: torch.Tensor, rewards: torch.Tensor, good: torch.Tensor, *, first_row: int, keep: int
 ) -> list[int]:
-    """Rows of one prompt's samples that are kept; rewards [K] are those of rows first_row, first_row + 1, ..."""
+    """Rows of one prompt's samples that are kept, at most `keep`, the best first.
+
+    rewards, good   [K], of rows first_row, first_row + 1, ...; only good ones may be kept
+    """
     chosen: dict[tuple[int, ...], int] = {}
     for offset in rewards.argsort(descending=True, stable=True).tolist():
-        if float(rewards[offset]) < config.threshold or len(chosen) == config.keep:
+        if len(chosen) == keep:
             break
-        chosen.setdefault(tuple(input_ids[first_row + offset].tolist()), first_row + offset)
+        if good[offset]:
+            chosen.setdefault(tuple(input_ids[first_row + offset].tolist()), first_row + offset)
     return list(chosen.values())
 
 
@@ -342,9 +409,9 @@ def good_demonstrations(
     scores = sampler.rewards(
         [example.prompt for example in examples], [example.completion for example in examples], columns
     )
-    good = (scores.scored & (scores.total >= config.threshold)).tolist()
+    good = reaching(scores, config).tolist()
     kept: list[Example] = [example for example, keep in zip(examples, good, strict=True) if keep]
     if not kept:
-        raise UserError(f"rejection.threshold: no demonstration reaches {config.threshold}; lower it")
+        raise UserError(f"{nothing_kept('demonstration', config)}; ask for less")
     texts = tokenize(kept, sampler.tokenizer, context=context, pad=pad_id(sampler.tokenizer))
     return texts, {"rejection/kept": float(len(kept)), "rejection/share": len(kept) / len(examples)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from experiment.run import Run, RunConfig, RunResult
@@ -109,6 +110,7 @@ def train(config: TrainSFTConfig, *, resume: Path | None = None) -> RunResult:
         policy, tokenizer = build_policy(checkpoint_policy(run, config.model), alphabet=task.alphabet)
         data = training_texts(task, tokenizer, policy, config.texts)
         task = with_room_to_answer(task, tokenizer, policy, config)
+        held_out = held_out_texts(task, tokenizer, policy, config)
         learner = build_learner(run, policy, config.sft, texts=len(data), seed=config.run.seed)
         batches, counters = learner.batches, learner.counters
         start = 0 if run.checkpoint is None else run.checkpoint.step
@@ -125,6 +127,8 @@ def train(config: TrainSFTConfig, *, resume: Path | None = None) -> RunResult:
             last = step == total or (limit is not None and counters.seconds >= limit)
             due = last or step % max(config.validation.every, 1) == 0
             looked = validate(policy, tokenizer, task, config.validation, due=due)
+            if looked and held_out is not None:
+                looked["eval/loss"] = mean_loss(policy, held_out, config.sft)
             log_and_save(
                 run,
                 learner,
@@ -205,11 +209,14 @@ def training_texts(
     Raises UserError if there is nothing, or a text does not fit the model's context and may not be cut.
     """
     texts, counts = encode_examples(task.demonstrations, tokenizer, context=policy.context, cut=config.cut)
-    for what, count in counts.items():
-        if count:
-            print(
-                f"{count} of {len(texts)} {what.replace('_', ' ')} to the context of {policy.context}", flush=True
-            )
+    say_cuts(counts, texts=len(texts), context=policy.context)
+    in_part = sum(text.in_part for text in texts)
+    if in_part:
+        print(
+            f"{in_part} of {len(texts)} completions are shown in part by the chat template: what it leaves out, "
+            "such as their thoughts, is not learned",
+            flush=True,
+        )
     silent = sum(not example.completion for example in task.demonstrations)
     if silent:
         print(f"{silent} of {len(texts)} completions are empty: there the model learns to say nothing", flush=True)
@@ -223,6 +230,31 @@ def training_texts(
         flush=True,
     )
     return packed
+
+
+def held_out_texts(
+    task: Task, tokenizer: PreTrainedTokenizerBase, policy: LanguagePolicy, config: TrainSFTConfig
+) -> TokenizedTexts | PackedTexts | None:
+    """The completions of the prompts that validation looks at, masked and laid out as training's are; None where
+    there is none. What does not fit the context is cut, with or without `texts.cut`, and said."""
+    shown = [example for example in validation_prompts(task, config.validation) if example.completion]
+    if not shown:
+        return None
+    texts, counts = encode_examples(shown, tokenizer, context=policy.context, cut=True)
+    say_cuts(counts, texts=len(texts), context=policy.context, of="validation ")
+    if not config.texts.packing:
+        return lay_out(texts, pad=pad_id(tokenizer))
+    width = config.texts.packed_length
+    if width is not None:  # which was chosen for the training texts
+        width = max(width, *(len(text) for text in texts))
+    return pack(texts, context=policy.context, pad=pad_id(tokenizer), width=width)
+
+
+def say_cuts(counts: Mapping[str, int], *, texts: int, context: int, of: str = "") -> None:
+    """Say how many of so many prompts and completions were cut, a line each."""
+    for what, count in counts.items():
+        if count:
+            print(f"{count} of {texts} {of}{what.replace('_', ' ')} to the context of {context}", flush=True)
 
 
 def make_optimizer(policy: LanguagePolicy, config: SupervisedConfig) -> torch.optim.AdamW:
@@ -240,28 +272,24 @@ def supervised_step(
     *,
     step: int,
     counters: Counters,
+    progress: float | None = None,
 ) -> dict[str, float]:
     """One update on the next batch; returns loss/sft (nats a token), the gradient's norm and the learning rate.
 
+    progress    how far the schedule is, 0..1; None = as far as the run is before update `step`
+
     Raises NonFiniteLoss before a step that would spoil the weights.
     """
-    rate = scheduled(
-        config.learning_rate,
-        schedule=config.schedule,
-        progress=progress_of(step, config.steps, counters, config.max_seconds),
-        warmup=config.warmup,
-    )
+    if progress is None:
+        progress = progress_of(step, config.steps, counters, config.max_seconds)
+    rate = scheduled(config.learning_rate, schedule=config.schedule, progress=progress, warmup=config.warmup)
     set_learning_rate(optimizer, rate)
     rows = batches.next()
     learned = float(data.mask[rows].sum().clamp(min=1))
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for part in rows.split(config.micro_batch_size or len(rows)):
-        with autocast(policy, config.precision):
-            if isinstance(data, PackedTexts):
-                log_probs = data.log_probs(policy, part)
-            else:
-                log_probs = policy.evaluate(data.observations(part), data.input_ids[part]).log_probs
+        log_probs = token_log_probs(policy, data, part, config.precision)
         loss, _ = bc_loss(log_probs=log_probs, mask=data.mask[part], denominator=learned)
         loss.backward()
         total += loss.item()
@@ -269,3 +297,24 @@ def supervised_step(
     counters.samples += len(rows)
     counters.tokens += int(data.attention_mask[rows].sum())
     return {"loss/sft": total, "policy/grad_norm": float(grad_norm), "lr": rate}
+
+
+def token_log_probs(
+    policy: LanguagePolicy, data: TokenizedTexts | PackedTexts, rows: Tensor, precision: Precision
+) -> Tensor:
+    """Log-probs [B, T] of the tokens of the rows [B] in nats; what `data.mask` leaves out has no meaning."""
+    with autocast(policy, precision):
+        if isinstance(data, PackedTexts):
+            return data.log_probs(policy, rows)
+        return policy.log_probs(data.observations(rows), data.input_ids[rows])
+
+
+@torch.no_grad()
+def mean_loss(policy: LanguagePolicy, data: TokenizedTexts | PackedTexts, config: SupervisedConfig) -> float:
+    """Mean nats of all learned tokens, in passes of at most as many rows as training's. Draws no random numbers."""
+    total = 0.0
+    size = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    for rows in torch.arange(len(data)).split(size):
+        log_probs = token_log_probs(policy, data, rows, config.precision)
+        total -= float(log_probs[data.mask[rows]].double().sum())
+    return total / max(int(data.mask.sum()), 1)

@@ -15,6 +15,7 @@ from llm_rlhf.models.precision import require_precision
 from llm_rlhf.online.experience import policy_metrics, with_kl_rewards
 from llm_rlhf.online.learner import announce, require_trained, stopping_on_nan
 from llm_rlhf.online.moved import set_rates
+from llm_rlhf.online.recording import announce_looks
 from llm_rlhf.online.settings import OnlineConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from llm_rlhf.train_grpo import group_ppo
@@ -31,12 +32,12 @@ RECIPE = "llm/turns_grpo"
 @dataclass(frozen=True)
 class PlayingConfig:
     """updates: rollouts in all; prompts: of one rollout, each with grpo.group_size episodes; skip_flat_groups:
-    leave groups of one and the same reward out of the update, its KL term included; max_seconds: stop after this
-    much CPU time of training (a run that uses it cannot be repeated to the bit)."""
+    leave groups of one and the same reward out of the update, and so of a KL in the loss; max_seconds: stop after
+    this much CPU time of training (a run that uses it cannot be repeated to the bit)."""
 
     updates: int = 200
     prompts: int = 32
-    skip_flat_groups: bool = True
+    skip_flat_groups: bool = False
     max_seconds: float | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +73,7 @@ def train(config: TrainTurnsGRPOConfig, *, resume: Path | None = None) -> RunRes
     """Improve a trained model on the task's rows. Raises UserError if model.path names none, or nobody answers."""
     require_trained(config.model)
     require_precision(config.precision, setting="precision")
+    announce_looks(config.monitor, updates=config.sampling.updates, every=config.validation.every)
     task = build_task(config.task, rewards=judging(config.rewards, config.turns))
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)

@@ -16,6 +16,7 @@ from llm_rlhf.online.critic import CriticConfig, with_values
 from llm_rlhf.online.experience import policy_metrics, with_kl_rewards
 from llm_rlhf.online.learner import announce, require_trained, stopping_on_nan
 from llm_rlhf.online.moved import set_rates
+from llm_rlhf.online.recording import announce_looks
 from llm_rlhf.online.settings import OnlineConfig
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from llm_rlhf.train_ppo import language_ppo
@@ -76,6 +77,7 @@ def train(config: TrainTurnsPPOConfig, *, resume: Path | None = None) -> RunResu
     """Improve a trained model on the task's rows. Raises UserError if model.path names none, or nobody answers."""
     require_trained(config.model)
     require_precision(config.precision, setting="precision")
+    announce_looks(config.monitor, updates=config.sampling.updates, every=config.validation.every)
     task = build_task(config.task, rewards=judging(config.rewards, config.turns))
     with Run.start(config, recipe=RECIPE, resume=resume) as run:
         announce(task)

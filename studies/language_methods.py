@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 
 STUDY = "language_methods"
 SEEDS = range(5)
+REJECTION = "rejection sampling"
 LOOKS = (1, 2, 4, 8, 16, 24, 32, 40)
 """Which of the SAVED checkpoints of a run are judged: most of the KL is spent early."""
 BETAS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -131,7 +132,7 @@ def run(cell: str, options: argparse.Namespace) -> Figures:
         figures[arm] = train_online(chosen, arm)
     for arm in PEERS:
         figures[arm] = train_peer(chosen, arm, python, answer_length=judged[half.splits[0]]["mean_length"])
-    figures["rejection sampling"] = train_rejection(chosen)
+    figures[REJECTION] = train_rejection(chosen)
     figures["ILQL"] = train_ilql(chosen)
     return figures
 
@@ -142,11 +143,14 @@ def run_again(cell: str, options: argparse.Namespace) -> Figures:
     before = json.loads(result_path(STUDY, cell).read_text(encoding="utf-8"))
     figures: Figures = before["figures"]
     chosen, _ = begin(cell, options.data)
-    if options.arm not in chosen.half.online:
-        raise SystemExit(f"--arm: {options.arm} is none of {', '.join(chosen.half.online)}")
+    arms = (*chosen.half.online, REJECTION)
+    if options.arm not in arms:
+        raise SystemExit(f"--arm: {options.arm} is none of {', '.join(arms)}")
     if chosen.judge(chosen.start, chosen.half.splits) != figures["base"]["judged"]:
         raise SystemExit(f"{cell}: the base model is not what it was; run the whole cell again")
-    figures[options.arm] = train_online(chosen, options.arm)
+    figures[options.arm] = (
+        train_rejection(chosen) if options.arm == REJECTION else train_online(chosen, options.arm)
+    )
     first = {name: before[name] for name in ("command", "date", "seconds")}
     return {**figures, "first": figures.get("first", first)}
 
@@ -399,7 +403,7 @@ def table(results: Mapping[str, Figures]) -> str:
 def _methods(half: Half, cells: Mapping[str, Figures], *, verifier: str) -> list[str]:
     headings = [f"{what}, {split}" for split in half.splits for what in ("sampled", "greedy", "KL")]
     lines = [f"| method | {' | '.join(headings)} | drawn | CPU s |", "|---" * (len(headings) + 3) + "|"]
-    for arm in ("base", *half.online, *PEERS, "rejection sampling", "ILQL"):
+    for arm in ("base", *half.online, *PEERS, REJECTION, "ILQL"):
         shown = []
         for split in half.splits:
             shown += [_mean(column(cells, arm, split, what), 100) for what in ("sampled", "greedy")]

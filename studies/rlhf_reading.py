@@ -11,7 +11,7 @@ from typing import Any
 
 from experiment.checkpoint import load_checkpoint
 from experiment.metrics import read_metrics
-from llm_rlhf.evaluation.frontier import Fit, fit_rl
+from llm_rlhf.evaluation.frontier import JUDGED_KL, Fit, fit_rl
 from llm_rlhf.online.monitor import CHECKS, MonitorConfig
 
 SMOOTH = 5
@@ -35,11 +35,14 @@ class Point:
 
 
 def points_of(run: Path, *, proxy: str) -> list[Point]:
-    """Every look of a PPO run. proxy: the reward model's run, whose own mean is wanted, not what was made of it."""
+    """Every look of a PPO run. proxy: the reward model's run, whose own mean is wanted, not what was made of it.
+
+    The KL is that of the policy that gold judged; runs that logged none have that of the update's own completions.
+    """
     return [
         Point(
             int(row["global_step"]),
-            max(row["objective/kl"], 0.0),
+            max(row.get(JUDGED_KL, row["objective/kl"]), 0.0),
             row["eval/sampled"],
             row[f"rewards/{proxy}/mean"],
         )

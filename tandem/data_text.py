@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from llm_rlhf.data.columns import ColumnNames
     from llm_rlhf.data.files import Row
     from llm_rlhf.data.records import Comparison, Feedback
+    from llm_rlhf.rewards.process_reward import Solution
     from llm_rlhf.tasks.examples import Example
 
 _MOST_PROBLEMS = 100
-REWARD = "reward"
-"""The column of scored texts (llm/ilql), in rows or in the assistant's messages; `ColumnNames` has the others."""
+REWARD, STEPS, LABELS = "reward", "steps", "labels"
+"""Columns of scored texts (llm/ilql; in rows or in the assistant's messages) and of solutions in steps
+(llm/process_reward); `ColumnNames` has the others."""
+STEPWISE, _TRL_STEPS = "stepwise supervision", "completions"
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
@@ -32,6 +35,8 @@ class Report:
     columns     every name that a row has a column of
     unknown     the column names of rows of no known type -> where the first of them is, and how many there are
     rewarded    rows with a reward; unrewarded: places of rows that could have one and do not
+    labels      of steps: how many are right, wrong (below 0.5) and null
+    in_part     rows of which the chat template leaves out a part of what the assistant says, such as its thoughts
     """
 
     rows: int = 0
@@ -50,6 +55,8 @@ class Report:
     unknown: dict[str, tuple[str, int]] = field(default_factory=dict)
     rewarded: int = 0
     unrewarded: list[str] = field(default_factory=list)
+    labels: Counter[str] = field(default_factory=Counter)
+    in_part: int = 0
 
 
 def is_text(path: str | Path) -> bool:
@@ -103,7 +110,6 @@ def examine(path: str | Path, *, tokenizer: str | None = None, columns: str = ""
     What is wrong with a row, and a file that breaks off, goes into `problems`. Raises UserError for a path, a
     tokenizer or a column name that there is not.
     """
-    from llm_rlhf.data.columns import kind_of
     from llm_rlhf.data.files import read_rows
     from llm_rlhf.models.tokenizer import load_tokenizer
 
@@ -115,6 +121,7 @@ def examine(path: str | Path, *, tokenizer: str | None = None, columns: str = ""
     report = Report()
     seen: set[int] = set()
     first: str | None = None
+    steps: StepsNames | None = None
     rows = read_rows(path)
     while True:
         try:
@@ -126,7 +133,8 @@ def examine(path: str | Path, *, tokenizer: str | None = None, columns: str = ""
             break
         report.rows += 1
         report.columns.update(dict.fromkeys(row.columns))
-        kind = kind_of(row.columns, names)
+        spelled = steps or StepsNames.of(row.columns, given)
+        kind = _kind(row.columns, names, spelled)
         if kind is None:
             there = ", ".join(row.columns) or "no column"
             place, count = report.unknown.get(there, (row.place, 0))
@@ -134,10 +142,11 @@ def examine(path: str | Path, *, tokenizer: str | None = None, columns: str = ""
             continue
         report.kinds[kind] += 1
         first = first or kind
+        steps = spelled if kind == STEPWISE else steps
         if kind != first:
             report.problems.append(f"{row.place}: this row is {kind}, the first one {first}")
         try:
-            record = _read(row, kind, names)
+            record = _read(row, kind, names, spelled)
             _count_reward(report, row, kind, names, reward)
             if isinstance(record, str):
                 report.left_out[record] += 1
@@ -151,6 +160,31 @@ def examine(path: str | Path, *, tokenizer: str | None = None, columns: str = ""
         report.problems.append(f"{path}: there are no rows")
     report.problems += _of_the_whole(report, given, reward)
     return report
+
+
+@dataclass(frozen=True)
+class StepsNames:
+    """What the columns of solutions in steps are called; said: whether the user did say it of the steps."""
+
+    steps: str
+    labels: str
+    said: bool
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Any], given: Mapping[str, str]) -> StepsNames:
+        """As the user said, else as the recipe has it, or TRL, whichever is there."""
+        known = STEPS if columns.get(STEPS) is not None else _TRL_STEPS
+        return cls(given.get(STEPS, known), given.get(LABELS, LABELS), STEPS in given)
+
+
+def _kind(columns: Mapping[str, Any], names: ColumnNames, spelled: StepsNames) -> str | None:
+    """The type of a row. One of steps, which most recipes read as a prompt, is told apart here alone."""
+    from llm_rlhf.data.columns import kind_of
+
+    kind = kind_of(columns, names)
+    needed = (spelled.steps,) if spelled.said else (spelled.steps, spelled.labels)
+    stepwise = all(columns.get(name) is not None for name in needed)
+    return STEPWISE if kind in (None, "prompt-only") and stepwise else kind
 
 
 def _of_the_whole(report: Report, given: Mapping[str, str], reward: str) -> Iterator[str]:
@@ -209,7 +243,9 @@ def column_names(text: str) -> ColumnNames:
     from llm_rlhf.data.columns import ColumnNames
 
     with user_errors(f"--columns {text}"):
-        return ColumnNames(**{kind: name for kind, name in given_names(text).items() if kind != REWARD})
+        return ColumnNames(
+            **{kind: name for kind, name in given_names(text).items() if kind not in (REWARD, STEPS, LABELS)}
+        )
 
 
 def given_names(text: str) -> dict[str, str]:
@@ -218,7 +254,7 @@ def given_names(text: str) -> dict[str, str]:
 
     from llm_rlhf.data.columns import ColumnNames
 
-    known = [*(one.name for one in fields(ColumnNames)), REWARD]
+    known = [*(one.name for one in fields(ColumnNames)), REWARD, STEPS, LABELS]
     given: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         kind, equals, name = part.partition("=")
@@ -235,6 +271,15 @@ def describe(report: Report) -> list[str]:
         return []
     if report.conversations:
         lines.append(f"           conversational in {report.conversations:,} rows")
+    if report.in_part:
+        lines.append(
+            f"           the chat template leaves out a part of what the assistant says in {report.in_part:,} rows"
+        )
+    if report.labels:
+        counted = ", ".join(f"{report.labels[name]:,} {name}" for name in ("right", "wrong", "null"))
+        lines.append(f"steps      {report.labels.total():,}, of their labels {counted}")
+    if report.kinds[STEPWISE] and STEPS not in report.columns and _TRL_STEPS in report.columns:
+        lines.append(f"           for llm/process_reward, say steps.steps={_TRL_STEPS}")
     if report.prompts:
         most = max(report.prompts.values())
         lines.append(f"prompts    {len(report.prompts):,} different, up to {most} rows of one")
@@ -252,9 +297,16 @@ def describe(report: Report) -> list[str]:
     return lines + [f"{name:<10} {count:,} of {report.rows:,} rows" for name, count in notes.items() if count]
 
 
-def _read(row: Row, kind: str, names: ColumnNames) -> Comparison | Feedback | Example | str:
+def _read(
+    row: Row, kind: str, names: ColumnNames, spelled: StepsNames
+) -> Comparison | Feedback | Example | Solution | str:
     from llm_rlhf.data import columns
 
+    if kind == STEPWISE:
+        from llm_rlhf.rewards.process_reward import StepsConfig, read_solution
+
+        config = StepsConfig(prompt=names.prompt, steps=spelled.steps, labels=spelled.labels)
+        return read_solution(dict(row.columns), config, row.place)
     if kind == "preference":
         return columns.read_comparison(row, names)
     if kind == "unpaired preference":
@@ -267,7 +319,7 @@ def _read(row: Row, kind: str, names: ColumnNames) -> Comparison | Feedback | Ex
 
 def _count(
     report: Report,
-    record: Comparison | Feedback | Example,
+    record: Comparison | Feedback | Example | Solution,
     row: Row,
     words: PreTrainedTokenizerBase | None,
     seen: set[int],
@@ -277,7 +329,8 @@ def _count(
     from llm_rlhf.data.records import Comparison, Feedback
 
     texts = dict(_texts(record))
-    mark = hash((*texts.items(), getattr(record, "desirable", None), getattr(record, "tied", None)))
+    verdicts = (getattr(record, name, None) for name in ("desirable", "tied", "labels"))
+    mark = hash((*texts.items(), *verdicts))
     report.duplicates += mark in seen
     seen.add(mark)
     report.prompts[record.prompt] += 1
@@ -291,24 +344,29 @@ def _count(
             report.problems.append(f"{row.place}: the rejected answer scores more than the chosen one")
     elif isinstance(record, Feedback):
         report.thumbs_up += record.desirable
+    for label in getattr(record, "labels", ()):
+        report.labels["null" if label is None else "right" if label >= 0.5 else "wrong"] += 1
     if words is None:
         return
     from llm_rlhf.data.texts import encode, encode_prompts
 
     (prompt,) = encode_prompts(words, [record.prompt])
+    replies = {name: encode(words, record.prompt, text) for name, text in texts.items() if name != "prompt"}
+    report.in_part += any(reply.in_part for reply in replies.values())
     for name, text in texts.items():
-        ids = prompt if name == "prompt" else encode(words, record.prompt, text).completion
-        report.tokens.setdefault(name, []).append(len(ids))
+        report.tokens.setdefault(name, []).append(len(replies[name].completion if name in replies else prompt))
         special = next((token for token in words.all_special_tokens if token in text), None)
         if special is not None:
             report.problems.append(f"{row.place}: {name}: the text {special!r} would become a special token")
 
 
-def _texts(record: Comparison | Feedback | Example) -> Iterator[tuple[str, str]]:
+def _texts(record: Comparison | Feedback | Example | Solution) -> Iterator[tuple[str, str]]:
     for name in ("prompt", "completion", "chosen", "rejected"):
         text = getattr(record, name, "")
         if text:
             yield name, text
+    if hasattr(record, "steps"):
+        yield "solution", "\n".join(record.steps)
 
 
 def _quantiles(lengths: Sequence[int]) -> tuple[int, int, int]:

@@ -158,10 +158,6 @@ def _at(place: str, problem: str) -> str:
     return f"{place}: {problem}" if place else problem
 
 
-_TELLING = 20
-"""So many last characters of a message, blanks left out, tell whether a template shows it."""
-
-
 def segments(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, given: int, place: str = ""
 ) -> list[tuple[str, bool]]:
@@ -170,8 +166,7 @@ def segments(
     given   how many first messages are the prompt; assistant messages among them are not to be learned
 
     What follows the assistant's last message is left out. Raises UserError if there is no assistant message to
-    learn, or the template renders a part of the conversation otherwise than within the whole, or leaves out what
-    the assistant said, as templates do that look for parts of a content and find text.
+    learn, or the template renders a part of the conversation otherwise than within the whole.
     """
     found: list[tuple[str, bool]] = []
     done = ""
@@ -190,18 +185,51 @@ def segments(
                     "template that does not"
                 )
                 raise UserError(_at(place, problem))
-        said, shown = ("".join(text.split()) for text in (message["content"], after[len(before) :]))
-        if said[-_TELLING:] not in shown:  # templates may strip what they show, and move thoughts to its front
-            problem = (
-                f"the chat template leaves out what the assistant says in message {number + 1}; use one that shows "
-                "contents that are text"
-            )
-            raise UserError(_at(place, problem))
         found += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after
     if not found:
         raise UserError(_at(place, f"no message has the role {ASSISTANT!r}; there is nothing to learn from"))
     return found
+
+
+def shown_in_part(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    parts: Sequence[tuple[str, bool]],
+    *,
+    given: int,
+    place: str = "",
+) -> bool:
+    """Whether the template leaves out a part of what the assistant says, such as its thoughts; blanks do not count.
+
+    parts   what `segments` returns of the messages
+
+    Raises UserError where it shows nothing of a message: templates do so that look for parts of a content and find
+    text.
+    """
+    numbers = iter([i for i, message in enumerate(messages) if message["role"] == ASSISTANT and i >= given])
+    in_part, whole = False, ""
+    for text, learned in parts:
+        whole += text
+        if not learned:
+            continue
+        number = next(numbers)
+        if _solid(messages[number]["content"]) in _solid(text):
+            continue
+        in_part = True
+        silent = [*messages[:number], {**messages[number], "content": " "}]  # some templates refuse an empty one
+        if _solid(whole) == _solid(render(tokenizer, silent, answer=False, place=place)):
+            problem = (
+                f"the chat template leaves out what the assistant says in message {number + 1}; use one that shows "
+                "contents that are text"
+            )
+            raise UserError(_at(place, problem))
+    return in_part
+
+
+def _solid(text: str) -> str:
+    """Without blanks: templates strip what they show, and put line breaks around it."""
+    return "".join(text.split())
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[int]:
@@ -216,13 +244,38 @@ def completion_tokens(
     """Token ids that follow `prompt_tokens`, and which of them the assistant wrote, its EOS included.
 
     A template's closing mark of a message is learned up to its EOS; what stands behind that (a line break, say) is
-    given, since generation stops at EOS. The last message gets an EOS where the template gives it none.
+    given, since generation stops at EOS. The last message gets an EOS where the template gives it none. Raises
+    UserError where the template shows nothing of what the assistant says.
     """
-    reply: Sequence[Message] = (
-        completion.messages if isinstance(completion, Chat) else [{"role": ASSISTANT, "content": str(completion)}]
-    )
+    ids, mask, _ = data_tokens(tokenizer, prompt, completion)
+    return ids, mask
+
+
+def data_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: Chat, completion: str
+) -> tuple[list[int], list[bool], bool]:
+    """`completion_tokens`, and whether the template leaves out a part of what the assistant says."""
+    messages, given = [*prompt.messages, *_reply(completion)], len(prompt.messages)
+    parts = segments(tokenizer, messages, given=given, place=prompt.place)
+    in_part = shown_in_part(tokenizer, messages, parts, given=given, place=prompt.place)
+    return *_tokens(tokenizer, parts), in_part
+
+
+def drawn_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Chat, completion: str) -> tuple[list[int], list[bool]]:
+    """`completion_tokens` of what a policy drew: what the template shows of it, be that nothing."""
+    messages = [*prompt.messages, *_reply(completion)]
+    return _tokens(tokenizer, segments(tokenizer, messages, given=len(prompt.messages), place=prompt.place))
+
+
+def _reply(completion: str) -> Sequence[Message]:
+    if isinstance(completion, Chat):
+        return completion.messages
+    return [{"role": ASSISTANT, "content": str(completion)}]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+    """Token ids of all `segments` but the first, which is the prompt, and which of them are learned."""
     eos = int(tokenizer.eos_token_id)
-    parts = segments(tokenizer, [*prompt.messages, *reply], given=len(prompt.messages), place=prompt.place)
     ids: list[int] = []
     mask: list[bool] = []
     for number, (text, learned) in enumerate(parts):

@@ -170,6 +170,9 @@ def _completions(record: Comparison | Feedback) -> tuple[str, ...]:
 
 # ---------------------------------------------------------------- tokens
 
+IN_PART = "answers_shown_in_part_by_the_chat_template"
+"""A count: answers of which the template leaves out a part, such as their thoughts."""
+
 
 @dataclass(frozen=True)
 class TokenizedPairs:
@@ -231,12 +234,13 @@ def tokenize_pairs(
     max_prompt  longest prompt; a longer one keeps its end
 
     Where a prompt and its longer answer do not fit, the prompt gives way first, down to half of the context; then
-    the answers are cut and have no EOS. Counts: prompts_cut, chosen_cut, rejected_cut, and answers_made_equal,
-    pairs that were cut to the same tokens. Raises UserError if there are no comparisons, or all were cut so.
+    the answers are cut and have no EOS. Counts: prompts_cut, chosen_cut, rejected_cut, answers_made_equal, pairs
+    that were cut to the same tokens, and IN_PART, of both answers. Raises UserError if there are no comparisons, or
+    all were cut so.
     """
     if not comparisons:
         raise UserError("there are no comparisons to train on")
-    counts = dict.fromkeys(("prompts_cut", "chosen_cut", "rejected_cut", "answers_made_equal"), 0)
+    counts = dict.fromkeys(("prompts_cut", "chosen_cut", "rejected_cut", "answers_made_equal", IN_PART), 0)
     rows: tuple[list[Encoded], list[Encoded]] = [], []
     for comparison in comparisons:
         whole = [encode(tokenizer, comparison.prompt, text) for text in (comparison.chosen, comparison.rejected)]
@@ -244,6 +248,7 @@ def tokenize_pairs(
         counts["prompts_cut"] += prompt_cut
         counts["chosen_cut"] += cut[0]
         counts["rejected_cut"] += cut[1]
+        counts[IN_PART] += chosen.in_part + rejected.in_part
         counts["answers_made_equal"] += (
             chosen.completion == rejected.completion and whole[0].completion != whole[1].completion
         )
@@ -274,19 +279,20 @@ def tokenize_feedback(
     pad: int,
     max_prompt: int | None = None,
 ) -> tuple[TokenizedFeedback, dict[str, int]]:
-    """Tokenize thumbs as `tokenize_pairs` does comparisons. Counts: prompts_cut, completions_cut.
+    """Tokenize thumbs as `tokenize_pairs` does comparisons. Counts: prompts_cut, completions_cut, IN_PART.
 
     Raises UserError if there are none.
     """
     if not feedback:
         raise UserError("there are no completions to train on")
-    counts = {"prompts_cut": 0, "completions_cut": 0}
+    counts = {"prompts_cut": 0, "completions_cut": 0, IN_PART: 0}
     rows: list[Encoded] = []
     for one in feedback:
         whole = encode(tokenizer, one.prompt, one.completion)
         (short,), prompt_cut, (completion_cut,) = fit([whole], context=context, max_prompt=max_prompt)
         counts["prompts_cut"] += prompt_cut
         counts["completions_cut"] += completion_cut
+        counts[IN_PART] += short.in_part
         rows.append(short)
     desirable = torch.tensor([one.desirable for one in feedback])
     return TokenizedFeedback(lay_out(rows, pad=pad), desirable, _numbers(one.prompt for one in feedback)), counts

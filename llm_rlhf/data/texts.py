@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from experiment.errors import UserError
-from llm_rlhf.data.chat import Chat, completion_tokens, prompt_tokens
+from llm_rlhf.data.chat import Chat, data_tokens, drawn_tokens, prompt_tokens
 from llm_rlhf.tasks.examples import Example
 
 
@@ -102,26 +102,39 @@ def keep_end(prompt: list[int], room: int, *, bos: int | None) -> list[int]:
 class Encoded:
     """A prompt and a completion as token ids; `mask` is True on the completion's tokens that are learned.
 
-    bos     which token a prompt that begins with it keeps when it is cut
+    bos         which token a prompt that begins with it keeps when it is cut
+    in_part     whether the chat template leaves out a part of what the assistant says, such as its thoughts
     """
 
     prompt: list[int]
     completion: list[int]
     mask: list[bool]
     bos: int | None = None
+    in_part: bool = False
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
-    """Prompt and completion as generation sees them: encoded apart, with an EOS behind the completion."""
+    """Prompt and completion as generation sees them: encoded apart, with an EOS behind the completion.
+
+    Raises UserError where the chat template shows nothing of what the assistant says.
+    """
+    if not isinstance(prompt, Chat):
+        return encode_drawn(tokenizer, prompt, completion)
     (before,) = encode_prompts(tokenizer, [prompt])
-    bos = tokenizer.bos_token_id
+    ids, mask, in_part = data_tokens(tokenizer, prompt, completion)
+    return Encoded(before, ids, mask, tokenizer.bos_token_id, in_part)
+
+
+def encode_drawn(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Encoded:
+    """`encode` of a completion that a policy drew: what the chat template shows of it, be that nothing."""
+    (before,) = encode_prompts(tokenizer, [prompt])
     if isinstance(prompt, Chat):
-        return Encoded(before, *completion_tokens(tokenizer, prompt, completion), bos)
+        return Encoded(before, *drawn_tokens(tokenizer, prompt, completion), tokenizer.bos_token_id)
     ids = [*tokenizer.encode(completion, add_special_tokens=False), int(tokenizer.eos_token_id)]
-    return Encoded(before, ids, [True] * len(ids), bos)
+    return Encoded(before, ids, [True] * len(ids), tokenizer.bos_token_id)
 
 
 def fit(
@@ -133,12 +146,15 @@ def fit(
     is cut has no EOS any more. Returns the answers, whether the prompt was cut, and which completions were.
     """
     longest = max(len(answer.completion) for answer in answers)
-    prompt, bos = answers[0].prompt, answers[0].bos
+    prompt = answers[0].prompt
     room = max(context - longest, context // 2, 1)
     room = room if max_prompt is None else min(room, max_prompt)
-    kept = keep_end(prompt, room, bos=bos)
+    kept = keep_end(prompt, room, bos=answers[0].bos)
     left = context - len(kept)
-    fitted = [Encoded(kept, answer.completion[:left], answer.mask[:left], bos) for answer in answers]
+    fitted = [
+        replace(answer, prompt=kept, completion=answer.completion[:left], mask=answer.mask[:left])
+        for answer in answers
+    ]
     return fitted, len(kept) < len(prompt), [len(answer.completion) > left for answer in answers]
 
 

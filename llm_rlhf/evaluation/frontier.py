@@ -35,6 +35,8 @@ Array = np.ndarray
 BEST_OF_N = "best of n"
 MOST_LOG_DISTANCE = 50.0
 """A turning point beyond exp(50) is none."""
+JUDGED_KL = "eval/kl"
+"""Logged beside the other eval/ metrics: the KL of the policy that they judge, behind the update."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def rows_of_best_of(figures: Mapping[str, Any]) -> list[Row]:
 
 @dataclass(frozen=True)
 class MetricNames:
-    """What a run logs its KL, gold and proxy rewards under."""
+    """What a run logs its KL, gold and proxy rewards under. Beside a gold of eval/ eval/kl comes before `kl`."""
 
     kl: str = "objective/kl"
     gold: str = "eval/sampled"
@@ -208,8 +210,10 @@ class MetricNames:
 
 
 def rows_of_run(folder: str | Path, names: MetricNames = MetricNames()) -> list[Row]:
-    """A point for every logged step with gold, where anything could be judged; the KL and the proxy are the latest
-    that were measured until then (iterative recipes measure them once a round).
+    """A point for every logged step with gold, where anything could be judged.
+
+    The KL is that of the policy that gold judged; where the run logged none, and for the proxy always, it is the
+    latest that was measured until then, before the update (iterative recipes measure once a round).
 
     Raises UserError where there is none.
     """
@@ -218,12 +222,15 @@ def rows_of_run(folder: str | Path, names: MetricNames = MetricNames()) -> list[
         raise UserError(f"{folder}: there is no metrics.jsonl in it, so it is no run")
     rows: list[Row] = []
     latest: dict[str, float] = {}
+    judged = JUDGED_KL if names.gold.startswith("eval/") else names.kl
     for line in read_metrics(path):
         latest |= {
             name: float(line[name]) for name in (names.kl, names.proxy) if math.isfinite(line.get(name, math.nan))
         }
-        if names.kl in latest and math.isfinite(line.get(names.gold, math.nan)):
-            kl = max(latest[names.kl], 0.0)  # an estimate of a KL near 0 may fall below it
+        spent = float(line.get(judged, math.nan))
+        spent = spent if math.isfinite(spent) else latest.get(names.kl, math.nan)
+        if math.isfinite(spent) and math.isfinite(line.get(names.gold, math.nan)):
+            kl = max(spent, 0.0)  # an estimate of a KL near 0 may fall below it
             row = Row(
                 Path(folder).name, int(line["global_step"]), kl, float(line[names.gold]), latest.get(names.proxy)
             )

@@ -19,7 +19,7 @@ from llm_rlhf.data.columns import ColumnNames, kind_of, read_demonstration
 from llm_rlhf.data.files import read_rows, text_column
 from llm_rlhf.evaluation.results import Measure, Result
 from llm_rlhf.evaluation.subject import question_of
-from llm_rlhf.rewards.functions import RewardFunction
+from llm_rlhf.rewards.calls import RewardFunction, told_when_late
 from llm_rlhf.rewards.reward_model import find_folder, reward_function
 
 PairJudge = Callable[[str, str, str], str | None]
@@ -65,14 +65,15 @@ def load_judge(name: str, *, margin: float = 0.0) -> Judge:
 def one_by_one(function: PairJudge, name: str) -> Judge:
     """A user's function as a judge; it is given a conversation of one question as that question's text.
 
-    The judge raises UserError if it raises or gives no verdict.
+    A late one is waited for and told of. The judge raises UserError if it raises or gives no verdict.
     """
 
     def judge(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> list[str | None]:
         found: list[str | None] = []
         for prompt, first, second in zip(prompts, a, b, strict=True):
             try:
-                verdict = function(question_of(prompt), first, second)
+                with told_when_late(lambda: f"judge: {name}"):
+                    verdict = function(question_of(prompt), first, second)
             except Exception as error:  # whatever the user's function raises
                 reason = " ".join(str(error).split()) or "no message"
                 raise UserError(f"judge: {name}: it raised {type(error).__name__}: {reason}") from error

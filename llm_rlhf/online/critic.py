@@ -21,7 +21,14 @@ from llm_rlhf.models.causal import VALUE_HEAD, LanguagePolicy, column_range, lea
 from llm_rlhf.models.loading import load_language_model, model_folder, quietly, without_dropout
 from llm_rlhf.models.lora import base_of, merge
 from llm_rlhf.models.precision import Precision, autocast, widened
-from llm_rlhf.rewards.reward_model import RewardModel, find_folder, load_reward_tokenizer, load_trunk, probe
+from llm_rlhf.rewards.reward_model import (
+    RewardModel,
+    combine,
+    find_folder,
+    load_reward_tokenizer,
+    load_trunk,
+    probe,
+)
 from policy_core.policy import Evaluation
 from policy_core.returns import next_values_of
 from policy_core.rollout import Nested, Rollout
@@ -37,8 +44,8 @@ class CriticConfig:
     model           "shared": a linear head on the policy's last hidden state; "separate": a model of its own, which
                     lies in a checkpoint's `critic` folder
     init            what a separate one starts from: a language model's folder or run (its trunk, with a head that
-                    is 0 everywhere), or a reward model's (its trunk and, where it has one scalar head, that head as
-                    well: the first values are the scores of unfinished texts); null = model.path
+                    is 0 everywhere), or a reward model's (its trunk, and the weighted mean of its heads as one: the
+                    first values are its scores of unfinished texts, in its units); null = model.path
     learning_rate   of a separate one, on ppo's schedule; null = ppo.learning_rate
     """
 
@@ -144,12 +151,13 @@ def build_critic(
     tokenizer       the policy's
     longest         tokens of the longest prompt and completion
 
-    Raises UserError for a folder that holds no causal model, another tokenizer's, or too short a context.
+    Tells in a line what the head starts as. Raises UserError for a folder that holds no causal model, another
+    tokenizer's, or too short a context.
     """
     path = config.init or model_path
     known = find_folder(path)
     try:
-        model = _of_reward_model(RewardModel.from_pretrained(known)) if known else ValueModel(_trunk_of(path))
+        model, start = _of_reward_model(RewardModel.from_pretrained(known)) if known else _new(path)
     except UserError as error:
         if config.init is None:
             raise
@@ -163,7 +171,13 @@ def build_critic(
         raise UserError(
             f"critic.init: {path} reads at most {model.context} tokens; a prompt and its completion have {longest}"
         )
+    print(f"critic: from {path}; its head starts as {start}", flush=True)
     return model
+
+
+def _new(path: str) -> tuple[ValueModel, str]:
+    """On a language model's trunk, and what its head starts as."""
+    return ValueModel(_trunk_of(path)), "0 everywhere"
 
 
 def _trunk_of(path: str) -> PreTrainedModel:
@@ -175,14 +189,31 @@ def _trunk_of(path: str) -> PreTrainedModel:
     return cast(PreTrainedModel, model.base_model)
 
 
-def _of_reward_model(known: RewardModel) -> ValueModel:
-    """Its trunk and, where it has one scalar head, its head, less what its scores are centred by."""
+@torch.no_grad()
+def _of_reward_model(known: RewardModel) -> tuple[ValueModel, str]:
+    """A reward model's trunk with the mean of its heads as one head, and in words what that starts as.
+
+    Objectives are weighed and scores centred as its own score is, so after a text's last token the value is that
+    score for the ensemble "mean". The ensembles "min" and "lower" are not linear in the trunk's states, nor is the
+    length penalty of them: the mean stands for those, without a penalty. The head is 0 everywhere where the reward
+    model's heads read other states than the last token's.
+    """
     model = ValueModel(known.trunk)
-    if known.offset.numel() == 1:
-        with torch.no_grad():
-            model.head.weight.copy_(known.heads.weight)
-            model.head.bias.copy_(known.heads.bias - known.offset.flatten())
-    return model
+    if known.pooling != "last":
+        return model, f"0 everywhere: the reward model reads the mean of its states (pooling {known.pooling!r})"
+    scoring = replace(known.scoring, ensemble="mean", length_penalty=0.0)
+
+    def mean(heads: Tensor) -> Tensor:  # [N, K * M] -> [N]
+        scores = heads.unflatten(1, tuple(known.offset.shape))
+        return combine(scores, torch.zeros(len(heads)), objectives=known.objectives, config=scoring)[0]
+
+    model.head.weight.copy_(mean(known.heads.weight.T).unsqueeze(0))
+    model.head.bias.copy_(mean((known.heads.bias - known.offset.flatten()).unsqueeze(0)))
+    heads = f"the mean of the reward model's {known.ensemble} heads" if known.ensemble > 1 else "the reward model's"
+    if known.ensemble > 1 and known.scoring.ensemble != "mean":
+        return model, f"{heads}; its scores are their {known.scoring.ensemble!r}, which no one head can be"
+    less = " without the length penalty" if known.scoring.length_penalty > 0 else ""
+    return model, f"{heads}, so the first values are its scores of unfinished texts{less}"
 
 
 @torch.no_grad()

@@ -207,6 +207,7 @@ def record(
         due=last or global_step % max(validation.every, 1) == 0,
         max_new_tokens=sampler.max_new_tokens,
         rewards_timeout=sampler.rewards.timeout,
+        reference=learner.reference,
     )
     shown = None
     if looked and learner.latest is not None:
@@ -278,10 +279,16 @@ def validate(
     due: bool,
     max_new_tokens: int | None = None,
     rewards_timeout: float | None = None,
+    reference: LanguagePolicy | Path | None = None,
 ) -> dict[str, float]:
-    """Validation metrics when they are due, else nothing. Draws from a generator of its own."""
+    """Validation metrics when they are due, else nothing. Draws from a generator of its own.
+
+    reference   what eval/kl (nats a completion) is measured to, or the folder where it is kept; None = no eval/kl
+    """
     if config.every == 0 or not due:
         return {}
+    if isinstance(reference, Path):
+        reference = kept_start(reference, policy)
     few = replace(task, splits={"validation": task.splits["validation"][: config.prompts]})
     result = evaluate_policy(
         policy,
@@ -290,6 +297,7 @@ def validate(
         split="validation",
         config=EvaluateConfig(samples=config.samples),
         max_new_tokens=max_new_tokens,
+        reference=reference,
         rewards_timeout=rewards_timeout,
     )
     return numbers(result, prefix="eval")

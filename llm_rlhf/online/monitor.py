@@ -31,7 +31,7 @@ from scipy import stats
 from experiment.errors import UserError
 from experiment.statistics import wilson_interval
 from llm_rlhf.evaluation.diversity import repetition_share
-from llm_rlhf.evaluation.frontier import Fit, fit_rl
+from llm_rlhf.evaluation.frontier import JUDGED_KL, Fit, fit_rl
 from llm_rlhf.rewards.rules import Rule, load_rule, rate_of
 
 REPETITION_SIZE = 8
@@ -48,7 +48,7 @@ class MonitorConfig:
     stop            end the run at the first warning and name the last good checkpoint
     proxy           the metric that is climbed
     gold            the metric that says whether it is worth climbing; null: there is none
-    kl, entropy     metrics: nats a completion, nats a token
+    kl, entropy     metrics: nats a completion, nats a token; beside a gold of eval/ `forecast` takes eval/kl
     window          looks over which a trend is measured
     baseline        first looks that say what is normal
     confidence      of each of the two trends of `gap`, one-sided
@@ -199,6 +199,7 @@ class Monitor:
             "proxy": _finite(metrics, config.proxy),
             "gold": None if config.gold is None else _finite(metrics, config.gold),
             "kl": _finite(metrics, config.kl),
+            "judged_kl": _finite(metrics, JUDGED_KL),
             "entropy": _finite(metrics, config.entropy),
             "length": _finite(metrics, "completions/mean_length"),
             "repetition": None,
@@ -293,17 +294,19 @@ def check_gap(config: MonitorConfig, looks: Sequence[Look]) -> list[Warned]:
 
 def check_forecast(config: MonitorConfig, looks: Sequence[Look]) -> list[Warned]:
     """Gold's turning point is near, the proxy's is not."""
+    measured = (config.gold, config.proxy)
     used = [
         look
         for look in looks
-        if look["proxy"] is not None and look["gold"] is not None and look["kl"] is not None and look["kl"] > 0
+        if None not in (look["proxy"], look["gold"]) and all(_kl_beside(look, metric) > 0 for metric in measured)
     ]
     if config.turn_share is None or len(used) < config.window or looks[-1] is not used[-1]:
         return []
-    kl = [look["kl"] for look in used]
-    if max(kl) < 4 * min(kl) or len(set(kl)) < 4:
+    kl, climbed_kl = ([_kl_beside(look, metric) for look in used] for metric in measured)
+    if any(max(kls) < 4 * min(kls) or len(set(kls)) < 4 for kls in (kl, climbed_kl)):
         return []  # the distance has not even doubled: nothing to see a bend on
-    gold, proxy = (fit_rl(kl, [look[name] for look in used], intercept=True) for name in ("gold", "proxy"))
+    gold = fit_rl(kl, [look["gold"] for look in used], intercept=True)
+    proxy = fit_rl(climbed_kl, [look["proxy"] for look in used], intercept=True)
     turn = _sure_turn(gold, float(stats.t.ppf(FORECAST_CONFIDENCE, len(used) - 3)))
     distance = math.sqrt(kl[-1])
     if turn is None or distance < config.turn_share * turn:
@@ -316,6 +319,16 @@ def check_forecast(config: MonitorConfig, looks: Sequence[Look]) -> list[Warned]
         f"{kl[-1]:.3g}): over-optimisation is near; hold the KL there"
     )
     return [Warned("forecast", line, looks[-1]["step"], _measured(looks[-1], config.gold))]
+
+
+def _kl_beside(look: Look, metric: str | None) -> float:
+    """The KL of the policy that a metric of a look was measured on, NaN where it is not known.
+
+    That is eval/kl for eval/*, where the run logs it; runs of before that have only what was drawn for the update.
+    """
+    judged = look.get("judged_kl") if metric is not None and metric.startswith("eval/") else None
+    kl = look["kl"] if judged is None else judged
+    return math.nan if kl is None else float(kl)
 
 
 def _sure_turn(fit: Fit, needed: float) -> float | None:
@@ -401,6 +414,23 @@ CHECKS: tuple[Callable[[MonitorConfig, Sequence[Look]], list[Warned]], ...] = (
     check_repeated,
     check_probes,
 )
+
+
+def looks_needed(config: MonitorConfig) -> dict[str, int]:
+    """Rule that is on -> the looks behind which it can fire for the first time."""
+    behind = config.baseline + 1
+    rules = (
+        ("gap", config.window, config.gold is not None),
+        ("forecast", config.window, None not in (config.gold, config.turn_share)),
+        ("length", behind, config.length_ratio is not None),
+        ("kl_limit", 1, config.kl_limit is not None),
+        ("kl_ratio", config.window + 1, config.kl_ratio is not None),
+        ("entropy", behind, config.entropy_share is not None),
+        ("repetition", behind, config.repetition is not None),
+        ("duplicates", behind, config.duplicates is not None),
+        ("probes", behind, bool(config.probes)),
+    )
+    return {rule: looks for rule, looks, on in rules if on and config.enabled}
 
 
 def trend(steps: Sequence[float], values: Sequence[float]) -> tuple[float, float]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf.models.card import with_cards
 from llm_rlhf.models.causal import LanguagePolicy
@@ -16,7 +18,7 @@ from llm_rlhf.models.lora import merged_writer
 from llm_rlhf.models.tokenizer import decode_completions
 from llm_rlhf.online.critic import FOLDER
 from llm_rlhf.online.experience import Sampler
-from llm_rlhf.online.monitor import Monitor, Report, Shown, act_on
+from llm_rlhf.online.monitor import Monitor, MonitorConfig, Report, Shown, act_on, looks_needed
 from llm_rlhf.online.moved import Counters, Moved
 from llm_rlhf.rewards.functions import Scores
 
@@ -35,6 +37,27 @@ class Watched(Resumable, Protocol):
     """What is moved under the monitor's eyes."""
 
     monitor: Monitor
+
+
+def announce_looks(config: MonitorConfig, *, updates: int, every: int) -> None:
+    """Before a run: say which of the monitor's rules it can not judge, because they need more looks than it has.
+
+    updates, every      of the run, and between looks at the validation prompts (0 = none); the last one looks, too
+
+    Raises UserError for a monitor that is to stop a run which never looks.
+    """
+    if config.enabled and config.stop and every == 0:
+        raise UserError(
+            "monitor.stop: the monitor looks when a run validates, and validation.every is 0, so it would stop "
+            "nothing; set validation.every to the updates between looks, or monitor.stop=false"
+        )
+    looks = math.ceil(updates / every) if every else 0
+    missed = [f"{rule} (needs {needed})" for rule, needed in looks_needed(config).items() if needed > looks]
+    if missed:
+        print(
+            f"monitor: looks in this run (validation.every): {looks}; too few to judge {', '.join(missed)}",
+            flush=True,
+        )
 
 
 def conclude(

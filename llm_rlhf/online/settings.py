@@ -36,7 +36,8 @@ class SampledConfig:
     """A run that learns from what its policy writes.
 
     rewards             name (or file.py:function, or a reward model's run) -> weight; empty = the task's own
-    rewards_timeout     seconds that one call of a reward function may take; null = any
+    rewards_timeout     seconds that one call of a reward function may take; null = any, and what has not answered
+                        for 60 s is named in a line
     safety              rules that no reward buys off
     shaping             what becomes of scores, and of texts that were cut, before anything is learned from them
     """

@@ -228,8 +228,8 @@ def tokenized_sets(
         )
         require_ends(counts["chosen_cut"] + counts["rejected_cut"], of=2 * len(pairs), context=context)
         pairs, left_out = usable_pairs(pairs)
-        cut = {what.replace("_", " "): count for what, count in counts.items() if what.endswith("_cut") and count}
-        notes += [f"{name}: {count} {what}" for what, count in cut.items()]
+        said = {what.replace("_", " "): n for what, n in counts.items() if n and what != "answers_made_equal"}
+        notes += [f"{name}: {count} {what}" for what, count in said.items()]
         notes += [f"{name}: {line}" for line in left_out]
         if len(pairs):
             sets[name] = pairs

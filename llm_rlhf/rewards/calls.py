@@ -1,7 +1,11 @@
 """Calling reward functions: plain ones in turn, `async def` ones all at once, each within a time limit.
 
-A call with a limit runs on a thread that the process does not wait for, so a run whose function hangs can end. All
-`async def` functions share one event loop that lives as long as the process, so a client that a function keeps
+A call with a limit runs on a thread that the process does not wait for, so a run whose function hangs can end. One
+without runs where it was called, since some code cannot move to another thread (signals, database connections), and
+is waited for; one line names it when it is late, as it does rules and judges, which have no limit
+(`told_when_late`).
+
+All `async def` functions share one event loop that lives as long as the process, so a client that a function keeps
 between calls stays usable.
 """
 
@@ -9,13 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import inspect
 import math
 import os
+import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from experiment.errors import UserError
@@ -23,12 +29,17 @@ from experiment.errors import UserError
 RewardFunction = Callable[..., Sequence[float | None]]
 AsyncRewardFunction = Callable[..., Awaitable[Sequence[float | None]]]
 AnyRewardFunction = RewardFunction | AsyncRewardFunction
+Calls = dict[object, tuple[float, Callable[[], str]]]
+"""Those under way: since when, by the monotonic clock, and what says whose they are."""
 
 LARGEST = 1e30
 """Of a reward: float32 holds the sum and the square of no larger ones."""
 
 REPLY_SECONDS = 1.0
 """How soon an event loop that no function blocks answers."""
+
+LATE_SECONDS = 60.0
+"""After how long a call without an answer is told of."""
 
 
 def call_all(
@@ -59,16 +70,52 @@ def call_all(
     try:
         for name, function in functions.items():
             if name not in under_way:
-                results[name] = _checked(name, _call(name, function, arguments[name], timeout), completions)
+                with told_when_late(functools.partial(_rewards, name)):
+                    answer = _call(name, function, arguments[name], timeout)
+                results[name] = _checked(name, answer, completions)
         for name, future in under_way.items():
             left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
-            if not concurrent.futures.wait([future], timeout=left).done:
-                raise _too_late(_blocking(name), timeout)
+            with told_when_late(functools.partial(_blocking, name)):
+                done = concurrent.futures.wait([future], timeout=left).done
+            if not done:
+                raise _too_late(_given_up(name), timeout)
             results[name] = _checked(name, _outcome(name, future.result), completions)
     finally:
         for future in under_way.values():
             future.cancel()
     return {name: results[name] for name in functions}
+
+
+@contextlib.contextmanager
+def told_when_late(who: Callable[[], str]) -> Iterator[None]:
+    """Within it a user's function is called; if that takes LATE_SECONDS, one line says so, and it goes on.
+
+    who     says then how the user knows the function, as "rewards.file.py:score"
+    """
+    calls, call = _watched(os.getpid()), object()
+    calls[call] = (time.monotonic(), who)
+    try:
+        yield
+    finally:
+        calls.pop(call, None)
+
+
+@functools.cache
+def _watched(process: int) -> Calls:
+    """The calls of this process that were not told of. One thread looks after all of them: rules are called too
+    often for a timer each."""
+    calls: Calls = {}
+    threading.Thread(target=_watch, args=(calls,), name="late calls", daemon=True).start()
+    return calls
+
+
+def _watch(calls: Calls) -> None:
+    while True:
+        time.sleep(LATE_SECONDS / 60)
+        for call, (since, who) in list(calls.items()):
+            if time.monotonic() - since >= LATE_SECONDS and calls.pop(call, None) is not None:
+                line = f"{who()} has not answered for {LATE_SECONDS:g} s; still waiting"
+                print(line, file=sys.stderr, flush=True)
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -118,7 +165,7 @@ def _call(name: str, function: AnyRewardFunction, arguments: dict[str, Any], tim
 
     threading.Thread(target=run, name=f"reward {name}", daemon=True).start()
     if not concurrent.futures.wait([answer], timeout=timeout).done:
-        raise _too_late(name, timeout)
+        raise _too_late(_rewards(name), timeout)
     return _outcome(name, answer.result)
 
 
@@ -177,20 +224,33 @@ def _loop(process: int) -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _blocking(name: str) -> str:
-    """Which function is to blame when `name` is late: one that blocks the event loop keeps all others waiting."""
-    loop = _loop(os.getpid())
+def _blocked() -> bool:
+    """Whether an async function keeps the event loop, and so all others, waiting."""
     replied = threading.Event()
-    loop.call_soon_threadsafe(replied.set)
-    if replied.wait(REPLY_SECONDS):
-        return name
-    _loop.cache_clear()  # a later call gets a loop that is not blocked
-    running = asyncio.current_task(loop)
-    return name if running is None else running.get_name()
+    _loop(os.getpid()).call_soon_threadsafe(replied.set)
+    return not replied.wait(REPLY_SECONDS)
 
 
-def _too_late(name: str, timeout: float | None) -> UserError:
-    return UserError(f"rewards.{name}: no answer within {timeout:g} seconds (rewards_timeout)")
+def _rewards(name: str) -> str:
+    return f"rewards.{name}"
+
+
+def _blocking(name: str) -> str:
+    """Which function is to blame when the async one `name` is late: the one that blocks the event loop, if any."""
+    running = asyncio.current_task(_loop(os.getpid())) if _blocked() else None
+    return _rewards(name if running is None else running.get_name())
+
+
+def _given_up(name: str) -> str:
+    """As `_blocking`; a later call gets an event loop that is not blocked."""
+    found = _blocking(name)
+    if _blocked():
+        _loop.cache_clear()
+    return found
+
+
+def _too_late(who: str, timeout: float | None) -> UserError:
+    return UserError(f"{who}: no answer within {timeout:g} seconds (rewards_timeout)")
 
 
 def _one_line(error: BaseException) -> str:

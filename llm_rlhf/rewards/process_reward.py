@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from experiment.device import find_device
 from experiment.errors import UserError
 from llm_rlhf.data.files import read_rows, text_column
-from llm_rlhf.data.texts import lay_out
+from llm_rlhf.data.texts import Encoded, fit, lay_out
 from llm_rlhf.models.tokenizer import pad_id
 from llm_rlhf.rewards.reward_model import RewardModel, Scorer, load_reward_tokenizer
 from llm_rlhf.tasks.rows import split_prompts
@@ -88,7 +88,7 @@ def read_solutions(config: StepsConfig) -> StepData:
         raise UserError("steps.path: give the file that holds your prompts, steps and labels")
     by_prompt: dict[str, list[Solution]] = {}
     for row in read_rows(config.path):
-        solution = _solution(row.columns, config, row.place)
+        solution = read_solution(row.columns, config, row.place)
         by_prompt.setdefault(solution.prompt, []).append(solution)
     parts = split_prompts(
         by_prompt, validation=config.validation, test=config.test, seed=config.seed, data=config.path
@@ -98,7 +98,8 @@ def read_solutions(config: StepsConfig) -> StepData:
     return StepData(train, validation, test, "".join(sorted(text | set(config.separator))))
 
 
-def _solution(row: dict[str, Any], config: StepsConfig, place: str) -> Solution:
+def read_solution(row: dict[str, Any], config: StepsConfig, place: str) -> Solution:
+    """The solution in a row. Raises UserError naming `place` and the column that is wrong or missing."""
     prompt = text_column(row, config.prompt, place)
     for name in (config.steps, config.labels):
         if not isinstance(row.get(name), list) or not row[name]:
@@ -236,29 +237,49 @@ class StepScorer:
         text = json.dumps({"separator": self.separator}) + "\n"
         (Path(folder) / PROCESS).write_text(text, encoding="utf-8")
 
+    def require_room(self, *, prompt: int, completion: int, setting: str) -> None:
+        """Raises UserError where a completion of so many tokens would be cut behind a prompt of so many, which is
+        cut first. setting: what names the model, for the message."""
+        text = Encoded([0] * prompt, [0] * completion, [True] * completion)
+        model = self.scorer.model
+        (fitted,), _, (cut,) = fit([text], context=model.context, max_prompt=model.max_prompt)
+        if cut:
+            raise UserError(
+                f"{setting}: the process reward model reads at most {model.context} tokens; a completion may have "
+                f"{completion}, behind {len(fitted.prompt)} of its prompt"
+            )
+
     @torch.no_grad()
-    def step_logits(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[float]]:
-        """For each completion, the logit of each of its steps.
+    def step_logits(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[float] | None]:
+        """For each completion, the logit of each of its steps; None where these are not found in the tokens,
+        because the tokenizer loses characters of the text.
 
         Raises UserError for a completion that does not fit the model's context.
         """
         texts = self.scorer.encode(prompts, completions)
-        result: list[list[float]] = []
+        result: list[list[float] | None] = []
         for begin in range(0, len(texts), self.scorer.batch_size):
             part = texts[begin : begin + self.scorer.batch_size]
             batch = lay_out(part, pad=pad_id(self.scorer.tokenizer))
             scores = token_scores(self.scorer.model, batch.input_ids, batch.attention_mask)
             left = max(len(text.prompt) for text in part)
             for row, (text, completion) in enumerate(zip(part, completions[begin:], strict=False)):
-                ends = step_ends(text.completion, self.scorer.tokenizer, self.separator)
-                wanted = sum(bool(piece.strip()) for piece in completion.split(self.separator))
-                if len(ends) != wanted:
-                    raise UserError(
-                        f"process reward: a completion of {wanted} steps does not fit the model's context of "
-                        f"{self.scorer.model.context} tokens"
-                    )
-                result.append([float(scores[row, left + end]) for end in ends])
+                ends = self._ends(text, completion)
+                result.append(None if ends is None else [float(scores[row, left + end]) for end in ends])
         return result
+
+    def _ends(self, text: Encoded, completion: str) -> list[int] | None:
+        """Where the steps of a completion end in its tokens; None where there are more or fewer in these."""
+        ends = step_ends(text.completion, self.scorer.tokenizer, self.separator)
+        wanted = sum(bool(piece.strip()) for piece in completion.split(self.separator))
+        if len(ends) == wanted:
+            return ends
+        if text.completion[-1:] != [self.scorer.tokenizer.eos_token_id]:  # it was cut
+            raise UserError(
+                f"process reward: a completion of {wanted} steps does not fit the model's context of "
+                f"{self.scorer.model.context} tokens"
+            )
+        return None
 
 
 def require_causal(model: RewardModel) -> None:
@@ -301,8 +322,10 @@ def dense_rewards(
     mask: Tensor,
     tokenizer: PreTrainedTokenizerBase,
     form: Form = "change",
-) -> Tensor:
-    """Rewards [B, T] for PPO: each step's at its last token, 0 elsewhere.
+) -> tuple[Tensor, Tensor]:
+    """Rewards [B, T] for PPO: each step's at its last token, 0 elsewhere; and which rows were paid, [B] bool.
+
+    A row whose steps the reward model's tokenizer loses is not: nobody knows what they are worth.
 
     prompts         of each row
     input_ids       [B, T] a policy's tokens; mask [B, T] bool, True on its completion (EOS included)
@@ -317,8 +340,10 @@ def dense_rewards(
     logits = scorer.step_logits(prompts, texts)
     rewards = torch.zeros(mask.shape)
     for row, (ids, scores) in enumerate(zip(drawn, logits, strict=True)):
+        if scores is None:
+            continue
         columns = mask[row].nonzero().squeeze(1)
         ends = step_ends(ids, tokenizer, scorer.separator)
         for end, reward in zip(ends, paid(scores, form=form), strict=True):
             rewards[row, columns[end]] += reward  # one token may end two steps
-    return rewards
+    return rewards, torch.tensor([scores is not None for scores in logits])

@@ -25,7 +25,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from experiment.config import build_from_dict
 from experiment.device import find_device
 from experiment.errors import UserError, first_line
-from llm_rlhf.data.texts import Encoded, encode, fit, lay_out
+from llm_rlhf.data.texts import Encoded, encode_drawn, fit, lay_out
 from llm_rlhf.models.causal import build_policy
 from llm_rlhf.models.loading import ModelConfig, model_folder, new_language_model, quietly, without_dropout
 from llm_rlhf.models.lora import base_of
@@ -416,9 +416,12 @@ class Scorer:
         return cls(model, load_reward_tokenizer(folder))
 
     def encode(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Encoded]:
-        """Each text as in training: prompt and completion tokenized apart, then EOS, cut where it is too long."""
+        """Each text as in training: prompt and completion tokenized apart, then EOS, cut where it is too long.
+
+        Of a conversation the model reads what the chat template shows; a policy may draw what it leaves out.
+        """
         pairs = zip(prompts, completions, strict=True)
-        whole = [encode(self.tokenizer, prompt, completion) for prompt, completion in pairs]
+        whole = [encode_drawn(self.tokenizer, prompt, completion) for prompt, completion in pairs]
         return [fit([text], context=self.model.context, max_prompt=self.model.max_prompt)[0][0] for text in whole]
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from envs.own import is_own, load_own
 from experiment.errors import UserError, user_errors
+from llm_rlhf.rewards.calls import told_when_late
 
 Rule = Callable[[str, str], bool | None]
 
@@ -31,9 +32,13 @@ def load_rule(name: str, setting: str) -> Rule:
 
 
 def judge(rule: Rule, name: str, prompt: str, completion: str) -> bool | None:
-    """What a rule says of one completion. Raises UserError if it raises, or says something else than a bool."""
+    """What a rule says of one completion; a late one is waited for and told of.
+
+    Raises UserError if it raises, or says something else than a bool.
+    """
     try:
-        said = rule(prompt, completion)
+        with told_when_late(lambda: name):
+            said = rule(prompt, completion)
     except Exception as error:  # whatever the user's function raises
         reason = " ".join(str(error).split()) or "no message"
         raise UserError(f"{name}: it raised {type(error).__name__}: {reason}") from error

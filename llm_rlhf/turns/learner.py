@@ -166,7 +166,8 @@ def record(
     """Log an update, look at the validation rows when that is due, save when that is due; the last always."""
     due = last or global_step % max(validation.every, 1) == 0
     player = replace(learner.player, judge=learner.gold)
-    looked = validate_player(player, learner.task.splits["validation"], validation, due=due)
+    rows = learner.task.splits["validation"]
+    looked = validate_player(player, rows, validation, due=due, reference=learner.reference)
     if looked:
         log_episodes(run, played, global_step=global_step)
     conclude(

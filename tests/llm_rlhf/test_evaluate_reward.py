@@ -246,6 +246,40 @@ def test_all_of_another_file_is_judged_and_nothing_else(tmp_path: Path) -> None:
     assert found["other.jsonl"]["comparisons"] == 5
 
 
+def test_without_validation_nothing_is_fitted_and_the_rest_is_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = rows(tmp_path / "rows.jsonl", objectives=False)
+    sections: dict[str, Any] = {"validation": {"every": 0}, "learning": {"steps": 2}}
+    folder = trained(tmp_path / "run", path, pairs={"path": path, "validation": 0.0, "test": 0.3}, **sections)
+    test = evaluate_run(folder, EvaluateConfig(checkpoint="last", bag_of_words=True))["test"]
+    said = (
+        "no comparison validates (pairs.validation), so there is no temperature and no accuracy without the "
+        "effect of length"
+    )
+    assert said in capsys.readouterr().out
+    assert test["not_fitted"] == said
+    assert (test["comparisons"], test["tied"]) == (18, 9)
+    assert set(test["calibration"]) == {"loss", "expected_calibration_error", "reliability"}
+    assert test["length"]["longer_wins"] == 1.0
+    assert not [name for name in test["length"] if "without_length" in name or "slope" in name]
+    assert test["bag_of_words"]["accuracy"] == 1.0
+    assert finite(test)
+    found = evaluate_run(folder, EvaluateConfig(checkpoint="last", data=path))["rows.jsonl"]
+    assert (found["comparisons"], found["not_fitted"]) == (60, said)
+
+
+def test_a_split_that_was_not_kept_is_told_with_its_setting(tmp_path: Path) -> None:
+    path = rows(tmp_path / "rows.jsonl", objectives=False)
+    folder = trained(
+        tmp_path / "run", path, pairs={"path": path, "validation": 0.2, "test": 0.0}, learning={"steps": 2}
+    )
+    with pytest.raises(UserError, match=r"pairs\.test is 0, so no comparisons were kept for it; say another split"):
+        evaluate_run(folder, EvaluateConfig(checkpoint="last"))
+    found = evaluate_run(folder, EvaluateConfig(checkpoint="last", splits=("validation",)))
+    assert "temperature" in found["validation"]["calibration"]
+
+
 def test_a_length_penalty_is_judged_too(tmp_path: Path) -> None:
     """With a penalty that outweighs everything, the shorter answer wins and the report says so."""
     path = rows(tmp_path / "rows.jsonl", objectives=False)

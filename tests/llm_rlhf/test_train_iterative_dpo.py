@@ -16,6 +16,7 @@ from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf import train_iterative_dpo, train_sft
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
+from llm_rlhf.evaluation.frontier import rows_of_run
 from llm_rlhf.models.causal import LanguagePolicy
 from llm_rlhf.models.generation import Samples
 from llm_rlhf.rewards.functions import Scores
@@ -132,6 +133,18 @@ def test_every_round_begins_at_ln_2(trained: Path) -> None:
     assert names | {"objective/entropy", "eval/greedy"} <= logged[0].keys() | logged[2].keys()
     assert logged[-1]["samples"] == 2 * 8 * 4
     assert len(list((trained / "tables" / "completions").glob("*.jsonl"))) == 2
+
+
+def test_gold_goes_with_the_kl_of_the_policy_that_it_judges(trained: Path) -> None:
+    """Not with the one that drew the round: at the first round's end that is the start itself, at a KL of 0."""
+    logged = rows(trained)
+    found = evaluate_run(trained, EvaluateConfig(splits=("validation",), prompts=200, samples=2))["validation"]
+    assert logged[5]["eval/kl"] == pytest.approx(found["kl"], rel=1e-6)
+    assert logged[2]["eval/kl"] > 1e-3
+    assert [(row.step, row.kl) for row in rows_of_run(trained)] == [
+        (3, logged[2]["eval/kl"]),
+        (6, logged[5]["eval/kl"]),
+    ]
 
 
 def test_pairs_are_learned_at_temperature_1(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +283,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, base: Path) -> None:
         ({"iterative": {"margin": 5.0}}, r"iterative\.margin: of no prompt do the 4 answers differ"),
         ({"model": {"path": None}}, r"model\.path: "),
         ({"rewards": {"nothing": 1.0}}, r"rewards\.nothing: unknown"),
+        ({"monitor": {"stop": True}, "validation": {"every": 0}}, r"monitor\.stop: .*validation\.every is 0"),
         (
             {"learning": {"learning_rate": 1e30, "max_grad_norm": 1e30}},
             r"lower (learning rate|learning\.learning_rate)",

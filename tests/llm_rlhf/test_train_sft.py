@@ -19,14 +19,16 @@ from experiment.errors import UserError
 from experiment.run import Run
 from llm_rlhf import train_sft
 from llm_rlhf.data.chat import PLAIN
-from llm_rlhf.data.texts import Batches, Encoded, lay_out
+from llm_rlhf.data.texts import Batches, Encoded, encode, lay_out
 from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
 from llm_rlhf.models import precision
 from llm_rlhf.models.causal import LanguagePolicy, build_policy
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.lora import ADAPTER, WEIGHTS
 from llm_rlhf.models.precision import require_precision
+from llm_rlhf.models.tokenizer import load_tokenizer
 from llm_rlhf.online.moved import Counters
+from llm_rlhf.tasks.task import build_task
 from llm_rlhf.train_sft import (
     SupervisedConfig,
     TextsConfig,
@@ -174,6 +176,84 @@ def test_texts_that_are_too_long(tmp_path: Path, capsys: pytest.CaptureFixture[s
         train_sft.train(small(tmp_path / "run", task=task, sft={"steps": 1}))
     train_sft.train(small(tmp_path / "run", task=task, texts={"cut": True}, sft={"steps": 1}))
     assert "1 of 26 completions cut to the context of 48" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("packing", "passes"), [(False, None), (False, 3), (True, 1)])
+def test_the_held_out_loss_is_plain_transformers(tmp_path: Path, packing: bool, passes: int | None) -> None:
+    """Of both of the assistant's turns: "ok", a letter and an EOS behind each are 5 tokens of a conversation."""
+    config = small(
+        tmp_path / "run",
+        task={
+            "name": "rows",
+            "data": conversations(tmp_path / "chats.jsonl"),
+            "rows": {"max_new_tokens": 8, "validation": 0.25},
+        },
+        model={**MODEL, "context": 96},
+        texts={"packing": packing},
+        sft={"micro_batch_size": passes},
+        validation={"every": 3, "samples": 1, "prompts": 7},
+    )
+    run = train_sft.train(config).folder
+    logged = [row.get("eval/loss") for row in rows(run)]
+    assert [value is not None for value in logged] == [False, False, True, False, False, True]
+    tokenizer = load_tokenizer(str(policy_folder(run)))
+    model = AutoModelForCausalLM.from_pretrained(str(policy_folder(run)))
+    nats = []
+    for example in build_task(config.task).splits["validation"][:7]:
+        text = encode(tokenizer, example.prompt, example.completion)
+        with torch.no_grad():
+            judged = model(torch.tensor([text.prompt + text.completion])).logits[0].log_softmax(-1)
+        whole = enumerate(zip(text.completion, text.mask, strict=True), start=len(text.prompt))
+        nats += [-float(judged[place - 1, token]) for place, (token, learned) in whole if learned]
+    assert len(nats) == 7 * 5
+    assert logged[-1] == pytest.approx(sum(nats) / 35, abs=1e-5)
+
+
+def test_the_held_out_loss_moves_nothing_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    """The same weights with and without validation, and the same numbers after a break."""
+    task = {"name": "rows", "data": conversations(tmp_path / "chats.jsonl"), "rows": {"max_new_tokens": 8}}
+
+    def make(folder: Path, every: int = 2) -> TrainSFTConfig:
+        return small(
+            folder,
+            task=task,
+            model={**MODEL, "context": 96},
+            texts={"packing": True},
+            validation={"every": every, "samples": 1},
+        )
+
+    whole = resumed(make, tmp_path)
+    assert sum("eval/loss" in row for row in rows(whole)) == 3
+    blind = train_sft.train(make(tmp_path / "blind", 0)).folder
+    assert not any("eval/loss" in row for row in rows(blind))
+    expected, found = (LanguagePolicy.from_pretrained(run).state_dict() for run in (blind, whole))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_held_out_text_that_is_too_long_is_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], packing: bool
+) -> None:
+    """And one that is longer than the training texts' packed rows gets a longer row; without an answer to the
+    prompts there is no loss."""
+    path = tmp_path / "rows.jsonl"
+
+    def task(lengths: dict[str, int]) -> dict[str, Any]:
+        lines = [json.dumps({"prompt": f"q{i}", "completion": "a" * lengths.get(f"q{i}", 3)}) for i in range(30)]
+        path.write_text("\n".join(lines))
+        return {"name": "rows", "data": str(path), "rows": {"test": 0.05, "validation": 0.1, "max_new_tokens": 4}}
+
+    texts = {"packing": packing, "packed_length": 8 if packing else None}
+    settings = {"texts": texts, "sft": {"steps": 1}, "validation": {"every": 1, "samples": 1}}
+    config = small(tmp_path / "run", task=task({}), **settings)
+    held_out = [example.prompt for example in build_task(config.task).splits["validation"]]
+    task({held_out[0]: 60, held_out[1]: 20})
+    assert rows(train_sft.train(config).folder)[0]["eval/loss"] > 0
+    assert "1 of 3 validation completions cut to the context of 48" in capsys.readouterr().out
+    task(dict.fromkeys(held_out, 0))
+    silent = train_sft.train(replace(config, run=replace(config.run, folder=str(tmp_path / "silent")))).folder
+    assert "eval/greedy" in rows(silent)[0]
+    assert "eval/loss" not in rows(silent)[0]
 
 
 def test_empty_completions_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from experiment.errors import UserError
 from llm_rlhf.models.tokenizer import character_tokenizer
+from llm_rlhf.rewards.process_reward import StepsConfig, read_solutions
 from llm_rlhf.tasks.scored import ScoredConfig, build
 from tandem.data_text import arguments, column_names, describe, examine, is_text, validate
 
@@ -157,6 +158,91 @@ def test_rewards_of_scored_texts(tmp_path: Path) -> None:
         f"{path}:3: message 2: column 'reward' is str, not a number",
         f"{path}:4: it has no 'reward', and 3 other rows have one",
     ]
+
+
+def test_solutions_in_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the recipe reads them, and every row that it would refuse."""
+    good: list[Any] = [
+        {"prompt": "p", "steps": ["ab", "c", "d"], "labels": [1, 0.5, 0]},
+        {"prompt": "q", "steps": ["ab", "c"], "labels": [True, None]},
+        {"prompt": "q", "steps": ["ab", "c"], "labels": [False, None]},
+    ]
+    path = write(tmp_path / "steps.jsonl", good)
+    assert validate(options(path)) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        "type       stepwise supervision (3 rows)",
+        "steps      7, of their labels 3 right, 2 wrong, 2 null",
+    ]
+    assert "solution   4 characters in the middle, 95% up to 6, at most 6" in said
+    assert "duplicate rows" not in "".join(said)
+    bad: list[Any] = [
+        {"prompt": "p", "steps": "oops", "labels": [7]},
+        {"prompt": "p", "steps": ["a"], "labels": [7]},
+        {"prompt": "p", "steps": ["a\nb"], "labels": [1]},
+        {"steps": ["a"], "labels": [1]},
+        {"prompt": "p", "completions": ["a"], "labels": [1]},
+    ]
+    path = write(tmp_path / "bad.jsonl", bad)
+    problems = examine(path).problems
+    assert problems == [
+        f"{path}:1: column 'steps' must be a list that is not empty",
+        f"{path}:2: column 'labels': label 1 is 7; it must be 0 to 1, or null",
+        f"{path}:3: column 'steps': step 1 holds the separator '\\n'",
+        f"{path}:4: column 'prompt' is missing (there is steps, labels)",
+        f"{path}:5: this row is prompt-only, the first one stepwise supervision",
+    ]
+    for row, problem in zip(bad[:4], problems, strict=False):
+        one = write(tmp_path / "one.jsonl", [row])
+        with pytest.raises(UserError) as found:
+            read_solutions(StepsConfig(path=one))
+        assert str(found.value) == f"{one}:1{problem[len(path) + 2 :]}"
+
+
+def test_solutions_in_steps_under_other_names(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "p", "completions": ["a", "b"], "labels": [True, False]},
+        {"prompt": "p", "completions": "c"},
+    ]
+    path = write(tmp_path / "trl.jsonl", rows[:1])
+    report = examine(path)
+    assert not report.problems
+    assert describe(report)[:3] == [
+        "type       stepwise supervision (1 rows)",
+        "steps      2, of their labels 1 right, 1 wrong, 0 null",
+        "           for llm/process_reward, say steps.steps=completions",
+    ]
+    assert describe(examine(path, columns="steps=completions")) == describe(report)
+    path = write(tmp_path / "trl.jsonl", rows)
+    assert examine(path, columns="steps=completions").problems == [
+        f"{path}:2: column 'completions' must be a list that is not empty"
+    ]
+    own = write(tmp_path / "own.jsonl", [{"q": "p", "parts": ["a"], "good": [1]}])
+    report = examine(own, columns="prompt=q,steps=parts,labels=good")
+    assert (report.problems, report.labels) == ([], {"right": 1})
+    prompts = examine(write(tmp_path / "prompts.jsonl", [{"prompt": "p", "labels": [1]}]))
+    assert prompts.kinds == {"prompt-only": 1}
+
+
+def test_thoughts_that_the_template_leaves_out_are_counted(tmp_path: Path) -> None:
+    words = character_tokenizer("think</>user: a")
+    words.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    words.save_pretrained(str(tmp_path / "words"))
+
+    def talk(answer: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]}
+
+    path = write(tmp_path / "chats.jsonl", [talk("hi"), talk("think</think>hi"), talk("think</think>")])
+    report = examine(path, tokenizer=str(tmp_path / "words"))
+    assert report.problems == [
+        f"{path}:3: the chat template leaves out what the assistant says in message 2; use one that shows contents "
+        "that are text"
+    ]
+    assert "           the chat template leaves out a part of what the assistant says in 1 rows" in describe(report)
+    assert report.tokens["completion"] == [3, 3]  # each with its EOS
 
 
 def test_tokens_and_special_ones(tmp_path: Path) -> None:

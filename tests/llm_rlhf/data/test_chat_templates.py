@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 from llm_rlhf.data.chat import PLAIN, Chat, completion_tokens, ensure_template, prompt_tokens, segments, template_of
-from llm_rlhf.data.texts import encode, encode_prompts
+from llm_rlhf.data.texts import encode, encode_drawn, encode_prompts, fit
 from llm_rlhf.models.tokenizer import character_tokenizer
 
 CHATML = (
@@ -126,13 +126,41 @@ def test_a_template_that_leaves_out_what_was_said_is_refused() -> None:
         "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
+    asked = Chat.prompt(turns("a"), place="f:4")
     with pytest.raises(UserError, match=r"f:4: the chat template leaves out what the assistant says in message 2"):
-        segments(tokenizer, turns("a", "b"), given=1, place="f:4")
-    assert len(segments(tokenizer, turns("a", ""), given=1)) == 2  # nothing was said
+        completion_tokens(tokenizer, asked, "b")
+    eos = tokenizer.eos_token_id
+    assert completion_tokens(tokenizer, asked, "") == ([eos], [True])  # nothing was said
+    assert encode_drawn(tokenizer, asked, "b").completion == [eos]
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ part.text }}", "").replace(
         "<|im_end|>", "{{ m.content | trim }}<|im_end|>"
     )
     assert segments(tokenizer, turns("a", " b\n"), given=1)[1] == ("b<|im_end|>\n", True)
+    assert not encode(tokenizer, asked, " b\n").in_part
+
+
+def test_thoughts_that_a_template_leaves_out_are_told() -> None:
+    """However long the answer behind them is; one that has nothing behind them is refused, unless it was drawn."""
+    tokenizer = chatml()
+    tokenizer.chat_template = CHATML.replace("['content'] }}<", "['content'].split('</think>')[-1] }}<")
+    asked = Chat.prompt(turns("a"), place="f:4")
+    for answer in ("hello", "a whole sentence of more than twenty characters"):
+        shown = encode(tokenizer, asked, answer)
+        assert not shown.in_part
+        thought = encode(tokenizer, asked, f"think</think>{answer}")
+        assert thought.in_part
+        assert (thought.completion, thought.mask) == (shown.completion, shown.mask)
+        assert encode_drawn(tokenizer, asked, f"think</think>{answer}").completion == shown.completion
+    (short,), _, _ = fit([encode(tokenizer, asked, "think</think>hello")], context=4)
+    assert short.in_part
+    with pytest.raises(UserError, match=r"f:4: the chat template leaves out what the assistant says in message 2"):
+        encode(tokenizer, asked, "think</think>")
+    assert encode_drawn(tokenizer, asked, "think</think>").completion == [tokenizer.eos_token_id]
+    talk = Chat.completion(turns("a", "b", "c", "think</think>d")[1:])
+    assert encode(tokenizer, asked, talk).in_part
+    talk = Chat.completion(turns("a", "think</think>", "c", "d")[1:])
+    with pytest.raises(UserError, match="says in message 2"):
+        encode(tokenizer, asked, talk)
 
 
 def test_what_a_template_refuses_is_said() -> None:

@@ -10,10 +10,13 @@ import pytest
 from pyarrow import parquet
 
 from experiment.errors import UserError
-from llm_rlhf.data.chat import Chat
+from llm_rlhf.data.chat import PLAIN, Chat
 from llm_rlhf.data.columns import kind_of
+from llm_rlhf.models.causal import build_policy
+from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.tasks.rows import RowsConfig, split_prompts
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
+from llm_rlhf.train_sft import TextsConfig, training_texts
 
 
 def build(path: Path, rows: list[dict[str, Any]], **settings: Any) -> Task:
@@ -117,3 +120,18 @@ def test_shares() -> None:
         split_prompts(prompts, validation=0.0, test=0.01, seed=0, data="x")
     with pytest.raises(ValueError, match="max_new_tokens"):
         RowsConfig(max_new_tokens=0)
+
+
+def test_thoughts_that_the_template_leaves_out_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy, tokenizer = build_policy(
+        ModelConfig(layers=1, width=16, heads=2), alphabet="think</>user: aq0123456789"
+    )
+    tokenizer.chat_template = PLAIN.replace("message['content']", "message['content'].split('</think>')[-1]")
+    chats = [chat(i) for i in range(10)]
+    for thought in chats[:4]:
+        thought[1]["content"] = "think</think>" + thought[1]["content"]
+    task = build(tmp_path / "rows.jsonl", [{"messages": one} for one in chats], validation=0.0, test=0.0)
+    assert len(training_texts(task, tokenizer, policy, TextsConfig())) == 10
+    assert "4 of 10 completions are shown in part by the chat template: what" in capsys.readouterr().out

@@ -12,6 +12,8 @@ import torch
 from experiment.errors import UserError
 from llm_rlhf.data.chat import Chat
 from llm_rlhf.data.pairs import (
+    IN_PART,
+    PairData,
     PairsConfig,
     concatenated,
     read_feedback,
@@ -22,6 +24,7 @@ from llm_rlhf.data.pairs import (
 from llm_rlhf.data.records import Comparison, Feedback
 from llm_rlhf.data.texts import Encoded, fit
 from llm_rlhf.models.tokenizer import character_tokenizer
+from llm_rlhf.preferences.learning import tokenized_sets
 
 DATA = Path(os.environ.get("TANDEM_DATA", Path(__file__).parents[4] / "shared" / "data"))
 HH = DATA / "hh_harmless_pairs.jsonl.gz"
@@ -144,7 +147,7 @@ def test_long_prompts_keep_their_end_and_long_answers_lose_theirs() -> None:
         Comparison("a", "b", "c"),
     ]
     pairs, counts = tokenize_pairs(comparisons, tokenizer, context=8, pad=0)
-    assert counts == {"prompts_cut": 2, "chosen_cut": 1, "rejected_cut": 1, "answers_made_equal": 1}
+    assert counts == {"prompts_cut": 2, "chosen_cut": 1, "rejected_cut": 1, "answers_made_equal": 1, IN_PART: 0}
     assert tokenizer.decode(pairs.chosen.input_ids[0][pairs.chosen.attention_mask[0].bool()]) == "cdefgha<eos>"
     assert tokenizer.decode(pairs.chosen.input_ids[1][pairs.chosen.attention_mask[1].bool()]) == "efghaaaa"
     assert eos not in pairs.chosen.input_ids[1].tolist()
@@ -170,7 +173,7 @@ def test_thumbs_as_tokens(tmp_path: Path) -> None:
     tokenizer = character_tokenizer("abq0123")
     feedback = [Feedback("q0", "a", True), Feedback("q", "abab", False), Feedback("q0", "b", False)]
     texts, counts = tokenize_feedback(feedback, tokenizer, context=4, pad=0)
-    assert counts == {"prompts_cut": 0, "completions_cut": 1}
+    assert counts == {"prompts_cut": 0, "completions_cut": 1, IN_PART: 0}
     assert texts.desirable.tolist() == [True, False, False]
     assert texts.prompt.tolist() == [0, 1, 0]
     assert texts.texts.mask.sum(1).tolist() == [2, 3, 2]
@@ -200,3 +203,19 @@ def test_real_transcripts() -> None:
     chats = read_pairs(PairsConfig(path=str(HH), limit=300, validation=0.0, test=0.0, transcripts="chat"))
     assert len(chats.train) == len(data.train)
     assert all(isinstance(one.prompt, Chat) and one.prompt.messages[-1]["role"] == "user" for one in chats.train)
+
+
+def test_thoughts_that_the_template_leaves_out_are_said() -> None:
+    tokenizer = character_tokenizer("abthink</>user: ")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    asked = Chat.prompt([{"role": "user", "content": "a"}])
+    pairs = [Comparison(asked, "think</think>a", "think</think>b"), Comparison(asked, "a", "think</think>b")]
+    data = PairData(pairs, [], [], ["note"], "")
+    sets, notes = tokenized_sets(data, tokenizer, context=32, max_prompt=None)
+    assert notes == ["note", "train: 3 answers shown in part by the chat template"]
+    assert len(sets["train"]) == 2
+    _, counts = tokenize_feedback([Feedback(asked, "think</think>a", True)], tokenizer, context=32, pad=0)
+    assert counts[IN_PART] == 1

@@ -11,6 +11,7 @@ import torch
 from experiment.errors import UserError
 from llm_rlhf.evaluation.frontier import (
     Frontier,
+    MetricNames,
     Row,
     best_of_n_rows,
     describe,
@@ -21,6 +22,7 @@ from llm_rlhf.evaluation.frontier import (
     frontier,
     rows_of_run,
 )
+from studies.rlhf_reading import points_of
 
 D = np.linspace(0, 4, 9)
 
@@ -107,6 +109,29 @@ def test_rows_of_runs(tmp_path: Path) -> None:
         rows_of_run(tmp_path)
     with pytest.raises(UserError, match=r"no metrics\.jsonl"):
         rows_of_run(tmp_path / "nowhere")
+
+
+def test_gold_goes_with_the_kl_of_the_policy_that_it_judges(tmp_path: Path) -> None:
+    """Behind the update, where a run logs that; gold of before the update goes with the KL of before it."""
+    lines = [
+        {"global_step": 1, "objective/kl": 0.0, "objective/scores": 0.3, "rewards/rm/mean": 7.0},
+        {"global_step": 4, "objective/kl": 0.25, "rewards/rm/mean": 8.0, "eval/sampled": 0.1},
+        {"global_step": 8, "objective/kl": 0.5, "rewards/rm/mean": 9.0, "eval/sampled": 0.2, "eval/kl": 1.5},
+        {"global_step": 9, "objective/kl": 0.75, "rewards/rm/mean": 9.5, "eval/sampled": 0.3, "eval/kl": -0.01},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [(row.step, row.kl, row.gold) for row in rows_of_run(tmp_path)] == [
+        (4, 0.25, 0.1),  # as all rows of a run that logged none
+        (8, 1.5, 0.2),
+        (9, 0.0, 0.3),
+    ]
+    before = rows_of_run(tmp_path, MetricNames(gold="rewards/rm/mean"))
+    assert [row.kl for row in before] == [0.0, 0.25, 0.5, 0.75]
+    assert [(point.kl, point.proxy) for point in points_of(tmp_path, proxy="rm")] == [
+        (0.25, 8.0),
+        (1.5, 9.0),
+        (0.0, 9.5),
+    ]
 
 
 def test_the_picture(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from llm_rlhf.models.generation import Samples, generate, to_rollout
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.lora import LoRAConfig
 from llm_rlhf.online.critic import ActorCritic, CriticConfig, ValueModel, build_critic, with_values
-from llm_rlhf.rewards.reward_model import RewardModel
+from llm_rlhf.rewards.reward_model import Pooling, RewardModel, ScoringConfig, combine
 from llm_rlhf.tasks.task import TaskConfig, build_task
 from llm_rlhf.train_ppo import TrainPPOConfig
 from policy_core.returns import gae
@@ -80,12 +80,22 @@ def drawn(policy: LanguagePolicy, *, k: int = 2) -> Samples:
     )
 
 
-def reward_model(start: Path, folder: Path, *, heads: int = 1) -> RewardModel:
+def reward_model(
+    start: Path,
+    folder: Path,
+    *,
+    heads: int = 1,
+    objectives: tuple[str, ...] = ("reward",),
+    scoring: ScoringConfig | None = None,
+    pooling: Pooling = "last",
+) -> RewardModel:
     torch.manual_seed(2)
     policy, tokenizer = build_policy(ModelConfig(path=str(start)), alphabet="")
-    model = RewardModel(cast(PreTrainedModel, policy.model.base_model), heads=heads, context=24)
+    trunk = cast(PreTrainedModel, policy.model.base_model)
+    model = RewardModel(trunk, heads=heads, objectives=objectives, context=24)
     shaken(model)
-    model.offset.fill_(0.75)
+    model.offset.copy_(0.75 + torch.arange(float(heads * len(objectives))).reshape(heads, -1))
+    model.scoring, model.pooling = scoring or ScoringConfig(), pooling
     model.save_pretrained(folder)
     tokenizer.save_pretrained(str(folder))
     return model
@@ -147,24 +157,57 @@ def test_a_cut_completion_bootstraps_from_the_value_of_its_whole_text(start: Pat
 
 
 @torch.no_grad()
-def test_it_starts_as_a_reward_model_with_its_head(
-    start: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+@pytest.mark.parametrize("ensemble", ["mean", "min", "lower"])
+@pytest.mark.parametrize(
+    ("heads", "weights"),
+    [(1, {"reward": 1.0}), (3, {"reward": 1.0}), (3, {"kind": 2.0, "brief": -0.5, "other": 0.0}), (2, {})],
+)
+def test_it_starts_as_a_reward_model_with_the_mean_of_its_heads(
+    start: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    heads: int,
+    weights: dict[str, float],
+    ensemble: Literal["mean", "min", "lower"],
 ) -> None:
-    """Then the value after the last token is the score."""
-    known = reward_model(start, tmp_path / "one")
-    config = CriticConfig(model="separate", init=str(tmp_path / "one"))
+    """Then the value after the last token is the score: the weighted sum of the objectives' mean over heads."""
+    objectives = tuple(weights) or ("kind", "brief")
+    scoring = ScoringConfig(weights=weights, ensemble=ensemble)
+    known = reward_model(start, tmp_path, heads=heads, objectives=objectives, scoring=scoring)
+    config = CriticConfig(model="separate", init=str(tmp_path))
     model = build_critic(config, model_path=str(start), tokenizer=tokenizer, longest=24)
     samples = drawn(LanguagePolicy.from_pretrained(start))
     after = model.after(samples.observations())
     last = samples.mask & (samples.mask.flip(1).cumsum(1).flip(1) == 1)
     scores = known.score(samples.input_ids, samples.attention_mask)
-    assert torch.allclose(after[last], scores[:, 0, 0], atol=1e-5)
-    reward_model(start, tmp_path / "two", heads=2)
-    config = CriticConfig(model="separate", init=str(tmp_path / "two"))
+    expected = scores.mean(1) @ torch.tensor(list(weights.values()) or [0.5, 0.5])
+    assert scores.std(0).min() > 1e-3, "the test needs texts of different scores"
+    assert torch.allclose(after[last], expected, rtol=0, atol=1e-5)
+    if ensemble == "mean" or heads == 1:
+        own, _ = combine(scores, samples.mask.sum(1), objectives=objectives, config=scoring)
+        assert torch.allclose(after[last], own, rtol=0, atol=1e-5)
+    said = (
+        "its head starts as the reward model's" if heads == 1 else f"the mean of the reward model's {heads} heads"
+    )
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert ("which no one head can be" in printed) is (heads > 1 and ensemble != "mean")
+
+
+@torch.no_grad()
+def test_a_head_that_reads_the_mean_of_the_states_is_not_taken_over(
+    start: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward_model(start, tmp_path, pooling="mean")
+    config = CriticConfig(model="separate", init=str(tmp_path))
     model = build_critic(config, model_path=str(start), tokenizer=tokenizer, longest=24)
     assert not model.head.weight.any()
     assert not model.head.bias.any()
     assert not torch.equal(model.state_dict()["trunk.wte.weight"], embedding(start))
+    assert "its head starts as 0 everywhere: the reward model reads the mean of its states" in (
+        capsys.readouterr().out
+    )
 
 
 def test_what_cannot_be_a_critic_is_said(start: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

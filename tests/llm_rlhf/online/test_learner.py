@@ -12,11 +12,15 @@ from torch import Tensor
 
 from experiment.checkpoint import load_checkpoint
 from experiment.config import build_from_dict
+from experiment.errors import UserError
 from llm_rlhf import train_grpo, train_ppo
+from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
+from llm_rlhf.models.causal import build_policy, frozen_copy
 from llm_rlhf.models.generation import Samples
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.tokenizer import character_tokenizer
 from llm_rlhf.online import learner as learner_module
+from llm_rlhf.online.learner import ValidationConfig, validate
 from llm_rlhf.online.monitor import HackingSuspected
 from llm_rlhf.online.recording import texts_of
 from llm_rlhf.rewards.process_reward import StepScorer
@@ -88,6 +92,7 @@ def test_every_step_is_paid(tmp_path: Path, base: Path) -> None:
     for weight, same in ((0.0, True), (5.0, False)):
         process = {"model": steps, "weight": weight, "form": "log_odds"}
         paid = ppo(tmp_path / f"paid-{weight}", base, process=process)
+        assert [row["rewards/process/unscored"] for row in paid] == [0.0] * 4
         # the first rollout is the same, whatever is paid; what is learned from it is not
         assert paid[0]["objective/scores"] == plain[0]["objective/scores"]
         assert (paid[-1]["loss/value_avg"] == plain[-1]["loss/value_avg"]) is same
@@ -170,6 +175,58 @@ def test_a_frozen_policy_says_nothing_of_the_kl(tmp_path: Path, base: Path) -> N
     rows = ppo(tmp_path / "run", base, kl=kl, ppo={"minibatch_size": 8, "critic_warmup": 2})
     coefs = [row["objective/kl_coef"] for row in rows]
     assert coefs[:4] == [0.5, 0.5, 0.5, pytest.approx(0.4)]
+
+
+def test_validation_measures_the_kl_of_the_policy_that_it_judges(tmp_path: Path, base: Path) -> None:
+    """Behind the update: what the evaluation of the same checkpoint on the same prompts says."""
+    rows = ppo(tmp_path / "run", base)
+    measured = EvaluateConfig(splits=("validation",), prompts=200, samples=2)
+    for row in rows:
+        last = tmp_path / "run" / "checkpoints" / "last"
+        last.unlink()
+        last.symlink_to(f"{row['global_step']:09d}")
+        found = evaluate_run(tmp_path / "run", measured)["validation"]
+        assert row["eval/kl"] == pytest.approx(found["kl"], rel=1e-6)
+        assert row["eval/sampled"] == found["sampled"]
+    assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert rows[0]["eval/kl"] > 1e-3
+    shown = load_checkpoint(tmp_path / "run" / "checkpoints" / "000000004").state["monitor"]["looks"]
+    assert [look["judged_kl"] for look in shown] == [row["eval/kl"] for row in rows]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_measuring_the_kl_draws_no_random_number(tmp_path: Path, base: Path, kept: bool) -> None:
+    """Nor does it change what else validation says; a reference in its folder is as good as a loaded one."""
+    task = build_task(build_from_dict(TASK, TaskConfig))
+    policy, tokenizer = build_policy(ModelConfig(path=str(base)), alphabet=task.alphabet)
+    frozen = frozen_copy(policy)
+    frozen.save_pretrained(tmp_path / "reference")
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.mul_(1.5)
+    reference = tmp_path / "reference" if kept else frozen
+    few = ValidationConfig(every=1, samples=2, prompts=5)
+    without = validate(policy, tokenizer, task, few, due=True)
+    before = torch.get_rng_state()
+    found = validate(policy, tokenizer, task, few, due=True, reference=reference)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert abs(found.pop("eval/kl")) > 1e-3  # of ten completions, an estimate may fall below 0
+    assert found == without
+    assert validate(policy, tokenizer, task, few, due=False, reference=tmp_path / "nowhere") == {}
+
+
+def test_a_run_says_at_its_start_what_the_monitor_cannot_judge(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ppo(tmp_path / "run", base)
+    line = "monitor: looks in this run (validation.every): 4; too few to judge gap (needs 8), forecast (needs 8), "
+    assert f"{line}kl_ratio (needs 9)\n" in capsys.readouterr().out
+    never = {"monitor": {"stop": True, "kl_limit": 5.0}, "validation": {"every": 0}}
+    tree = {"model": {"path": str(base)}, "task": TASK, "run": {"folder": str(tmp_path / "never")}, **never}
+    for module, config in ((train_ppo, TrainPPOConfig), (train_grpo, TrainGRPOConfig)):
+        with pytest.raises(UserError, match=r"^monitor\.stop: .*validation\.every is 0"):
+            module.train(build_from_dict(tree, config))
+    assert not (tmp_path / "never").exists()
 
 
 def test_the_monitor_stops_a_run_and_names_the_last_good_checkpoint(tmp_path: Path, base: Path) -> None:

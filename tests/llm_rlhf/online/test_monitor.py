@@ -12,7 +12,16 @@ import torch
 
 from experiment.errors import UserError
 from experiment.state import load_state, save_state
-from llm_rlhf.online.monitor import HackingSuspected, Monitor, MonitorConfig, Warned, act_on, trend
+from llm_rlhf.online.monitor import (
+    HackingSuspected,
+    Monitor,
+    MonitorConfig,
+    Warned,
+    act_on,
+    looks_needed,
+    trend,
+)
+from llm_rlhf.online.recording import announce_looks
 from llm_rlhf.rewards.functions import Scores
 
 Series = Callable[[float], float]
@@ -61,6 +70,37 @@ def test_over_optimisation_is_forecast_before_the_turn(seed: int) -> None:
     assert 0.7 * 27.2 < first.step < 27.2
     nats = float(first.line.split("KL of ")[1].split(" nats")[0])
     assert nats == pytest.approx(math.e**2, rel=0.5)
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_the_forecast_holds_gold_against_the_kl_of_the_policy_that_it_judges(logged: bool) -> None:
+    """Exact curves: gold turns at e, 7.39 nats, of its own KL; what the update was drawn from lags by half."""
+    monitor = Monitor(MonitorConfig())
+    found = []
+    for step in range(1, 41):
+        d = 0.1 * step
+        kl = {"objective__kl": (d / 2) ** 2, **({"eval__kl": d**2} if logged else {})}
+        given = metrics(step, objective__scores=1.5 * d, eval__sampled=gao(d), **kl)
+        found += monitor.look(given, global_step=step).warnings
+    first = found[0]
+    assert first.rule == "forecast"
+    assert first.step == 22  # the first d that is at least 0.8 e = 2.17
+    nats = ("7.39", "4.84") if logged else ("1.85", "1.21")  # without it there is only the other KL, a quarter
+    assert f"turn at a KL of {nats[0]} nats" in first.line
+    assert f"(the KL is {nats[1]})" in first.line
+
+
+def test_the_climbed_reward_is_held_against_the_kl_of_what_it_scored() -> None:
+    """It levels off where gold does, on its own KL: solved. Against gold's, it would turn at twice the distance."""
+    monitor = Monitor(MonitorConfig())
+    found = []
+    for step in range(1, 41):
+        d = 0.1 * step
+        given = metrics(
+            step, objective__kl=(d / 2) ** 2, objective__scores=gao(d / 2), eval__kl=d**2, eval__sampled=gao(d)
+        )
+        found += [warned.rule for warned in monitor.look(given, global_step=step).warnings]
+    assert "forecast" not in found
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -273,6 +313,72 @@ def test_stopping_names_the_last_good_checkpoint(tmp_path: Path, capsys: pytest.
     tolerant.load_state_dict(monitor.state_dict())
     act_on(report, tolerant, folder=tmp_path)
     assert "monitor: step 6" in capsys.readouterr().err
+
+
+def test_rules_that_need_more_looks_than_there_will_be(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten updates with a look after every third are four looks: the last update is looked at, too."""
+    cases: list[tuple[dict[str, Any], int, str]] = [
+        ({}, 3, "4; too few to judge gap (needs 8), forecast (needs 8), kl_ratio (needs 9)"),
+        ({"window": 4, "gold": None}, 3, "4; too few to judge kl_ratio (needs 5)"),
+        ({"window": 4, "kl_ratio": None}, 3, ""),
+        ({"enabled": False}, 0, ""),
+        ({"enabled": False, "stop": True}, 0, ""),
+        ({}, 1, ""),
+        (
+            {"baseline": 1, "gold": None, "kl_limit": 5.0, "probes": {"a.py:f": 0.1}},
+            10,
+            "1; too few to judge length (needs 2), kl_ratio (needs 9), entropy (needs 2), repetition (needs 2), "
+            "duplicates (needs 2), probes (needs 2)",
+        ),
+        (
+            {"length_ratio": None, "entropy_share": None, "turn_share": None, "kl_limit": 5.0},
+            0,
+            "0; too few to judge"
+            " gap (needs 8), kl_limit (needs 1), kl_ratio (needs 9), repetition (needs 4), duplicates (needs 4)",
+        ),
+    ]
+    for settings, every, expected in cases:
+        announce_looks(MonitorConfig(**settings), updates=10, every=every)
+        said = f"monitor: looks in this run (validation.every): {expected}\n" if expected else ""
+        assert capsys.readouterr().out == said
+
+
+def test_every_rule_can_fire_at_the_look_that_it_needs_and_not_before() -> None:
+    """What is announced is what the rules do."""
+    needed = looks_needed(MonitorConfig(kl_limit=20.0))
+    assert needed == {
+        **dict.fromkeys(("gap", "forecast"), 8),
+        **dict.fromkeys(("length", "entropy", "repetition", "duplicates"), 4),
+        "kl_limit": 1,
+        "kl_ratio": 9,
+    }
+    healthy = ["the quick brown fox jumps", "over a lazy dog that sleeps"]
+    for rule, changed, texts in (
+        ("length", {"completions__mean_length": 90.0}, healthy),
+        ("kl_limit", {"objective__kl": 21.0}, healthy),
+        ("kl_ratio", {"objective__kl": 19.0}, healthy),
+        ("entropy", {"policy__entropy_avg": 0.01}, healthy),
+        ("repetition", {}, ["!!!!!!!!!!!!!!!!!!!!!", "?????????????????????"]),
+        ("duplicates", {}, [healthy[0]] * 2),
+    ):
+        fired = rule.partition("_")[0]
+        for looked in (needed[rule] - 1, needed[rule]):
+            series: list[dict[str, float]] = [*[{}] * (looked - 1), changed]
+            written = [*[healthy] * (looked - 1), texts]
+            expected = [f"{fired}@{looked}"] if looked == needed[rule] else []
+            assert looks(MonitorConfig(kl_limit=20.0), series[:looked], written[:looked]) == expected
+    falling = [{"objective__scores": 0.1 * i, "eval__sampled": -0.1 * i} for i in range(8)]
+    assert looks(MonitorConfig(), falling) == ["gap@8"]
+    bent = [
+        {"objective__kl": d**2, "eval__sampled": gao(d), "objective__scores": 1.5 * d}
+        for d in (0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 2.1, 2.4)
+    ]
+    assert looks(MonitorConfig(), bent) == ["forecast@8"]
+
+
+def test_a_monitor_that_is_to_stop_a_run_must_look() -> None:
+    with pytest.raises(UserError, match=r"monitor\.stop.*validation\.every is 0"):
+        announce_looks(MonitorConfig(stop=True, kl_limit=5.0), updates=10, every=0)
 
 
 @pytest.mark.parametrize(

@@ -105,26 +105,34 @@ def batch(prompts: list[str], completions: list[str]) -> tuple[Tensor, Tensor]:
     return ids, mask.bool()
 
 
+def logits_of(model: StepScorer, prompts: list[str], completions: list[str]) -> list[list[float]]:
+    """`step_logits` of completions whose steps are all found."""
+    rows = [row for row in model.step_logits(prompts, completions) if row is not None]
+    assert len(rows) == len(prompts)
+    return rows
+
+
 def test_dense_rewards_lie_on_each_steps_last_token() -> None:
     model = scorer()
     prompts, completions = ["a:", "bbc:", "c:"], ["ab\nc\nb", "c", ""]
     ids, mask = batch(prompts, completions)
-    logits = model.step_logits(prompts, completions)
+    logits = logits_of(model, prompts, completions)
     assert [len(row) for row in logits] == [3, 1, 0]
     expected = torch.zeros(mask.shape)
     for row, columns in enumerate(([6, 8, 9], [4], [])):
         for column, value in zip(columns, paid(logits[row], form="probability"), strict=True):
             expected[row, column] = value
-    found = dense_rewards(
+    found, known = dense_rewards(
         model, prompts=prompts, input_ids=ids, mask=mask, tokenizer=CHARACTERS, form="probability"
     )
+    assert known.tolist() == [True, True, True]
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert not found[~mask].any()
 
 
 def test_a_steps_logit_is_the_heads_after_its_last_token_and_knows_nothing_later() -> None:
     model = scorer()
-    (first, second), (alone,), (same, other) = model.step_logits(["a:"] * 3, ["ab\nc", "ab\n", "ab\nbb"])
+    (first, second), (alone,), (same, other) = logits_of(model, ["a:"] * 3, ["ab\nc", "ab\n", "ab\nbb"])
     assert first == pytest.approx(alone, abs=1e-5) == pytest.approx(same, abs=1e-5)
     assert second != pytest.approx(other, abs=1e-3)
     ids = torch.tensor([tokens("a:ab\n", eos=False)])
@@ -151,14 +159,46 @@ def test_the_policys_tokenizer_may_be_another() -> None:
     model, policy = scorer(), pieces("ab\n", "c", "\nb")
     ids, mask = torch.tensor([[1, 2, 3, 0]]), torch.tensor([[False, True, True, True]])
     ids[0, 1:] = torch.tensor([1, 2, 3])  # ab\n | c | \nb
-    found = dense_rewards(model, prompts=["a:"], input_ids=ids, mask=mask, tokenizer=policy, form="log_odds")
-    (logits,) = model.step_logits(["a:"], ["ab\nc\nb"])
+    found, _ = dense_rewards(model, prompts=["a:"], input_ids=ids, mask=mask, tokenizer=policy, form="log_odds")
+    (logits,) = logits_of(model, ["a:"], ["ab\nc\nb"])
     assert found[0].tolist() == pytest.approx([0.0, logits[0], 0.0, logits[1] + logits[2]], abs=1e-6)
 
 
 def test_completions_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="a completion of 3 steps does not fit the model's context of 8 tokens"):
         scorer(context=8).step_logits(["a:"], ["abab\nabab\nab"])
+
+
+def test_steps_that_the_tokenizer_loses_are_not_paid() -> None:
+    """It knows no newline, so two steps are one to it; nine tokens fit its context, and rows beside are paid."""
+    model, prompts, completions = scorer(alphabet="abc:", context=24), ["a:"] * 3, ["a\nb\nc", "abc", "ab\n"]
+    lost, whole, ended = model.step_logits(prompts, completions)
+    assert lost is None
+    assert whole is not None
+    assert ended is not None  # the separator behind the last step is no loss
+    ids, mask = batch(prompts, completions)
+    found, known = dense_rewards(
+        model, prompts=prompts, input_ids=ids, mask=mask, tokenizer=CHARACTERS, form="log_odds"
+    )
+    assert known.tolist() == [False, True, True]
+    assert not found[0].any()
+    assert found[1, 4].item() == pytest.approx(whole[0], abs=1e-6)
+    assert found[2, 4].item() == pytest.approx(ended[0], abs=1e-6)
+
+
+def test_room_is_asked_for_as_texts_are_cut() -> None:
+    """Of a context of 12 a prompt keeps 6 tokens at least, and as many as the completion leaves."""
+    model = scorer(context=12)
+    for prompt, completion in ((20, 6), (1, 11), (4, 8)):
+        model.require_room(prompt=prompt, completion=completion, setting="process.model")
+    with pytest.raises(
+        UserError,
+        match=r"^process\.model: the process reward model reads at most 12 tokens; a completion may have 7, "
+        r"behind 6 of its prompt$",
+    ):
+        model.require_room(prompt=6, completion=7, setting="process.model")
+    model.scorer.model.max_prompt = 2
+    model.require_room(prompt=20, completion=10, setting="process.model")
 
 
 # ---------------------------------------------------------------- loss and data
@@ -256,7 +296,7 @@ def test_it_learns_which_steps_are_wrong(tmp_path: Path) -> None:
     assert result["first_error"] > 0.95
     assert result["accuracy_wrong_low"] < result["accuracy_wrong"]
     assert json.loads((folder / "eval.json").read_text())["splits"]["test"] == result
-    right, wrong = StepScorer.from_pretrained(folder).step_logits(["am:"] * 2, ["a\nb\nc", "a\nz\ny"])
+    right, wrong = logits_of(StepScorer.from_pretrained(folder), ["am:"] * 2, ["a\nb\nc", "a\nz\ny"])
     assert min(right) > 0 > max(wrong[1:])
     inner = folder / "checkpoints" / "best" / "process_reward_model"
     with pytest.raises(UserError, match="a process reward model scores steps"):

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from experiment.errors import UserError
+from llm_rlhf.data.chat import Chat
 from llm_rlhf.models.causal import build_policy
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.lora import LoRAConfig
@@ -135,6 +136,25 @@ def laid_out(text: list[int], before: int, after: int, pad: int, hole: int | Non
         ids.insert(before + hole, pad)
         mask.insert(before + hole, 0)
     return torch.tensor([ids]), torch.tensor([mask])
+
+
+def test_what_a_policy_drew_is_read_as_the_template_shows_it() -> None:
+    """Thoughts that the template leaves out change nothing, and thoughts alone are an empty answer."""
+    torch.manual_seed(0)
+    config = ModelConfig(layers=1, width=16, heads=2, context=24)
+    model, tokenizer = build_reward_model(config, alphabet="think</>user: a", objectives=("reward",), heads=1)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    asked = Chat.prompt([{"role": "user", "content": "hi"}])
+    thought, bare, alone, empty = Scorer(model, tokenizer).encode(
+        [asked] * 4, ["think</think>hei", "hei", "think</think>", ""]
+    )
+    assert (thought.completion, thought.mask) == (bare.completion, bare.mask)
+    assert len(bare.completion) == 4  # three letters and EOS
+    assert alone.completion == empty.completion == [tokenizer.eos_token_id]
 
 
 def test_a_causal_trunk_is_read_at_the_last_real_token_wherever_the_padding_is() -> None:

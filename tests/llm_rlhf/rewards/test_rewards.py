@@ -1,5 +1,6 @@
 import asyncio
 import functools
+import io
 import math
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from experiment.errors import UserError
+from llm_rlhf.evaluation.win_rate import one_by_one
 from llm_rlhf.rewards import calls as reward_calls
 from llm_rlhf.rewards.calls import AnyRewardFunction, call_all, is_async
 from llm_rlhf.rewards.functions import RewardSet, exact_match, random_reward, resolve
+from llm_rlhf.rewards.rules import judge
 
 
 def length(prompts: list[str], completions: list[str]) -> list[float | None]:
@@ -194,6 +197,11 @@ async def forever_async(prompts: Texts, completions: Texts) -> Numbers:
     return []
 
 
+async def patient(prompts: Texts, completions: Texts) -> Numbers:
+    await asyncio.sleep(0.01)
+    return [0.0 for _ in completions]
+
+
 async def quick(prompts: Texts, completions: Texts) -> Numbers:
     return [0.0 for _ in completions]
 
@@ -214,10 +222,6 @@ def test_an_async_function_that_blocks_the_others_is_the_one_that_is_named(monke
         release.wait()
         return [0.0 for _ in completions]
 
-    async def patient(prompts: Texts, completions: Texts) -> Numbers:
-        await asyncio.sleep(0.01)
-        return [0.0 for _ in completions]
-
     rewards = RewardSet({"patient": patient, "blocks": blocks}, {"patient": 1.0, "blocks": 1.0}, timeout=0.1)
     try:
         with pytest.raises(UserError, match=r"rewards\.blocks: no answer within 0\.1 seconds"):
@@ -226,6 +230,73 @@ def test_an_async_function_that_blocks_the_others_is_the_one_that_is_named(monke
         assert fine(["p"], ["a"], {}).total.tolist() == [0.0]
     finally:
         release.set()
+
+
+class Ear(io.StringIO):
+    """A stderr that says when it was written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard = threading.Event()
+
+    def flush(self) -> None:
+        self.heard.set()
+
+
+def test_what_is_late_is_named_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain and async functions without a limit, rules and judges: each answers only once it was told of."""
+    monkeypatch.setattr(reward_calls, "LATE_SECONDS", 0.05)
+
+    def said(call: Callable[[Ear], object]) -> str:
+        ear = Ear()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", ear)
+            call(ear)
+        return ear.getvalue()
+
+    def rewarded(ear: Ear) -> None:
+        def slow(prompts: Texts, completions: Texts) -> Numbers:
+            assert threading.current_thread() is threading.main_thread()
+            return [float(ear.heard.wait(20.0))]
+
+        assert call_all({"slow": slow}, prompts=[""], completions=["a"], columns={}) == {"slow": [1.0]}
+
+    def rewarded_later(ear: Ear) -> None:
+        async def slow(prompts: Texts, completions: Texts) -> Numbers:
+            while not ear.heard.is_set():
+                await asyncio.sleep(0.001)
+            return [2.0]
+
+        assert call_all({"slow": slow}, prompts=[""], completions=["a"], columns={}) == {"slow": [2.0]}
+
+    def ruled(ear: Ear) -> None:
+        assert judge(lambda prompt, completion: ear.heard.wait(20.0), "rules.py:slow", "p", "a") is True
+
+    def compared(ear: Ear) -> None:
+        decide = one_by_one(lambda prompt, a, b: "a" if ear.heard.wait(20.0) else None, "judges.py:slow")
+        assert decide(["p"], ["a"], ["b"]) == ["a"]
+
+    for call, who in (
+        (rewarded, "rewards.slow"),
+        (rewarded_later, "rewards.slow"),
+        (ruled, "rules.py:slow"),
+        (compared, "judge: judges.py:slow"),
+    ):
+        assert said(call) == f"{who} has not answered for 0.05 s; still waiting\n"
+
+
+def test_an_async_function_that_blocks_is_the_one_that_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_calls, "REPLY_SECONDS", 0.05)
+    monkeypatch.setattr(reward_calls, "LATE_SECONDS", 0.05)
+    ear = Ear()
+    monkeypatch.setattr(sys, "stderr", ear)
+
+    async def blocks(prompts: Texts, completions: Texts) -> Numbers:
+        return [float(ear.heard.wait(20.0))]
+
+    answers = call_all({"patient": patient, "blocks": blocks}, prompts=[""], completions=["a"], columns={})
+    assert answers == {"patient": [0.0], "blocks": [1.0]}
+    assert ear.getvalue().startswith("rewards.blocks has not answered for 0.05 s; still waiting\n")
 
 
 def test_a_process_whose_reward_function_hangs_can_end() -> None:
