@@ -4,7 +4,7 @@ Greedy decoding, the mean over samples, and pass@k (some sample of k is right); 
 reference, the KL spent. Shares carry Wilson intervals, means carry bootstrap intervals over prompts. The task's own
 reward is the gold one; where a run climbed other rewards, what these say of the same texts stands beside it.
 Answers that no reward function could judge are left out, and how many those are is said; so are prompts that leave
-no room for an answer, where the run was told to cut texts.
+no room for an answer, where the run was told to cut texts or to skip such prompts.
 """
 
 from __future__ import annotations
@@ -266,9 +266,10 @@ def _steering(source: Path, policy: LanguagePolicy, beta: float | None) -> Advan
 def evaluate_run(run_folder: str | Path, config: EvaluateConfig = EvaluateConfig()) -> dict[str, Result]:
     """Evaluate a run's checkpoint on its task's held-out prompts and write RUN/eval.json.
 
-    Returns split -> what `evaluate_policy` returns and, of a run with texts.cut, prompts_without_room: how many
-    were left out because they leave no room for an answer. Raises UserError if the folder holds no run with a
-    checkpoint, a split does not exist or is empty, or a prompt leaves no room and may not be left out.
+    Returns split -> what `evaluate_policy` returns and, of a run that cuts or skips (texts.cut, skip_long_prompts),
+    prompts_without_room: how many were left out because they leave no room for an answer. Raises UserError if the
+    folder holds no run with a checkpoint, a split does not exist or is empty, or a prompt that may not be left out
+    leaves no room.
     """
     folder = Path(run_folder)
     checkpoint, results = measure_run(folder, config)
@@ -297,7 +298,7 @@ def measure_run(folder: Path, config: EvaluateConfig) -> tuple[str, dict[str, Re
     if reference is not None:
         reference.to(device)
     limit = (values.get("generation") or {}).get("max_new_tokens")
-    cut = bool((values.get("texts") or {}).get("cut"))
+    skipping = bool((values.get("texts") or {}).get("cut") or values.get("skip_long_prompts"))
     results = {}
     for split in chosen_splits(task, config.splits):
         chosen = task.splits[split][: config.prompts]
@@ -306,7 +307,7 @@ def measure_run(folder: Path, config: EvaluateConfig) -> tuple[str, dict[str, Re
             tokenizer,
             context=policy.context,
             max_new_tokens=limit or task.max_new_tokens,
-            cut=cut,
+            skipping=skipping,
             split=split,
         )
         results[split] = evaluate_policy(
@@ -320,7 +321,7 @@ def measure_run(folder: Path, config: EvaluateConfig) -> tuple[str, dict[str, Re
             rewards=rewards if config.own_rewards else None,
             rewards_timeout=values.get("rewards_timeout"),
         )
-        if cut:
+        if skipping:
             results[split]["prompts_without_room"] = len(chosen) - len(fitting)
     return START if source == folder / START else source.parent.name, results
 
@@ -331,17 +332,17 @@ def _with_room(
     *,
     context: int,
     max_new_tokens: int,
-    cut: bool,
+    skipping: bool,
     split: str,
 ) -> Sequence[Example]:
-    """The prompts that leave room for an answer; says how many do not, where texts may be `cut`.
+    """The prompts that leave room for an answer; says how many do not, where these may be left out (`skipping`).
 
     Raises UserError for one that leaves none where they may not, or where none is left.
     """
     fitting = leaving_room(examples, tokenizer, context=context, max_new_tokens=max_new_tokens)
     if len(fitting) == len(examples):
         return examples
-    if not (cut and fitting):
+    if not (skipping and fitting):
         require_room(
             examples, tokenizer, context=context, max_new_tokens=max_new_tokens, limited_by="", new_model=False
         )

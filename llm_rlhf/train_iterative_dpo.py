@@ -45,6 +45,7 @@ from llm_rlhf.online.learner import (
     require_trained,
     stopping_on_nan,
     validate,
+    with_room_to_sample,
 )
 from llm_rlhf.online.monitor import Monitor, Shown
 from llm_rlhf.online.moved import Counters, progress_of
@@ -91,14 +92,13 @@ class IterativeConfig:
 class TrainIterativeDPOConfig(SampledConfig):
     """Everything an iterative run is made of.
 
-    rewards             name (or file.py:function, or a reward model's run) -> weight; empty = the task's own
-    rewards_timeout     seconds that one call of a reward function may take; null = any
-    safety              rules that no reward buys off
     shaping             what answers are worth that were cut: "penalise" them or "drop" them
+    skip_long_prompts   leave out, and count, the prompts that leave no room for an answer
     nll_coef            weight of the chosen completions' negative log-likelihood (nats per token) beside the loss
     """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="iterative-dpo", checkpoint_every=100))
+    skip_long_prompts: bool = False
     overlong: OverlongConfig | None = None
     iterative: IterativeConfig = field(default_factory=IterativeConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
@@ -250,6 +250,8 @@ def build_learner(run: Run, config: TrainIterativeDPOConfig) -> Learner:
     policy, tokenizer = build_policy(
         checkpoint_policy(run, config.model), alphabet=task.alphabet, temperature=config.generation.temperature
     )
+    if config.skip_long_prompts:
+        task = with_room_to_sample(task, tokenizer, policy, config.generation)
     seed = config.run.seed
     sampler = build_sampler(
         policy,

@@ -40,6 +40,7 @@ from llm_rlhf.online.learner import (
     require_trained,
     stopping_on_nan,
     validate,
+    with_room_to_sample,
 )
 from llm_rlhf.online.monitor import Monitor, Shown
 from llm_rlhf.online.moved import Counters, progress_of
@@ -89,12 +90,14 @@ class TrainRejectionConfig(SampledConfig):
 
     shaping             what completions are worth that were cut: "penalise" them or "drop" them; of samples
     monitor             of samples; demonstrations climb no reward
+    skip_long_prompts   leave out, and count, the prompts that leave no room for an answer
     """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(name="rejection", checkpoint_every=500))
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     sft: SupervisedConfig = field(default_factory=SupervisedConfig)
     validation: ValidationConfig = field(default_factory=lambda: ValidationConfig(every=500))
+    skip_long_prompts: bool = False
     log_every: int = 50
 
     def __post_init__(self) -> None:
@@ -196,7 +199,7 @@ def train(config: TrainRejectionConfig, *, resume: Path | None = None) -> RunRes
             looked = validate(
                 policy,
                 tokenizer,
-                task,
+                learner.sampler.task,
                 config.validation,
                 due=due,
                 max_new_tokens=learner.sampler.max_new_tokens,
@@ -230,6 +233,8 @@ def build_learner(run: Run, task: Task, config: TrainRejectionConfig) -> Learner
         alphabet=task.alphabet,
         temperature=config.generation.temperature,
     )
+    if drawing and config.skip_long_prompts:
+        task = with_room_to_sample(task, tokenizer, policy, config.generation)
     sampler = build_sampler(
         policy,
         tokenizer,

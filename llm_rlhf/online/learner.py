@@ -17,7 +17,7 @@ from experiment.run import Run
 from llm_rlhf.data.texts import Batches
 from llm_rlhf.evaluate import START, EvaluateConfig, evaluate_policy, numbers
 from llm_rlhf.models.causal import LanguagePolicy, build_policy, frozen_copy
-from llm_rlhf.models.generation import Samples
+from llm_rlhf.models.generation import GenerationConfig, Samples
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.online.critic import FOLDER, CriticConfig, ValueModel, build_critic
 from llm_rlhf.online.experience import Sampler, Shaper, build_sampler
@@ -30,7 +30,7 @@ from llm_rlhf.online.self_imitation import GoodAnswers
 from llm_rlhf.online.settings import AnswersConfig, OnlineConfig, ValidationConfig
 from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.tasks.examples import Example
-from llm_rlhf.tasks.room import require_room
+from llm_rlhf.tasks.room import leaving_room, require_room
 from llm_rlhf.tasks.task import Task
 from policy_core.kl import KLController, kl_in_unit
 from policy_core.optimizer import NonFiniteLoss
@@ -85,6 +85,8 @@ def build_learner(
     """
     seed = config.run.seed
     policy, tokenizer = online_policy(run, config, task, critic)
+    if config.skip_long_prompts:
+        task = with_room_to_sample(task, tokenizer, policy, config.generation)
     sampler = build_sampler(
         policy,
         tokenizer,
@@ -301,6 +303,26 @@ def validate(
         rewards_timeout=rewards_timeout,
     )
     return numbers(result, prefix="eval")
+
+
+def with_room_to_sample(
+    task: Task, tokenizer: PreTrainedTokenizerBase, policy: LanguagePolicy, generation: GenerationConfig
+) -> Task:
+    """The task without the prompts, of training and of validation, that leave no room for an answer; says how many
+    those are. Where none is left they stay, for `require_room_to_sample` to name one."""
+    max_new_tokens = generation.max_new_tokens or task.max_new_tokens
+
+    def fitting(what: str, examples: Sequence[Example]) -> Sequence[Example]:
+        kept = leaving_room(examples, tokenizer, context=policy.context, max_new_tokens=max_new_tokens)
+        if kept and len(kept) < len(examples):
+            announce_line(
+                f"{what}: {len(examples) - len(kept)} of {len(examples)} prompts leave no room for "
+                f"{max_new_tokens} new tokens in the context of {policy.context} and are left out"
+            )
+        return kept or examples
+
+    validation = fitting("validation", task.splits["validation"])
+    return replace(task, train=fitting("training", task.train), splits={**task.splits, "validation": validation})
 
 
 def require_room_to_sample(

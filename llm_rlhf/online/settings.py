@@ -72,7 +72,14 @@ class OnlineConfig(SampledConfig):
 
 @dataclass(frozen=True)
 class AnswersConfig(OnlineConfig):
-    """A run on single answers. overlong: a reward for ending in time; self_imitation: of answers that were good."""
+    """A run on single answers.
 
+    skip_long_prompts   leave out, and count, the prompts that leave no room for generation.max_new_tokens; False:
+                        one of them ends the run before it begins
+    overlong            a reward for ending in time
+    self_imitation      of answers that were good
+    """
+
+    skip_long_prompts: bool = False
     overlong: OverlongConfig | None = None
     self_imitation: SelfImitationConfig = field(default_factory=SelfImitationConfig)

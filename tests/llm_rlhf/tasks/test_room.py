@@ -23,6 +23,7 @@ from llm_rlhf import (
     train_turns_ppo,
     train_turns_sft,
 )
+from llm_rlhf.evaluate import EvaluateConfig, evaluate_run
 from llm_rlhf.models.tokenizer import character_tokenizer
 from llm_rlhf.tasks.examples import Example
 from llm_rlhf.tasks.room import leaving_room, require_room
@@ -139,6 +140,56 @@ def test_recipes_that_sample_say_it_first(
     with pytest.raises(UserError, match=r"rows\.jsonl:\d+: a prompt of 42 tokens and .* context of 32, nor do"):
         train(build_from_dict(tree, config))
     assert not (tmp_path / "run").exists(), "there is nothing to continue"
+
+
+SMALL: dict[str, Any] = {"updates": 1, "prompts": 4}
+SKIPPING: list[tuple[Callable[..., Any], type, dict[str, Any]]] = [
+    (train_ppo.train, train_ppo.TrainPPOConfig, {"sampling": SMALL}),
+    (train_ppo.train, train_ppo.TrainPPOConfig, {"sampling": SMALL, "critic": {"model": "separate"}}),
+    (train_grpo.train, train_grpo.TrainGRPOConfig, {"sampling": SMALL}),
+    (
+        train_rejection.train,
+        train_rejection.TrainRejectionConfig,
+        {"rejection": {"threshold": None}, "sft": {"steps": 1, "batch_size": 4}},
+    ),
+    (
+        train_iterative_dpo.train,
+        train_iterative_dpo.TrainIterativeDPOConfig,
+        {"iterative": {"prompts": 20}, "learning": {"steps": 1}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("train", "config", "sections"), SKIPPING)
+def test_recipes_of_single_answers_skip_them_where_they_may(
+    tmp_path: Path,
+    data: str,
+    base: Path,
+    capsys: pytest.CaptureFixture[str],
+    train: Callable[..., Any],
+    config: type,
+    sections: dict[str, Any],
+) -> None:
+    tree = settings(tmp_path / "run", data, model={"path": str(base)}, skip_long_prompts=True, **sections)
+    metrics = train(build_from_dict(tree, config)).metrics
+    said = capsys.readouterr().out
+    behind = "prompts leave no room for 4 new tokens in the context of 32 and are left out"
+    training, validation = (
+        re.search(rf"{part}: (\d+) of (\d+) {behind}", said) for part in ("training", "validation")
+    )
+    assert training is not None
+    assert validation is not None
+    assert 0 < int(training[1]) < int(training[2])
+    assert metrics["eval/prompts"] == int(validation[2]) - int(validation[1]) > 0
+    judged = evaluate_run(tmp_path / "run", EvaluateConfig(samples=1, splits=("test",)))
+    assert judged["test"]["prompts_without_room"] + judged["test"]["prompts"] == 4
+
+
+def test_where_no_prompt_is_left_one_is_named(tmp_path: Path, data: str, base: Path) -> None:
+    tree = settings(tmp_path / "run", data, model={"path": str(base)}, skip_long_prompts=True)
+    tree["generation"] = {"max_new_tokens": 31}
+    with pytest.raises(UserError, match=r"42 tokens and 31 new ones \(generation\.max_new_tokens\)"):
+        train_grpo.train(build_from_dict(tree, train_grpo.TrainGRPOConfig))
 
 
 def test_a_limit_that_is_too_large_is_said_with_its_setting(tmp_path: Path, base: Path) -> None:
