@@ -30,6 +30,7 @@ from llm_rlhf.train_turns_sft import TrainTurnsSFTConfig
 from llm_rlhf.turns.episodes import TurnsConfig
 from llm_rlhf.turns.learner import as_learned
 from llm_rlhf.turns.playing import Judge, Played, build_player
+from policy_core.rollout import Rollout
 from tests.llm_rlhf.turns.test_turn_rollouts import two_turns
 
 DATA = Path(os.environ.get("TANDEM_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -116,6 +117,31 @@ def test_sft_resumes_to_the_bit(tmp_path: Path) -> None:
 
 def test_ppo_resumes_to_the_bit(tmp_path: Path, base: Path) -> None:
     resumed(train_turns_ppo.train, lambda folder: small_ppo(folder, base), tmp_path)
+
+
+def test_the_kl_steers_its_coefficient(tmp_path: Path, base: Path) -> None:
+    rows = logged(train_turns_ppo.train(small_ppo(tmp_path / "run", base, 4)).folder)
+    assert rows[0]["objective/kl_coef"] == 0.05
+    assert rows[-1]["objective/kl_coef"] < 0.05  # the target, 1 nat, is far above what four updates spend
+
+
+@pytest.mark.parametrize(("cut", "bootstrapped"), [("penalise", False), ("bootstrap", True)])
+def test_episodes_that_were_cut_end_as_was_asked(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, cut: str, bootstrapped: bool
+) -> None:
+    seen: list[Rollout] = []
+    update = train_turns_ppo.update
+
+    def spy(**given: Any) -> Any:
+        seen.append(given["rollout"])
+        return update(**given)
+
+    monkeypatch.setattr(train_turns_ppo, "update", spy)
+    config = small_ppo(tmp_path / "run", base, 1, shaping={"cut": cut})
+    metrics = train_turns_ppo.train(config).metrics
+    unfinished = round((1 - metrics["completions/finished"]) * 12)
+    assert unfinished > 0
+    assert int(seen[0].truncated.sum()) == (unfinished if bootstrapped else 0)
 
 
 def test_one_update_runs_and_says_what_happened(tmp_path: Path, base: Path) -> None:

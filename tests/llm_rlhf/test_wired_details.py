@@ -17,7 +17,7 @@ from llm_rlhf.data.packing import pack
 from llm_rlhf.data.texts import Encoded
 from llm_rlhf.evaluate_turns import EvaluateConfig, evaluate_player
 from llm_rlhf.logged.texts import tokenize_logged
-from llm_rlhf.models.causal import build_policy
+from llm_rlhf.models.causal import build_policy, frozen_copy
 from llm_rlhf.models.generation import at_temperature, to_rollout
 from llm_rlhf.models.loading import ModelConfig
 from llm_rlhf.models.tokenizer import character_tokenizer
@@ -170,6 +170,14 @@ def test_the_controller_is_told_the_kl_in_its_unit(
     ((kl, episodes),) = told
     assert kl == pytest.approx(nats)
     assert episodes == 3
+
+
+def test_the_reference_computes_as_the_policy_does() -> None:
+    policy, _ = build_policy(ModelConfig(layers=1, width=16, heads=2), alphabet="ab", temperature=0.7)
+    policy.precision = "bf16"
+    reference = frozen_copy(policy)
+    assert reference.precision == "bf16"
+    assert reference.temperature == 0.7
 
 
 # ---------------------------------------------------------------- what an update is given
