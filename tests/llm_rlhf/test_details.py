@@ -20,6 +20,7 @@ from llm_rlhf import (
     train_ilql,
     train_iterative_dpo,
     train_ppo,
+    train_process_reward,
     train_rejection,
     train_reward,
     train_sft,
@@ -384,6 +385,14 @@ RECIPES_WITH_ADAM: dict[str, tuple[Any, str, dict[str, Any]]] = {
             "pairs": {"path": "pairs.jsonl"},
         },
     ),
+    "process reward model": (
+        train_process_reward,
+        "TrainProcessRewardConfig",
+        {
+            "learning": {"steps": 1, "batch_size": 2, "weight_decay": 0.0, "learning_rate": 1e-3, "warmup": 0.0},
+            "steps": {"path": "steps.jsonl", "separator": "c"},
+        },
+    ),
 }
 
 
@@ -421,6 +430,8 @@ def test_adams_epsilon_in_the_recipes(
     Path("echo.py").write_text("def respond(row, turns):\n    return 'a', 1.0, True\n")
     rows = [{"prompt": letter, "chosen": "ab", "rejected": "ba"} for letter in "abcdefghijklmnopqrst"]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    solved = [{"prompt": letter, "steps": ["a", "b"], "labels": [1, 0]} for letter in "abcdefghijklmnopqrst"]
+    Path("steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in solved))
     module, recipe, sections = RECIPES_WITH_ADAM[name]
     tree: dict[str, Any] = {
         "run": {"folder": str(tmp_path / "run"), "wandb": "disabled"},
@@ -428,7 +439,7 @@ def test_adams_epsilon_in_the_recipes(
         "validation": {"every": 0},
         **sections,
     }
-    if name != "reward model":
+    if "reward model" not in name:
         tree["task"] = {"name": "random_walks", "random_walks": {"walks": 60}}
     with pytest.raises(StepTakenError):
         module.train(build_from_dict(tree, getattr(module, recipe)))
