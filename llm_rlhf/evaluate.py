@@ -35,7 +35,7 @@ from llm_rlhf.models.tokenizer import decode_completions, end_ids, load_tokenize
 from llm_rlhf.online.experience import kl_spent, reference_log_probs
 from llm_rlhf.rewards.functions import RewardSet, resolve
 from llm_rlhf.tasks.examples import Example
-from llm_rlhf.tasks.room import leaving_room, require_room
+from llm_rlhf.tasks.room import require_room, skipping_long
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 
 SOLVED = 1.0 - 1e-6
@@ -302,13 +302,12 @@ def measure_run(folder: Path, config: EvaluateConfig) -> tuple[str, dict[str, Re
     results = {}
     for split in chosen_splits(task, config.splits):
         chosen = task.splits[split][: config.prompts]
-        fitting = _with_room(
-            chosen,
-            tokenizer,
-            context=policy.context,
-            max_new_tokens=limit or task.max_new_tokens,
-            skipping=skipping,
-            split=split,
+        longest = limit or task.max_new_tokens
+        fitting = chosen
+        if skipping:
+            fitting = skipping_long(chosen, tokenizer, context=policy.context, max_new_tokens=longest, what=split)
+        require_room(
+            fitting, tokenizer, context=policy.context, max_new_tokens=longest, limited_by="", new_model=False
         )
         results[split] = evaluate_policy(
             policy,
@@ -324,34 +323,6 @@ def measure_run(folder: Path, config: EvaluateConfig) -> tuple[str, dict[str, Re
         if skipping:
             results[split]["prompts_without_room"] = len(chosen) - len(fitting)
     return START if source == folder / START else source.parent.name, results
-
-
-def _with_room(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    context: int,
-    max_new_tokens: int,
-    skipping: bool,
-    split: str,
-) -> Sequence[Example]:
-    """The prompts that leave room for an answer; says how many do not, where these may be left out (`skipping`).
-
-    Raises UserError for one that leaves none where they may not, or where none is left.
-    """
-    fitting = leaving_room(examples, tokenizer, context=context, max_new_tokens=max_new_tokens)
-    if len(fitting) == len(examples):
-        return examples
-    if not (skipping and fitting):
-        require_room(
-            examples, tokenizer, context=context, max_new_tokens=max_new_tokens, limited_by="", new_model=False
-        )
-    print(
-        f"{split}: {len(examples) - len(fitting)} of {len(examples)} prompts leave no room for {max_new_tokens} "
-        f"new tokens in the context of {context} and are left out",
-        flush=True,
-    )
-    return fitting
 
 
 def chosen_splits(task: Task, named: Sequence[str]) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from llm_rlhf.online.learner import (
 )
 from llm_rlhf.online.moved import Counters, progress_of
 from llm_rlhf.online.recording import log_and_save, writer
-from llm_rlhf.tasks.room import leaving_room, require_room
+from llm_rlhf.tasks.room import require_room, skipping_long
 from llm_rlhf.tasks.task import Task, TaskConfig, build_task
 from policy_core.bc import bc_loss
 from policy_core.optimizer import clipped_step
@@ -180,25 +180,20 @@ def with_room_to_answer(
 ) -> Task:
     """The task without the validation prompts that leave no room for an answer, where texts may be cut; says how
     many those are. Raises UserError where they may not, or where none is left."""
-    looked_at = validation_prompts(task, config.validation)
-    fitting = leaving_room(looked_at, tokenizer, context=policy.context, max_new_tokens=task.max_new_tokens)
-    if len(fitting) == len(looked_at):
-        return task
-    if not (config.texts.cut and fitting):
-        require_room(
-            looked_at,
-            tokenizer,
-            context=policy.context,
-            max_new_tokens=task.max_new_tokens,
-            limited_by=task.limited_by,
-            new_model=config.model.path is None,
+    looked_at, limit = validation_prompts(task, config.validation), task.max_new_tokens
+    if config.texts.cut:
+        looked_at = skipping_long(
+            looked_at, tokenizer, context=policy.context, max_new_tokens=limit, what="validation"
         )
-    print(
-        f"validation: {len(looked_at) - len(fitting)} of {len(looked_at)} prompts leave no room for "
-        f"{task.max_new_tokens} new tokens in the context of {policy.context} and are not looked at",
-        flush=True,
+    require_room(
+        looked_at,
+        tokenizer,
+        context=policy.context,
+        max_new_tokens=limit,
+        limited_by=task.limited_by,
+        new_model=config.model.path is None,
     )
-    return replace(task, splits={**task.splits, "validation": fitting})
+    return replace(task, splits={**task.splits, "validation": looked_at})
 
 
 def training_texts(

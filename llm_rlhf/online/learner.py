@@ -30,7 +30,7 @@ from llm_rlhf.online.self_imitation import GoodAnswers
 from llm_rlhf.online.settings import AnswersConfig, OnlineConfig, ValidationConfig
 from llm_rlhf.rewards.functions import Scores
 from llm_rlhf.tasks.examples import Example
-from llm_rlhf.tasks.room import leaving_room, require_room
+from llm_rlhf.tasks.room import require_room, skipping_long
 from llm_rlhf.tasks.task import Task
 from policy_core.kl import KLController, kl_in_unit
 from policy_core.optimizer import NonFiniteLoss
@@ -310,19 +310,12 @@ def with_room_to_sample(
 ) -> Task:
     """The task without the prompts, of training and of validation, that leave no room for an answer; says how many
     those are. Where none is left they stay, for `require_room_to_sample` to name one."""
-    max_new_tokens = generation.max_new_tokens or task.max_new_tokens
-
-    def fitting(what: str, examples: Sequence[Example]) -> Sequence[Example]:
-        kept = leaving_room(examples, tokenizer, context=policy.context, max_new_tokens=max_new_tokens)
-        if kept and len(kept) < len(examples):
-            announce_line(
-                f"{what}: {len(examples) - len(kept)} of {len(examples)} prompts leave no room for "
-                f"{max_new_tokens} new tokens in the context of {policy.context} and are left out"
-            )
-        return kept or examples
-
-    validation = fitting("validation", task.splits["validation"])
-    return replace(task, train=fitting("training", task.train), splits={**task.splits, "validation": validation})
+    limit = generation.max_new_tokens or task.max_new_tokens
+    train, validation = (
+        skipping_long(examples, tokenizer, context=policy.context, max_new_tokens=limit, what=what)
+        for what, examples in (("training", task.train), ("validation", task.splits["validation"]))
+    )
+    return replace(task, train=train, splits={**task.splits, "validation": validation})
 
 
 def require_room_to_sample(

@@ -19,6 +19,27 @@ def leaving_room(
     return [example for example, ids in zip(examples, tokens, strict=True) if len(ids) + max_new_tokens <= context]
 
 
+def skipping_long(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    max_new_tokens: int,
+    what: str,
+) -> Sequence[Example]:
+    """`leaving_room`; says how many of `what` are left out. Where none would be left all stay, and `require_room`
+    names one."""
+    kept = leaving_room(examples, tokenizer, context=context, max_new_tokens=max_new_tokens)
+    if not kept or len(kept) == len(examples):
+        return examples
+    print(
+        f"{what}: {len(examples) - len(kept)} of {len(examples)} prompts leave no room for {max_new_tokens} new "
+        f"tokens in the context of {context} and are left out",
+        flush=True,
+    )
+    return kept
+
+
 def require_room(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
